@@ -1,0 +1,42 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: the first one run sets up .venv.
+
+PYTHON ?= python3
+# Which tests `make test` runs: all that need neither a GPU nor minutes.
+TESTS ?= not (gpu or slow)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	@$(BIN)/qe-dist demo
+
+test: lint
+	@$(BIN)/python -m pytest -q -m "$(TESTS)"
+
+lint: $(READY)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/lint-imports
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/pipeline.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that the package index (and not the lock) chooses between its CPU
+# and CUDA builds. Build isolation is off because the lock already holds setuptools and wheel.
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "qe_dist needs Python 3.11 or newer, and '$(PYTHON)' is not:" \
+	    "$$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up .venv (minutes the first time: torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation -e .
+	@touch $@

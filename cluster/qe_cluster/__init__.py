@@ -1,0 +1,1 @@
+"""What Ray adds to `qe_dist.flow`: actors, a driver, a cluster. Thin."""

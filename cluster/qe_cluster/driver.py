@@ -1,0 +1,144 @@
+"""`qe_dist/flow/local.py` on ObjectRefs: the same calls, the same bytes, several blocks at once.
+
+Batches flow through the chain of stage actors as references (stage k takes batch i + 1 while stage k + 1
+takes batch i); weights and statistics never move. An actor runs its calls in the order they were made, so
+its fits see all its batches.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from qe_cluster.actors import EmbedActor, StageActor
+from qe_cluster.launch import num_gpus, ray_cluster
+from qe_dist.core.errors import QEError
+from qe_dist.core.sample import Sample
+from qe_dist.flow.calibrate import make_batches
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.local import finish, prepare_run
+from qe_dist.flow.plan import Plan, StagePlan
+from qe_dist.io.checkpoint import put_passthrough, read_manifest
+
+IN_FLIGHT_PER_STAGE = 2
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Summary:
+    seconds: float
+    stages: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    bits_per_weight: float = 0.0
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)
+    continued: int = 0
+    """Blocks that an earlier call had finished."""
+
+
+def quantize(run: RunConfig, address: str | None = None, listen: Listener = lambda *_: None) -> Summary:
+    """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how."""
+    start = time.perf_counter()
+    samples = make_batches(run)
+    source, plan, store = prepare_run(run, len(samples))
+    summary = Summary(0.0, continued=sum(store.has_block(b.index) for b in plan.model.blocks))
+    if not store.is_complete:
+        put_passthrough(store, plan.model, source)
+        if plan.waves:
+            with ray_cluster(address, run.workers * run.threads):
+                _run_waves(run, plan, samples, listen, summary)
+        finish(run, plan, store, source)
+    manifest = read_manifest(run.output)
+    summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
+    summary.seconds = time.perf_counter() - start
+    return summary
+
+
+def _run_waves(run: RunConfig, plan: Plan, samples: list[list[Sample]], listen: Listener, summary: Summary) -> None:
+    listen(
+        "start",
+        {"batches": len(samples), "blocks": len(plan.model.blocks), "waves": len(plan.waves)},
+    )
+    try:
+        embedder = _embedder(run, plan, samples)
+        for wave in plan.waves:
+            stages = [_stage(run, plan.model.arch, part) for part in wave]
+            last = wave is plan.waves[-1]
+            summary.tokens = _stream(embedder, stages, wave, samples, last, listen)
+            _fit(stages, wave, listen)
+            summary.stages += ray.get([s.usage.remote() for s in stages])
+            for stage in stages:
+                ray.kill(stage)
+        ray.kill(embedder)
+    except RayTaskError as error:
+        if isinstance(error.cause, QEError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise QEError(
+            f"a worker died ({str(error).splitlines()[0]}); finished blocks are safe, "
+            "type the same command again to continue"
+        ) from None
+
+
+def _stage(run: RunConfig, arch: str, part: StagePlan) -> Any:
+    gpus = 0 if run.device == "cpu" else 1
+    return StageActor.options(num_cpus=run.threads, num_gpus=gpus).remote(run, arch, part)
+
+
+def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:
+    """On CPU it feeds the stages as they go. A GPU is lent to it first, and then given to a stage: the
+    second embedder finds every batch in the spool."""
+    arch = plan.model.arch
+    if run.device != "cpu" and num_gpus():
+        first = EmbedActor.options(num_cpus=0, num_gpus=1).remote(run, arch)
+        start = plan.waves[0][0].blocks[0].index
+        ray.get([first.finish.remote(None, first.input_of.remote(start, i, part)) for i, part in enumerate(samples)])
+        ray.kill(first)
+    return EmbedActor.options(num_cpus=0).remote(run, arch)
+
+
+def _stream(
+    embedder: Any,
+    stages: list[Any],
+    wave: Sequence[StagePlan],
+    samples: list[list[Sample]],
+    last: bool,
+    listen: Listener,
+) -> int:
+    """Sends every batch through the stages of a wave, a bounded number at a time. Returns the tokens seen."""
+    first_block, next_block = wave[0].blocks[0].index, wave[-1].blocks[-1].index + 1
+    flight: deque[Any] = deque()
+    tokens = 0
+
+    def land() -> int:
+        count = ray.get(flight.popleft())
+        listen("batch", {"tokens": count})
+        return count
+
+    for index, part in enumerate(samples):
+        if len(flight) >= IN_FLIGHT_PER_STAGE * len(stages):
+            tokens += land()
+        batch = embedder.input_of.remote(first_block, index, part)
+        for stage in stages:
+            batch = stage.forward.remote(batch)
+        flight.append(embedder.finish.remote(None if last else next_block, batch))
+    while flight:
+        tokens += land()
+    return tokens
+
+
+def _fit(stages: list[Any], wave: Sequence[StagePlan], listen: Listener) -> None:
+    """All stages fit their blocks at the same time; each block is published as it finishes."""
+    waiting = {
+        stage.fit.remote(block.index): block.index
+        for stage, part in zip(stages, wave, strict=True)
+        for block in part.blocks
+    }
+    while waiting:
+        done, _ = ray.wait(list(waiting), num_returns=1)
+        del waiting[done[0]]
+        listen("block", ray.get(done[0]))

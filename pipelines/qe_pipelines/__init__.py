@@ -1,0 +1,1 @@
+"""The commands of `qe-dist`, one per file."""

@@ -1,0 +1,68 @@
+"""`qe-dist eval`: exact match, perplexity, and KL against a reference, by kind of task."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qe_pipelines.progress import set_up_logging
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model or quantized checkpoint")],
+    data: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
+    reference: Annotated[Path | None, typer.Option(help="model to measure the KL divergence from")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure MODEL on questions with known answers and on plain text."""
+    set_up_logging(None)
+    result = measure(load(model), model, data, None if reference is None else load(reference))
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    table = Table("kind", "samples", "accuracy", "perplexity", "KL")
+    for kind, row in [*result["kinds"].items(), ("all", result)]:
+        cells = [f"{row[k]:.4f}" if k in row else "" for k in ("accuracy", "perplexity", "kl")]
+        table.add_row(kind, str(row["samples"]), *cells)
+    Console().print(table)
+
+
+def load(folder: Path) -> Any:
+    """A model or checkpoint in float32 on CPU (so that only quantization differs), bf16 on a GPU."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    import qe_dist  # noqa: F401 (registers our quantizer)
+    from qe_dist.core.errors import CheckpointError, ConfigError
+
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
+    gpu = torch.cuda.is_available()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from None
+    return model.to("cuda" if gpu else "cpu")
+
+
+def measure(model: Any, folder: Path, data: Path, reference: Any = None) -> dict[str, Any]:
+    """`Quality.summary` of a loaded model on a file of samples."""
+    from qe_dist.flow.evaluate import evaluate as quality
+
+    arch, examples = encode(folder, data)
+    return quality(model, arch, examples, reference).summary()
+
+
+def encode(folder: Path, data: Path) -> tuple[Any, list[Any]]:
+    """The samples of a file as the model's own tokenizer and image processor see them."""
+    from qe_dist import archs
+    from qe_dist.io.samples import load_images, read_samples
+
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    arch = archs.for_config(config)
+    encoder = arch.encoder(folder)
+    return arch, [encoder(s, load_images(s)) for s in read_samples(data)]

@@ -1,0 +1,37 @@
+"""`qe-dist <command>`. Modules of commands are light; what they need is imported when they run."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from qe_dist.core.errors import QEError
+from qe_pipelines.demo import demo
+from qe_pipelines.evaluate import evaluate
+from qe_pipelines.quantize import quantize
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(quantize)
+app.command(name="eval")(evaluate)
+app.command()(demo)
+
+
+@app.callback()
+def about() -> None:
+    """Quantize vision-language models with Quant Experts, on as many GPUs or CPUs as there are."""
+
+
+def main() -> None:
+    """Console script. Errors of the user's making end in one paragraph and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except QEError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; type the same command again to continue")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

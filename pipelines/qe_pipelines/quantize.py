@@ -1,0 +1,74 @@
+"""`qe-dist quantize`: a model in, a low-bit checkpoint out, continued where it was interrupted."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qe_pipelines.progress import log, run_view, set_up_logging
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory")],
+    recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
+    calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
+    output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],
+    workers: Annotated[int | None, typer.Option(help="default: one per GPU, else one per CPU (at most 4)")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: start one here")] = None,
+    resume: Annotated[str, typer.Option(help="auto, required or never")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    samples_per_batch: Annotated[int, typer.Option(help="calibration samples per batch")] = 8,
+    sample_tokens: Annotated[int, typer.Option(help="tokens kept per input group to fit experts on")] = 4096,
+    blocks_per_worker: Annotated[int | None, typer.Option(help="default: as many as memory allows")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads per worker")] = 1,
+    seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
+    quiet: Annotated[bool, typer.Option(help="print errors only")] = False,
+    log_file: Annotated[Path | None, typer.Option(help="also write a line per block here")] = None,
+) -> None:
+    """Quantize MODEL into a checkpoint that transformers loads after `import qe_dist`."""
+    set_up_logging(log_file)
+    from qe_cluster import driver
+    from qe_cluster.launch import default_device, default_workers, ray_cluster
+
+    from qe_dist.flow.config import RunConfig
+    from qe_dist.methods.recipes import load_recipe
+
+    chosen = load_recipe(recipe)
+    with run_view(quiet) as view, ray_cluster(ray_address, (workers or 1) * threads):
+        run = RunConfig(
+            model=model,
+            recipe=chosen,
+            calibration=calibration,
+            output=output,
+            workers=workers or default_workers(threads),
+            resume=resume,  # type: ignore[arg-type]
+            device=default_device() if device == "auto" else device,
+            samples_per_batch=samples_per_batch,
+            sample_tokens=sample_tokens,
+            blocks_per_worker=blocks_per_worker,
+            threads=threads,
+            seed=seed,
+        )
+        summary = driver.quantize(run, listen=view)
+    for line in summary_lines(summary, output):
+        log.info(line)
+        if not quiet:
+            typer.echo(line)
+
+
+def summary_lines(summary, output: Path) -> list[str]:
+    """The last lines of a run."""
+    size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
+    peak = max((s["peak_mib"] for s in summary.stages), default=0.0)
+    forward = sum(s["forward"] for s in summary.stages)
+    fit = sum(s["fit"] for s in summary.stages)
+    lines = [
+        f"wrote {output}  {size / 2**20:.1f} MiB, {summary.bits_per_weight:.2f} bits per quantized weight",
+        f"took {summary.seconds:.1f} s (workers: forward {forward:.1f} s, fit {fit:.1f} s), "
+        f"{summary.tokens} tokens, peak memory of a worker {peak:.0f} MiB",
+    ]
+    if summary.continued:
+        lines.append(f"continued: {summary.continued} blocks were finished before")
+    lines.append(f"fall-backs: {len(summary.fallbacks) or 'none'}")
+    lines += [f"  {layer}: {'; '.join(steps)}" for layer, steps in summary.fallbacks.items()]
+    return lines

@@ -1,0 +1,28 @@
+"""Architectures are found by looking into this folder; each file answers for its `model_type`s."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from qe_dist.archs.base import Arch
+from qe_dist.core.errors import ConfigError
+
+
+def names() -> list[str]:
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "encoder"))
+
+
+def get(name: str) -> Arch:
+    return importlib.import_module(f"{__name__}.{name}").ARCH
+
+
+def for_config(config: Mapping[str, Any]) -> Arch:
+    """The architecture of a Hugging Face `config.json`."""
+    known = {t: name for name in names() for t in get(name).model_types}
+    found = config.get("model_type")
+    if found not in known:
+        raise ConfigError(f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}")
+    if "quantization_config" in config:
+        raise ConfigError("this model is quantized already; give the full-precision model")
+    return get(known[found])

@@ -1,0 +1,77 @@
+"""What an architecture file provides. Modules come from transformers, empty, and are filled from the source."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from qe_dist.core.batch import Batch
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.sample import Example, Sample
+from qe_dist.core.source import WeightSource
+from qe_dist.core.spec import BlockSpec, ModelSpec
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    def __call__(self, sample: Sample, images: Sequence[Image.Image]) -> Example: ...
+
+
+@runtime_checkable
+class Prelude(Protocol):
+    """Embeddings and vision tower."""
+
+    def __call__(self, examples: Sequence[Example], index: int) -> Batch: ...
+
+
+@runtime_checkable
+class Arch(Protocol):
+    model_types: tuple[str, ...]
+
+    def spec(self, source: WeightSource) -> ModelSpec:
+        """Names and shapes, checked against the tensors on disk."""
+        ...
+
+    def encoder(self, folder: Path) -> Encoder: ...
+
+    def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> Prelude: ...
+
+    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
+        """One decoder block with its weights. Peak memory: the block."""
+        ...
+
+    def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
+        """Hidden states after the block, [B, L, D]."""
+        ...
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        """Right-padded keyword arguments of the whole Hugging Face model."""
+        ...
+
+    def tiny_config(self) -> Mapping[str, Any]:
+        """A `config.json` of a model that takes milliseconds, for tests."""
+        ...
+
+
+def fill(
+    module: nn.Module,
+    source: WeightSource,
+    disk_name: Mapping[str, str],
+    device: str,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Gives a module on the meta device its weights, by name, and freezes it."""
+    weights = {}
+    for name, parameter in module.named_parameters():
+        tensor = source.get(disk_name[name])
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{source.folder}: {disk_name[name]} has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(parameter.shape)}"
+            )
+        weights[name] = tensor.to(device=device, dtype=dtype)
+    module.load_state_dict(weights, strict=False, assign=True)
+    return module.requires_grad_(False).eval().to(device)

@@ -1,0 +1,181 @@
+"""Qwen2-VL (2B, 7B, 72B): Qwen2 decoder with M-RoPE, vision tower with a merger."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from qe_dist.archs.base import fill
+from qe_dist.archs.encoder import ChatEncoder
+from qe_dist.core.batch import PADDING, Batch
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.sample import Example
+from qe_dist.core.source import WeightSource
+from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
+
+# (group, linears, how they are split over tensor-parallel ranks, group whose input the router reads)
+_GROUPS = (
+    ("self_attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "column", "self_attn.qkv"),
+    ("self_attn.o", ("self_attn.o_proj",), "row", "self_attn.qkv"),
+    ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj"), "column", "mlp.gate_up"),
+    ("mlp.down", ("mlp.down_proj",), "row", "mlp.gate_up"),
+)  # fmt: skip
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
+class _Caught(Exception):
+    """Ends the Hugging Face forward when the first block's input is known."""
+
+
+class _Catcher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.caught: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
+        self.caught = (hidden_states, position_embeddings)
+        raise _Caught
+
+
+class _Prelude:
+    """The Hugging Face model itself, its blocks replaced by a catcher."""
+
+    def __init__(self, arch: "Qwen2VL", source: WeightSource, device: str, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+        from transformers import Qwen2VLModel
+
+        config = copy.deepcopy(arch.hf_config(source))
+        config.text_config.num_hidden_layers = 1
+        config.text_config.layer_types = ["full_attention"]
+        with init_empty_weights(include_buffers=False):
+            model = Qwen2VLModel(config)
+        self.catcher = _Catcher()
+        model.language_model.layers = nn.ModuleList([self.catcher])
+        model.language_model.norm = nn.Identity()
+        disk = {n: arch.disk_name(n, source) for n, _ in model.named_parameters()}
+        self.model = fill(model, source, disk, device, dtype)
+        self.arch, self.device, self.dtype = arch, device, dtype
+        self.pad = config.text_config.pad_token_id or 0
+
+    @torch.no_grad()
+    def __call__(self, examples: Sequence[Example], index: int) -> Batch:
+        inputs = self.arch.model_inputs(examples, self.pad)
+        try:
+            self.model(**{k: v.to(self.device) for k, v in inputs.items()}, use_cache=False)
+        except _Caught:
+            pass
+        assert self.catcher.caught is not None, "the model ended before its first block"
+        hidden, (cos, sin) = self.catcher.caught
+        modality = pad_sequence([e.modality for e in examples], batch_first=True, padding_value=PADDING)
+        ids = torch.tensor([e.index for e in examples])
+        return Batch(index, hidden.cpu(), modality, ids, {"cos": cos.cpu(), "sin": sin.cpu()})
+
+
+class Qwen2VL:
+    model_types = ("qwen2_vl",)
+
+    def hf_config(self, source: WeightSource) -> Any:
+        from transformers import Qwen2VLConfig
+
+        return Qwen2VLConfig.from_pretrained(source.folder)
+
+    def disk_name(self, name: str, source: WeightSource) -> str:
+        """Module name -> tensor name: published files say `model.layers` and `visual`, newer saves may not."""
+        if name.startswith("visual."):
+            return name if name in source.names() else f"model.{name}"
+        plain = f"model.{name.removeprefix('language_model.')}"
+        return plain if plain in source.names() else f"model.{name}"
+
+    def spec(self, source: WeightSource) -> ModelSpec:
+        config = self.hf_config(source).text_config
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        hidden, wide = config.hidden_size, config.intermediate_size
+        head = hidden // heads
+        shapes = {
+            "self_attn.q_proj": (heads * head, hidden), "self_attn.k_proj": (kv * head, hidden),
+            "self_attn.v_proj": (kv * head, hidden), "self_attn.o_proj": (hidden, heads * head),
+            "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide),
+        }  # fmt: skip
+        blocks = []
+        for i in range(config.num_hidden_layers):
+            first = self.disk_name(f"language_model.layers.{i}.{_NORMS[0]}", source)
+            blocks.append(_block_spec(i, first.removesuffix(_NORMS[0]), shapes, source))
+        claimed = {n for b in blocks for n in source.names() if n.startswith(b.prefix)}
+        passthrough = tuple(sorted(set(source.names()) - claimed))
+        return ModelSpec("qwen2_vl", tuple(blocks), passthrough)
+
+    def encoder(self, folder: Path) -> ChatEncoder:
+        from transformers import Qwen2VLConfig
+
+        config = Qwen2VLConfig.from_pretrained(folder)
+        end = config.text_config.eos_token_id
+        return ChatEncoder(folder, config.image_token_id, end[0] if isinstance(end, list) else end)
+
+    def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> _Prelude:
+        return _Prelude(self, source, device, dtype)
+
+    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
+        from accelerate import init_empty_weights
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
+
+        config = self.hf_config(source).text_config
+        config._attn_implementation = "sdpa"
+        with init_empty_weights():
+            module = Qwen2VLDecoderLayer(config, spec.index)
+        disk = {n: spec.prefix + n for n, _ in module.named_parameters()}
+        return fill(module, source, disk, device, dtype)
+
+    @torch.no_grad()
+    def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
+        where = next(block.parameters())
+        cos, sin = (batch.context[k].to(where) for k in ("cos", "sin"))
+        out = block(batch.hidden.to(where), position_embeddings=(cos, sin), use_cache=False)
+        return out[0] if isinstance(out, tuple) else out
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad)
+        modality = pad_sequence([e.modality for e in examples], batch_first=True, padding_value=0)
+        inputs = {"input_ids": ids, "mm_token_type_ids": modality.int()}
+        with_images = [e.vision for e in examples if e.vision]
+        if with_images:
+            inputs |= {k: torch.cat([v[k] for v in with_images]) for k in with_images[0]}
+        return inputs
+
+    def tiny_config(self) -> Mapping[str, Any]:
+        return dict(
+            model_type="qwen2_vl",
+            architectures=["Qwen2VLForConditionalGeneration"],
+            text_config=dict(
+                vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                bos_token_id=0, eos_token_id=2, pad_token_id=0,
+            ),
+            vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
+            image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+
+
+def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], source: WeightSource) -> BlockSpec:
+    groups = []
+    for name, linears, split, router_input in _GROUPS:
+        specs = []
+        for linear in linears:
+            out_features, in_features = shapes[linear]
+            found = source.shape(f"{prefix}{linear}.weight")
+            if found != shapes[linear]:
+                raise CheckpointError(
+                    f"{source.folder}: {prefix}{linear}.weight has shape {found}, config.json asks for {shapes[linear]}"
+                )
+            bias = f"{prefix}{linear}.bias" in source.names()
+            specs.append(LinearSpec(linear, in_features, out_features, bias, split))
+        groups.append(InputGroup(name, tuple(specs), router_input))
+    return BlockSpec(index, prefix, tuple(groups), _NORMS)
+
+
+ARCH = Qwen2VL()

@@ -1,0 +1,1 @@
+"""The nouns that everything else speaks. Imports torch and the standard library only."""

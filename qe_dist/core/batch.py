@@ -1,0 +1,67 @@
+"""What travels between stages: the hidden states of some samples, and what the blocks need beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+PADDING, TEXT, IMAGE = -1, 0, 1
+MODALITIES = ("text", "image")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right; causal attention never looks at the padding, statistics skip it."""
+
+    index: int
+    """Position in the run; statistics are summed in this order."""
+    hidden: Float[Tensor, "B L D"]
+    modality: Int8[Tensor, "B L"]
+    """PADDING, TEXT or IMAGE of every position."""
+    sample_ids: Int[Tensor, " B"]
+    context: Mapping[str, Tensor] = field(default_factory=dict)
+    """Rotary tables and whatever else the blocks of the architecture ask for."""
+
+    def with_hidden(self, hidden: Tensor) -> "Batch":
+        return replace(self, hidden=hidden)
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.modality != PADDING).sum())
+
+    def token_keys(self) -> Int[Tensor, "B L"]:
+        """A pseudo-random 63-bit number per token that depends on nothing but sample id and position."""
+        positions = torch.arange(self.modality.shape[1], device=self.modality.device)
+        return _mix(_mix(self.sample_ids.long() + 1)[:, None] + positions)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named tensors for a safetensors file; `from_tensors` is the inverse."""
+        context = {f"context.{k}": v.contiguous() for k, v in self.context.items()}
+        return {
+            "index": torch.tensor(self.index),
+            "hidden": self.hidden.contiguous(),
+            "modality": self.modality.contiguous(),
+            "sample_ids": self.sample_ids.contiguous(),
+            **context,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+        context = {k[8:]: v for k, v in tensors.items() if k.startswith("context.")}
+        return cls(
+            int(tensors["index"]),
+            tensors["hidden"],
+            tensors["modality"],
+            tensors["sample_ids"],
+            context,
+        )
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 on int64 (multiplication wraps), made non-negative."""
+    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return (x ^ (x >> 31)) & 0x7FFF_FFFF_FFFF_FFFF

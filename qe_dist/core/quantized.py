@@ -1,0 +1,147 @@
+"""The one container that every recipe fills, and its tensors' names on disk.
+
+    y = Qa(x~) W^T + (x~ A_s) B_s + (x~ A_e) B_e,    x~ = x / input_scale,    e = argmin_i (router |x|)_i
+
+What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
+module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
+channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits.
+Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C channels, M modalities, H router inputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int, Int8, Shaped
+from torch import Tensor
+
+from qe_dist.core.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix of a low-rank pair as it is stored: bf16, or int8 with one scale per row."""
+
+    values: Shaped[Tensor, "*rows columns"]
+    scale: Float[Tensor, "*rows"] | None = None
+
+    @property
+    def dense(self) -> Float[Tensor, "*rows columns"]:
+        if self.scale is None:
+            return self.values.float()
+        return self.values.float() * self.scale.float()[..., None]
+
+
+@dataclass(frozen=True)
+class GroupInput:
+    """What happens to the tensor that the linears of a group share."""
+
+    input_scale: Float[Tensor, "M I"] | None = None
+    """x~ = x / input_scale; one row, or one per modality."""
+    shared_down: Factor | None = None  # [R, I]
+    shared_channels: Int[Tensor, " C"] | None = None
+    expert_down: Factor | None = None  # [E, R, I]
+    expert_channels: Int[Tensor, "E C"] | None = None
+    router: Float[Tensor, "E H"] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return 0 if self.router is None else self.router.shape[0]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    codes: Int8[Tensor, "O I"]
+    scale: Float[Tensor, "O G"]
+    bias: Shaped[Tensor, " O"] | None = None
+    shared_up: Factor | None = None  # [O, R]
+    shared_columns: Float[Tensor, "O C"] | None = None
+    expert_up: Factor | None = None  # [E, O, R]
+    expert_columns: Float[Tensor, "E O C"] | None = None
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well a group was fitted, measured on its token sample; errors are relative to the output."""
+
+    error: float
+    error_by_modality: Mapping[str, float]
+    rounding_error: float
+    """Of the same codes without compensation."""
+    bytes: int
+    seconds: float
+    fallbacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizedGroup:
+    scheme: Scheme
+    input: GroupInput
+    linears: Mapping[str, QuantizedLinear]
+    report: FitReport | None = field(default=None, compare=False)
+
+
+_INPUT_FACTORS = {"lr_shared_a": "shared_down", "lr_expert_a": "expert_down"}
+_INPUT_PLAIN = {
+    "input_scale": "input_scale",
+    "lr_shared_channels": "shared_channels",
+    "lr_expert_channels": "expert_channels",
+    "router": "router",
+}
+_LINEAR_FACTORS = {"lr_shared_b": "shared_up", "lr_expert_b": "expert_up"}
+_LINEAR_PLAIN = {
+    "bias": "bias",
+    "lr_shared_columns": "shared_columns",
+    "lr_expert_columns": "expert_columns",
+}
+
+
+def _to_tensors(part: object, factors: dict[str, str], plain: dict[str, str]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, attribute in factors.items():
+        factor: Factor | None = getattr(part, attribute)
+        if factor is not None:
+            tensors[name] = factor.values
+            if factor.scale is not None:
+                tensors[f"{name}_scale"] = factor.scale
+    for name, attribute in plain.items():
+        if getattr(part, attribute) is not None:
+            tensors[name] = getattr(part, attribute)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _from_tensors(
+    tensors: Mapping[str, Tensor], factors: dict[str, str], plain: dict[str, str]
+) -> dict[str, Factor | Tensor]:
+    fields: dict[str, Factor | Tensor] = {}
+    for name, attribute in factors.items():
+        if name in tensors:
+            fields[attribute] = Factor(tensors[name], tensors.get(f"{name}_scale"))
+    return fields | {a: tensors[n] for n, a in plain.items() if n in tensors}
+
+
+def input_tensors(part: GroupInput) -> dict[str, Tensor]:
+    """The group's own tensors by their names within the module `<group>_input`."""
+    return _to_tensors(part, _INPUT_FACTORS, _INPUT_PLAIN)
+
+
+def input_from_tensors(tensors: Mapping[str, Tensor]) -> GroupInput:
+    return GroupInput(**_from_tensors(tensors, _INPUT_FACTORS, _INPUT_PLAIN))
+
+
+def repair_tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
+    """A linear's tensors other than its codes and scales, by their names within the linear."""
+    return _to_tensors(linear, _LINEAR_FACTORS, _LINEAR_PLAIN)
+
+
+def repair_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Factor | Tensor]:
+    """Keyword arguments of `QuantizedLinear` beside `codes` and `scale`."""
+    return _from_tensors(tensors, _LINEAR_FACTORS, _LINEAR_PLAIN)
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())

@@ -1,0 +1,19 @@
+"""What an architecture needs of a model on disk."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    folder: Path
+    config: Mapping[str, Any]
+
+    def names(self) -> Collection[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def get(self, name: str) -> Tensor:
+        """One tensor, read when asked for. CheckpointError names file and tensor."""
+        ...

@@ -1,0 +1,72 @@
+"""What a model consists of, by name and shape, without a weight in memory."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Granularity = Literal["group", "linear"]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of a block; `name` is relative to the block (`self_attn.q_proj`)."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    split: Literal["column", "row"]
+    """How tensor parallelism cuts it: by outputs or by inputs."""
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """The linears of a block that read the same tensor: the unit of fitting (DESIGN section 2)."""
+
+    name: str
+    linears: tuple[LinearSpec, ...]
+    router_input: str
+    """Name of the group whose input the router reads. A row-parallel group reads the replicated input
+    of its sublayer, so that every tensor-parallel rank picks the same expert without an all-reduce."""
+
+    @property
+    def in_features(self) -> int:
+        return self.linears[0].in_features
+
+    @property
+    def module(self) -> str:
+        """Where the tensors that belong to the group's input live, relative to the block."""
+        return f"{self.name}_input"
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    index: int
+    prefix: str
+    """Of its tensors on disk, with the dot (`model.layers.0.`)."""
+    groups: tuple[InputGroup, ...]
+    others: tuple[str, ...]
+    """Tensors of the block that stay as they are (norms), relative to the prefix."""
+
+    def group(self, name: str) -> InputGroup:
+        return next(g for g in self.groups if g.name == name)
+
+    def router_width(self, group: InputGroup) -> int:
+        return self.group(group.router_input).in_features
+
+    @property
+    def num_weights(self) -> int:
+        return sum(x.in_features * x.out_features for g in self.groups for x in g.linears)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    arch: str
+    blocks: tuple[BlockSpec, ...]
+    passthrough: tuple[str, ...]
+    """Tensors outside the blocks, which the checkpoint takes over as they are."""
+
+
+def per_linear(block: BlockSpec) -> BlockSpec:
+    """The block with every linear in a group of its own that routes on its own input (as the paper fits)."""
+    groups = tuple(InputGroup(name=x.name, linears=(x,), router_input=x.name) for g in block.groups for x in g.linears)
+    return replace(block, groups=groups)

@@ -1,0 +1,112 @@
+"""The work of one worker: forward batches through its blocks, gather statistics, fit and publish.
+
+Plain Python; Ray makes an actor of it in one line. Batches must come in order of their index: statistics
+are sums, and only a fixed order of summation gives the same bits whatever the number of workers.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qe_dist import archs
+from qe_dist.core.batch import PADDING, Batch
+from qe_dist.core.determinism import pin
+from qe_dist.core.spec import BlockSpec, InputGroup
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.plan import StagePlan
+from qe_dist.io.checkpoint import block_tensors, report_dict
+from qe_dist.io.run_dir import RunDir
+from qe_dist.io.weights import SafetensorsSource
+from qe_dist.methods.base import GroupProblem
+from qe_dist.numerics.stats import GroupStats
+
+
+class Stage:
+    """Consecutive blocks on one device. Blocks that are finished only forward."""
+
+    def __init__(self, run: RunConfig, arch: str, part: StagePlan) -> None:
+        pin(run.threads)
+        self.run, self.arch = run, archs.get(arch)
+        self.source, self.store = SafetensorsSource(run.model), RunDir(run.output)
+        self.blocks = [_Block(self, spec) for spec in part.blocks]
+        self.next_index = 0
+        self.seconds = {"forward": 0.0, "fit": 0.0}
+
+    def forward(self, batch: Batch) -> Batch:
+        """Hidden states after this stage's blocks; counts the batch into the statistics."""
+        assert batch.index == self.next_index, f"batch {batch.index} out of order"
+        self.next_index += 1
+        start = time.perf_counter()
+        for block in self.blocks:
+            batch = batch.with_hidden(block.forward(batch))
+        self.seconds["forward"] += time.perf_counter() - start
+        return batch.with_hidden(batch.hidden.cpu())
+
+    def fit(self, index: int) -> dict[str, Any]:
+        """Fits and publishes one block, and forgets its statistics. Returns the block's report."""
+        start = time.perf_counter()
+        block = next(b for b in self.blocks if b.spec.index == index)
+        if not self.store.has_block(index):
+            groups = {g.name: self.run.recipe.fit(block.problem(g)) for g in block.spec.groups}
+            tensors = block_tensors(block.spec, groups, self.source)
+            self.store.put_block(index, tensors, report_dict(index, groups, block.spec))
+        block.stats.clear()
+        self.seconds["fit"] += time.perf_counter() - start
+        return self.store.block_report(index) | {"seconds": time.perf_counter() - start}
+
+    def usage(self) -> dict[str, float]:
+        """Seconds by activity and peak memory of this process in MiB."""
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return self.seconds | {"peak_mib": peak}
+
+
+class _Block:
+    def __init__(self, stage: Stage, spec: BlockSpec) -> None:
+        run = stage.run
+        self.run, self.arch, self.spec = run, stage.arch, spec
+        self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
+        self.inputs: dict[str, Tensor] = {}
+        self.stats: dict[str, GroupStats] = {}
+        if stage.store.has_block(spec.index):
+            return
+        for group in spec.groups:
+            self.stats[group.name] = GroupStats.empty(
+                self.weights(group), spec.router_width(group), run.recipe.needs(), run.sample_tokens
+            )
+            reader = self.module.get_submodule(group.linears[0].name)
+            reader.register_forward_pre_hook(self._catcher(group.name))
+
+    def _catcher(self, name: str):
+        def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.inputs[name] = args[0]
+
+        return catch
+
+    def weights(self, group: InputGroup) -> Mapping[str, Tensor]:
+        modules = {x.name: self.module.get_submodule(x.name) for x in group.linears}
+        return {name: module.weight.float() for name, module in modules.items()}
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden = self.arch.run_block(self.module, batch)
+        if self.stats:
+            real = batch.modality != PADDING
+            modality, keys = batch.modality[real], batch.token_keys()[real]
+            real = real.to(hidden.device)
+            rows = {name: x[real] for name, x in self.inputs.items()}
+            for group in self.spec.groups:
+                self.stats[group.name].update(
+                    rows[group.name],
+                    rows[group.router_input],
+                    modality.to(hidden.device),
+                    keys.to(hidden.device),
+                )
+            self.inputs.clear()
+        return hidden
+
+    def problem(self, group: InputGroup) -> GroupProblem:
+        seed = self.run.seed + 1000 * self.spec.index
+        return GroupProblem(group, self.weights(group), self.stats[group.name], self.run.recipe.scheme, seed)

@@ -1,0 +1,1 @@
+"""Repairs of the rounding error: one file each."""

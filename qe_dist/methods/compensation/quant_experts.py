@@ -1,0 +1,170 @@
+"""Quant Experts (arXiv 2602.24059): a shared low-rank expert, routed ones, and a router for every group.
+
+Steps as in methods.md section 1.1 and 1.5; what the paper leaves open is marked [INF] there and here:
+ 1. a channel of a token is important by |x_c| * mean|W_c|; C_s: most often important, C_r: the next ones;
+ 2. columns C_s are exempted from rounding; the shared expert is the best rank-r repair of W - Q(W);
+ 3. C_r is clustered by NPMI of co-occurrence; a token belongs to the cluster with most of its channels;
+ 4. a routed expert is the best repair of what is left, for the tokens of its cluster;
+ 5. the router, linear in |x|, predicts what each expert leaves unrepaired, without training.
+
+With `extract` (DESIGN section 1) the channels C_s, and those most often important for an expert's tokens,
+leave the activation quantizer and are carried in 16 bits, so the grid of the token shrinks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qe_dist.core.errors import ConfigError
+from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
+from qe_dist.numerics.affinity import (
+    assign_tokens,
+    cluster_channels,
+    split_channels,
+    top_channels,
+)
+from qe_dist.numerics.grid import round_activations
+from qe_dist.numerics.lowrank import gram_product, low_rank, token_product
+from qe_dist.numerics.refine import Refinement, refine
+from qe_dist.numerics.routing import mean_residual, regress_errors
+from qe_dist.numerics.stats import Needs
+
+SHARED_WEIGHT = 0.05
+"""Share of all tokens in the metric of one expert, so that few tokens cannot overfit it [INF]."""
+
+
+@dataclass(frozen=True)
+class QuantExperts:
+    """Shared and routed low-rank experts; the budget's rank is split equally between the two (paper)."""
+
+    k: int = 32
+    """Important channels per token (paper; at most a 32nd of the layer's width)."""
+    num_experts: int = 8
+    """Routed experts (paper)."""
+    extract: bool = False
+    """Carry the experts' channels in 16 bits beside the quantized path."""
+    router: Literal["regression", "mean_residual"] = "regression"
+    """regression: least squares on the measured errors of the sample. mean_residual: mean|residual| of each
+    input channel, as in the paper; only where the router reads the group's own input."""
+    refine_epochs: int = 0
+    """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.num_experts < 1 or self.refine_epochs < 0:
+            raise ConfigError(
+                "compensation.k and .num_experts must be at least 1 and .refine_epochs at least 0, "
+                f"found {self.k}, {self.num_experts}, {self.refine_epochs}"
+            )
+        if self.router not in ("regression", "mean_residual"):
+            raise ConfigError(f"compensation.router must be regression or mean_residual, found {self.router!r}")
+
+    def needs(self) -> Needs:
+        return Needs(gram=True, top_channels=self.k)
+
+    def exempt(self, problem: GroupProblem) -> Tensor:
+        return split_channels(problem.stats.frequency, problem.stats.top_k, 0)[0]
+
+    def fit(self, problem: ErrorProblem) -> Correction:
+        stats, error = problem.stats, problem.stacked
+        gram = stats.total_gram.to(error.dtype)
+        shared = self.exempt(problem.problem)
+        rank = max(1, problem.rank // 2)
+        if self.extract:
+            error = error.index_fill(1, shared, 0.0)
+        up, down = low_rank(error, gram_product(gram), rank)
+        left = error - up @ down
+
+        owner, occurs = self._owners(problem.problem, shared)
+        channels = self._own_channels(owner, occurs, stats.top_k) if self.extract else None
+        ups, downs = [], []
+        for e in range(self.num_experts):
+            target = left if channels is None else left.index_fill(1, channels[e], 0.0)
+            expert_up, expert_down = low_rank(target, self._metric(stats, gram, owner == e), rank)
+            ups.append(expert_up)
+            downs.append(expert_down)
+        correction = Correction(
+            shared_down=down,
+            shared_up=up,
+            shared_channels=shared if self.extract else None,
+            expert_down=torch.stack(downs),
+            expert_up=torch.stack(ups),
+            expert_channels=channels,
+            router=torch.zeros(self.num_experts, stats.sample.router_x.shape[1]),
+        )
+        return self._with_router(problem, correction, left)
+
+    def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert of every sampled token or -1, its important channels beside the shared ones)."""
+        stats, seed = problem.stats, problem.seed
+        _, routed = split_channels(stats.frequency, stats.top_k, self.num_experts * stats.top_k)
+        occurs = top_channels(stats.sample.x.float(), stats.importance, stats.top_k)
+        seen = routed[occurs[:, routed].any(dim=0)]
+        labels = cluster_channels(occurs[:, seen], self.num_experts, seed)
+        owner = assign_tokens(occurs[:, seen], labels, self.num_experts)
+        return owner, occurs.index_fill(1, shared, False)
+
+    def _own_channels(self, owner: Tensor, occurs: Tensor, k: int) -> Tensor:
+        """The k channels that are most often important for the tokens of each expert. [E, k]"""
+        counts = torch.stack([occurs[owner == e].sum(dim=0) for e in range(self.num_experts)])
+        # Where an expert has too few, those that matter to any token fill up.
+        counts = counts.double() + occurs.double().mean(dim=0) * 1e-3
+        return counts.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+    def _metric(self, stats, gram: Tensor, mine: Tensor):
+        """v -> G_e v: the expert's own tokens, and a little of all tokens."""
+        x = stats.sample.x[mine].to(gram)
+        if x.shape[0] == 0:
+            return gram_product(gram)
+        own = token_product(x)
+        weight = SHARED_WEIGHT * x.shape[0] / max(1, stats.num_tokens)
+        return lambda v: own(v) + weight * (gram @ v)
+
+    def _with_router(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Correction:
+        stats, group = problem.stats, problem.problem.group
+        if self.router == "mean_residual" and group.router_input == group.name:
+            rows = [mean_residual(left - u @ d) for u, d in zip(c.expert_up, c.expert_down, strict=True)]
+            router = torch.stack(rows)
+            if problem.problem.input_scale is not None:  # the router reads x, the experts x / scale
+                router = router / problem.problem.input_scale[0]
+        else:
+            router = regress_errors(stats.sample.router_x, expert_errors(problem, c))
+        c = replace(c, router=router.to(left))
+        if self.refine_epochs == 0:
+            return c
+        target = stats.sample.x.to(left) @ left.T
+        settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
+        expert_up, expert_down, router = refine(
+            stats.sample.x.to(left),
+            stats.sample.router_x.to(left),
+            target,
+            (c.expert_up, c.expert_down, c.router),
+            settings,
+        )
+        return replace(c, expert_up=expert_up, expert_down=expert_down, router=router)
+
+
+def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> Tensor:
+    """[S, E]: size of the output error that each expert would leave each sampled token, everything counted.
+
+    A token's output misses x (E - L_s - L_e)^T + (x - Qa(x)) Q(W)^T; an extracted channel of x misses nothing.
+    """
+    x = problem.stats.sample.x.to(c.expert_up)
+    rounded = torch.cat(list(problem.problem.weights.values())) - problem.stacked
+    left = problem.stacked - c.shared_up @ c.shared_down
+    bits = problem.problem.scheme.act_bits
+    errors = torch.empty(x.shape[0], c.expert_up.shape[0], device=x.device)
+    for rows in torch.arange(x.shape[0], device=x.device).split(tokens):
+        part, common = x[rows], None
+        for e, (up, down) in enumerate(zip(c.expert_up, c.expert_down, strict=True)):
+            if c.expert_channels is not None:
+                gone = torch.cat([c.shared_channels, c.expert_channels[e]])
+                part, common = x[rows].index_fill(1, gone, 0.0), None
+            if common is None:
+                common = part @ left.T + (part - round_activations(part, bits)) @ rounded.T
+            errors[rows, e] = (common - (part @ down.T) @ up.T).norm(dim=1).float()
+    return errors
+
+
+METHOD = QuantExperts

@@ -1,0 +1,104 @@
+"""Named recipes, and recipes from a TOML file of the user's own.
+
+Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
+rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qe_dist import methods
+from qe_dist.core.errors import ConfigError
+from qe_dist.core.scheme import Scheme
+from qe_dist.methods.base import Budget, Recipe
+from qe_dist.methods.compensation.none import NoCompensation
+from qe_dist.methods.compensation.qera import QERA
+from qe_dist.methods.compensation.quant_experts import QuantExperts
+from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.transforms.none import NoTransform
+from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
+
+QE_BUDGET = Budget(rank=64)
+
+
+def _rtn(scheme: str) -> Recipe:
+    return Recipe(Scheme.parse(scheme), NoTransform(), RoundToNearest(), NoCompensation())
+
+
+def _qera(scheme: str) -> Recipe:
+    return Recipe(Scheme.parse(scheme), NoTransform(), RoundToNearest(), QERA(), QE_BUDGET)
+
+
+def _qe(scheme: str) -> Recipe:
+    return Recipe(Scheme.parse(scheme), OutlierSmoothing(), RoundToNearest(), QuantExperts(), QE_BUDGET)
+
+
+RECIPES: dict[str, Recipe] = {
+    f"{name}-{short}": make(scheme)
+    for name, make in (("rtn", _rtn), ("qera", _qera), ("qe", _qe))
+    for short, scheme in (
+        ("w4a8", "w4a8"),
+        ("w4a6", "w4a6"),
+        ("w4a4", "w4a4"),
+        ("w3a16", "w3a16g128"),
+    )
+}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A named recipe, or one read from a TOML file."""
+    if name_or_path in RECIPES:
+        return RECIPES[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(f"there is no recipe {name_or_path!r} and no such file; named recipes: {', '.join(RECIPES)}")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    try:
+        return recipe_from(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def recipe_from(content: Mapping[str, Any]) -> Recipe:
+    """The inverse of `Recipe.describe`; members that are left out are `none`, `rtn` and `none`."""
+    known = {"scheme", "transform", "quantizer", "compensation", "budget", "granularity"}
+    _refuse_unknown("recipe", content, known)
+    if "scheme" not in content:
+        raise ConfigError('a recipe needs a scheme, such as scheme = "w4a6"')
+    granularity = content.get("granularity", "group")
+    if granularity not in ("group", "linear"):
+        raise ConfigError(f"granularity must be group or linear, found {granularity!r}")
+    defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none"}
+    members = {axis: _member(axis, content.get(axis, {}), name) for axis, name in defaults.items()}
+    budget = _build(Budget, "budget", content.get("budget", {"rank": 64}))
+    return Recipe(Scheme.parse(str(content["scheme"])), **members, budget=budget, granularity=granularity)
+
+
+def _member(axis: str, content: Any, default: str) -> Any:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{axis} must be a table with a name, found {content!r}")
+    settings = dict(content)
+    return _build(methods.get(axis, settings.pop("name", default)), axis, settings)
+
+
+def _build(cls: type[Any], where: str, content: Mapping[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    _refuse_unknown(where, content, set(fields))
+    for name, value in content.items():
+        wanted = type(fields[name].default)
+        numeric = wanted in (int, float) and isinstance(value, int | float)
+        if wanted not in (type(None), type(dataclasses.MISSING)) and not numeric and not isinstance(value, wanted):
+            raise ConfigError(f"{where}.{name} must be {wanted.__name__}, found {value!r}")
+    return cls(**content)
+
+
+def _refuse_unknown(where: str, content: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise ConfigError(f"{where} has no {unknown[0]!r}; known are: {', '.join(sorted(known))}")

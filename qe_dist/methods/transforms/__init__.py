@@ -1,0 +1,1 @@
+"""Transforms of the input and, inversely, of the weight: one file each."""

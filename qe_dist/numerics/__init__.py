@@ -1,0 +1,1 @@
+"""Pure functions on tensors. Nothing here knows of files, models or Ray."""

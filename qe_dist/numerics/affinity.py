@@ -1,0 +1,61 @@
+"""Which channels matter together: co-occurrence, NPMI, spectral clusters (Quant Experts, step e)."""
+
+import warnings
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def top_channels(x: Float[Tensor, "T I"], importance: Float[Tensor, " I"], k: int) -> Bool[Tensor, "T I"]:
+    """The k channels of each token with the largest |x| * importance."""
+    score = x.abs() * importance
+    mask = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+    return mask.scatter_(1, score.topk(min(k, x.shape[1]), dim=1).indices, True)
+
+
+def split_channels(
+    frequency: Float[Tensor, " I"], shared: int, routed: int
+) -> tuple[Int[Tensor, " S"], Int[Tensor, " R"]]:
+    """Channels ranked by how often they matter: the first ones for every token, the next ones for some."""
+    order = frequency.argsort(descending=True, stable=True)
+    return order[:shared], order[shared : shared + routed]
+
+
+def npmi(occurs: Bool[Tensor, "T C"]) -> Float[Tensor, "C C"]:
+    """Normalised pointwise mutual information, log(p_ij / (p_i p_j)) / -log p_ij, in -1..1.
+
+    -1 where two channels never occur together, 1 where they only occur together (and on the diagonal).
+    """
+    o = occurs.double()
+    joint = (o.T @ o) / max(1, o.shape[0])
+    single = joint.diagonal()
+    tiny = torch.finfo(torch.float64).tiny
+    value = torch.log(joint.clamp_min(tiny) / (single[:, None] * single).clamp_min(tiny))
+    value = value / -torch.log(joint.clamp_min(tiny))
+    value = torch.where(joint >= 1, torch.ones_like(value), value)  # both in every token
+    value = torch.where(joint > 0, value, -torch.ones_like(value))
+    value.fill_diagonal_(1.0)
+    return value.clamp(-1, 1)
+
+
+def cluster_channels(occurs: Bool[Tensor, "T C"], num_clusters: int, seed: int) -> Int[Tensor, " C"]:
+    """Cluster of every channel by spectral clustering of the NPMI, shifted to 0..1 (Laplacian needs >= 0)."""
+    from sklearn.cluster import SpectralClustering
+
+    channels = occurs.shape[1]
+    if channels <= num_clusters:
+        return torch.arange(channels)
+    affinity = ((npmi(occurs) + 1) / 2).cpu().numpy()
+    model = SpectralClustering(num_clusters, affinity="precomputed", random_state=seed, n_init=10)
+    with warnings.catch_warnings():  # a disconnected graph is a fine answer here: separate clusters
+        warnings.filterwarnings("ignore", message=".*not fully connected.*")
+        return torch.from_numpy(model.fit_predict(affinity)).long()
+
+
+def assign_tokens(occurs: Bool[Tensor, "T C"], labels: Int[Tensor, " C"], num_clusters: int) -> Int[Tensor, " T"]:
+    """The cluster that holds most of a token's important channels; -1 for a token that has none of them."""
+    member = torch.nn.functional.one_hot(labels.to(occurs.device), num_clusters).float()
+    overlap = occurs.float() @ member
+    best = overlap.argmax(dim=1)
+    return torch.where(overlap.amax(dim=1) > 0, best, torch.full_like(best, -1))

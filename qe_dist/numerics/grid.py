@@ -1,0 +1,59 @@
+"""Rounding to symmetric integer grids.
+
+Weights use the grid of compressed-tensors: codes -2^(b-1) .. 2^(b-1)-1, scale = max|w| / ((2^b - 1) / 2).
+Activations use the grid of integer tensor cores: codes -q .. q with q = 2^(b-1)-1, one scale per token.
+"""
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from qe_dist.core.errors import ConfigError
+
+
+def weight_scale(weight: Float[Tensor, "O I"], bits: int, group_size: int | None) -> Float[Tensor, "O G"]:
+    """Scales of plain rounding, already rounded to the bf16 in which they are stored. [O, groups]"""
+    grouped = _grouped(weight, group_size)
+    scale = grouped.abs().amax(dim=-1) / ((2**bits - 1) / 2)
+    scale = scale.to(torch.bfloat16)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def round_to_grid(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O G"], bits: int) -> Int8[Tensor, "O I"]:
+    """The nearest code of every weight."""
+    wide = _spread(scale.to(weight.dtype), weight.shape[1])
+    codes = torch.round(weight / wide).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.to(torch.int8)
+
+
+def dequantize(
+    codes: Int8[Tensor, "O I"], scale: Float[Tensor, "O G"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "O I"]:
+    return codes.to(dtype) * _spread(scale.to(dtype), codes.shape[1])
+
+
+def round_activations(x: Float[Tensor, "T I"], bits: int | None) -> Float[Tensor, "T I"]:
+    """Qa: each token to its own symmetric grid and back. None leaves x as it is."""
+    if bits is None:
+        return x
+    top = 2 ** (bits - 1) - 1
+    scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.round(x / scale).clamp(-top, top) * scale
+
+
+def _grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    rows, columns = weight.shape
+    size = group_size or columns
+    if columns % size:
+        raise ConfigError(
+            f"group size {size} does not divide the input width {columns}; "
+            "choose a group size that does, or per-channel scales"
+        )
+    return weight.reshape(rows, columns // size, size)
+
+
+def _spread(scale: Tensor, columns: int) -> Tensor:
+    """[O, G] -> [O, I], or [O, 1] where one scale serves the whole row."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(columns // scale.shape[1], dim=1)

@@ -1,0 +1,87 @@
+"""The formula of DESIGN section 1 in plain torch: what every kernel must compute.
+
+y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from qe_dist.core.quantized import GroupInput, QuantizedLinear
+from qe_dist.numerics.grid import dequantize, round_activations
+from qe_dist.numerics.routing import choose_experts
+
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """Everything about x that the linears of a group share."""
+
+    base: Float[Tensor, "T I"]
+    """Qa(x~), extracted channels zero."""
+    shared: Float[Tensor, "T R"] | None
+    shared_channels: Float[Tensor, "T C"] | None
+    experts: Float[Tensor, "T ER"] | None
+    """x~ A of all experts side by side, zero but for the token's own."""
+    expert_channels: Float[Tensor, "T EC"] | None
+
+
+def route(part: GroupInput, router_x: Float[Tensor, "T H"] | None) -> Int[Tensor, " T"] | None:
+    if part.router is None:
+        return None
+    assert router_x is not None, "a group with a router needs the router's input"
+    return choose_experts(router_x, part.router)
+
+
+def prepare(
+    part: GroupInput,
+    x: Float[Tensor, "T I"],
+    expert: Int[Tensor, " T"] | None,
+    act_bits: int | None,
+    modality: Int8[Tensor, " T"] | None = None,
+) -> PreparedInput:
+    x = x.float()
+    if part.input_scale is not None:
+        scale = part.input_scale.float()
+        per_modality = scale.shape[0] > 1
+        x = x / (scale[modality.long()] if per_modality else scale[0])  # type: ignore[union-attr]
+    base = x
+    shared = shared_channels = experts = expert_channels = None
+    if part.shared_down is not None:
+        shared = x @ part.shared_down.dense.T
+    if part.shared_channels is not None:
+        shared_channels = x[:, part.shared_channels.long()]
+        base = base.index_fill(1, part.shared_channels.long(), 0.0)
+    if expert is not None and part.router is not None:
+        own = torch.nn.functional.one_hot(expert, part.num_experts).to(x)
+        if part.expert_down is not None:
+            down = part.expert_down.dense
+            experts = _keep_own(x @ down.flatten(0, 1).T, own)
+        if part.expert_channels is not None:
+            channels = part.expert_channels.long()
+            expert_channels = _keep_own(x[:, channels.flatten()], own)
+            base = base.scatter(1, channels[expert], 0.0)
+    return PreparedInput(round_activations(base, act_bits), shared, shared_channels, experts, expert_channels)
+
+
+def _keep_own(z: Tensor, own: Tensor) -> Tensor:
+    """[T, E*R], one-hot [T, E] -> the same with the other experts' columns zero."""
+    tokens, experts = own.shape
+    return (z.view(tokens, experts, -1) * own[..., None]).flatten(1)
+
+
+def linear_forward(linear: QuantizedLinear, x: PreparedInput) -> Float[Tensor, "T O"]:
+    """float32, whatever the precision of the input."""
+    y = x.base @ dequantize(linear.codes, linear.scale).T
+    if linear.shared_up is not None:
+        y = y + x.shared @ linear.shared_up.dense.T
+    if linear.shared_columns is not None:
+        y = y + x.shared_channels @ linear.shared_columns.float().T
+    if linear.expert_up is not None:
+        y = y + x.experts @ linear.expert_up.dense.transpose(1, 2).flatten(0, 1)
+    if linear.expert_columns is not None:
+        y = y + x.expert_channels @ linear.expert_columns.float().transpose(1, 2).flatten(0, 1)
+    if linear.bias is not None:
+        y = y + linear.bias.float()
+    return y

@@ -1,0 +1,184 @@
+"""Statistics of the tensor that a group of linears reads, one pass, mergeable.
+
+All of them are sums, maxima or a bottom-k sample, so parts merge exactly; adding in batch order makes the
+last bits equal as well. Rows with a NaN or Inf are counted and left out, never summed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from qe_dist.core.batch import MODALITIES
+from qe_dist.numerics.lowrank import capped
+
+M = len(MODALITIES)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe asks to be collected beside the token sample."""
+
+    gram: bool = False
+    top_channels: int = 0
+    """k of how often a channel is among the k most important ones of a token."""
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(self.gram or other.gram, max(self.top_channels, other.top_channels))
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """The tokens with the smallest keys: the same ones whatever the batches, stages or workers."""
+
+    keys: Int[Tensor, " S"]
+    x: Float[Tensor, "S I"]
+    router_x: Float[Tensor, "S H"]
+    """The same tokens at the input that the router reads."""
+    modality: Int8[Tensor, " S"]
+
+    def smallest(self, count: int) -> "TokenSample":
+        order = self.keys.argsort(stable=True)[:count]
+        return TokenSample(self.keys[order], self.x[order], self.router_x[order], self.modality[order])
+
+    def joined(self, other: "TokenSample") -> "TokenSample":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return TokenSample(*(torch.cat(pair) for pair in pairs))
+
+
+@dataclass
+class GroupStats:
+    """Accumulates over batches; every per-channel field has a row per modality."""
+
+    needs: Needs
+    sample_size: int
+    count: Int[Tensor, " M"]
+    nonfinite: int
+    abs_sum: Float[Tensor, "M I"]
+    abs_max: Float[Tensor, "M I"]
+    gram: Float[Tensor, "M I I"] | None
+    top_count: Int[Tensor, "M I"] | None
+    sample: TokenSample
+    importance: Float[Tensor, " I"] = field(repr=False)
+    """Mean |W| of each input channel over the group's linears: importance of a token's channel is |x| times it."""
+
+    @classmethod
+    def empty(
+        cls,
+        weights: Mapping[str, Float[Tensor, "_ I"]],
+        router_width: int,
+        needs: Needs,
+        sample_size: int,
+    ) -> "GroupStats":
+        stacked = list(weights.values())
+        width, device = stacked[0].shape[1], stacked[0].device
+        total = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in stacked)
+        importance = (total / sum(w.shape[0] for w in stacked)).float()
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            needs=needs,
+            sample_size=sample_size,
+            count=zeros(M, dtype=torch.int64),
+            nonfinite=0,
+            abs_sum=zeros(M, width, dtype=torch.float64),
+            abs_max=zeros(M, width),
+            gram=zeros(M, width, width) if needs.gram else None,
+            top_count=zeros(M, width, dtype=torch.int64) if needs.top_channels else None,
+            sample=TokenSample(
+                zeros(0, dtype=torch.int64),
+                zeros(0, width),
+                zeros(0, router_width),
+                zeros(0, dtype=torch.int8),
+            ),
+            importance=importance,
+        )
+
+    @property
+    def top_k(self) -> int:
+        """k, cut on narrow layers."""
+        return capped(self.importance.numel(), self.needs.top_channels)
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Float[Tensor, "T I"],
+        router_x: Float[Tensor, "T H"],
+        modality: Int8[Tensor, " T"],
+        keys: Int[Tensor, " T"],
+    ) -> None:
+        """Adds the tokens of one batch (padding already removed)."""
+        x, router_x = x.float(), router_x.float()
+        finite = torch.isfinite(x).all(dim=1) & torch.isfinite(router_x).all(dim=1)
+        if not finite.all():
+            self.nonfinite += int((~finite).sum())
+            x, router_x, modality, keys = (t[finite] for t in (x, router_x, modality, keys))
+        magnitude = x.abs()
+        for m in range(M):
+            rows = (modality == m).nonzero().squeeze(1)
+            if rows.numel() == 0:
+                continue
+            part, own = magnitude[rows], x[rows]
+            self.count[m] += rows.numel()
+            self.abs_sum[m] += part.sum(dim=0, dtype=torch.float64)
+            self.abs_max[m] = torch.maximum(self.abs_max[m], part.amax(dim=0))
+            if self.gram is not None:
+                self.gram[m] += own.T @ own
+            if self.top_count is not None:
+                top = (part * self.importance).topk(self.top_k, dim=1).indices
+                self.top_count[m] += torch.bincount(top.flatten(), minlength=x.shape[1])
+        new = TokenSample(keys, x, router_x, modality).smallest(self.sample_size)
+        self.sample = self.sample.joined(new).smallest(self.sample_size)
+
+    def merge(self, other: "GroupStats") -> "GroupStats":
+        """The statistics of both parts together."""
+
+        def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else a + b
+
+        return replace(
+            self,
+            count=self.count + other.count,
+            nonfinite=self.nonfinite + other.nonfinite,
+            abs_sum=self.abs_sum + other.abs_sum,
+            abs_max=torch.maximum(self.abs_max, other.abs_max),
+            gram=add(self.gram, other.gram),
+            top_count=add(self.top_count, other.top_count),
+            sample=self.sample.joined(other.sample).smallest(self.sample_size),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.count.sum())
+
+    @property
+    def mean_abs(self) -> Float[Tensor, " I"]:
+        return (self.abs_sum.sum(dim=0) / max(1, self.num_tokens)).float()
+
+    @property
+    def total_gram(self) -> Float[Tensor, "I I"]:
+        assert self.gram is not None, "the recipe did not ask for Gram matrices in needs()"
+        return self.gram.sum(dim=0)
+
+    @property
+    def frequency(self) -> Float[Tensor, " I"]:
+        """Fraction of tokens for which a channel is among the k most important ones (QE, f_c)."""
+        assert self.top_count is not None, "the recipe did not ask for top_channels in needs()"
+        return self.top_count.sum(dim=0).double() / max(1, self.num_tokens)
+
+    def rescaled(self, scale: Float[Tensor, " I"]) -> "GroupStats":
+        """The statistics of x / scale, with weights that are multiplied by scale."""
+        sample = replace(self.sample, x=self.sample.x / scale)
+        gram = None if self.gram is None else self.gram / scale / scale[:, None]
+        return replace(
+            self,
+            abs_sum=self.abs_sum / scale,
+            abs_max=self.abs_max / scale,
+            gram=gram,
+            sample=sample,
+            importance=self.importance * scale,
+        )

@@ -1,0 +1,82 @@
+"""`quant_method: "qe"` for transformers: from_pretrained, generate, save_pretrained."""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.scheme import Scheme
+from qe_dist.serve.linear import QEInput, QELinear
+
+METHOD = "qe"
+VERSION = 1
+
+
+class QEConfig(QuantizationConfigMixin):
+    """The `quantization_config` of our checkpoints (written by io/checkpoint.py)."""
+
+    def __init__(
+        self,
+        scheme: str,
+        layouts: list[dict[str, Any]],
+        block_layouts: list[int],
+        version: int = VERSION,
+        format: str = "pack-quantized",
+        **_: Any,
+    ) -> None:
+        if version != VERSION:
+            raise CheckpointError(f"this checkpoint has format version {version}, this qe_dist reads {VERSION}")
+        self.quant_method = METHOD
+        self.scheme, self.layouts, self.block_layouts = scheme, layouts, block_layouts
+        self.version, self.format = version, format
+
+
+class QEQuantizer(HfQuantizer):
+    """Replaces the linears of the decoder blocks before the weights are loaded; names equal those on disk."""
+
+    quantization_config: QEConfig
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config = self.quantization_config
+        blocks = model.get_decoder().layers
+        if len(blocks) != len(config.block_layouts):
+            raise CheckpointError(
+                f"config.json describes {len(config.block_layouts)} quantized blocks, the model has {len(blocks)}"
+            )
+        for block, index in zip(blocks, config.block_layouts, strict=True):
+            replace_linears(block, config.layouts[index], Scheme.parse(config.scheme))
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def replace_linears(block: nn.Module, layout: dict[str, Any], scheme: Scheme) -> None:
+    """Puts empty quantized modules in the place of a block's linears."""
+    inputs = {name: QEInput(scheme, group["input"]) for name, group in layout.items()}
+    for name, group in layout.items():
+        inputs[name].route_on(inputs[group["router_input"]])
+        block.set_submodule(f"{name}_input", inputs[name])
+        for linear, shapes in group["linears"].items():
+            old = block.get_submodule(linear)
+            block.set_submodule(linear, QELinear(scheme, shapes, inputs[name], old))
+
+
+def register() -> None:
+    """Idempotent."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(QEQuantizer)
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(QEConfig)

@@ -1,0 +1,67 @@
+"""The house rules that a reader counts on and no linter checks."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "qe_dist"
+KERNELS = ROOT / "kernels/qe_kernels"
+PACKAGES = (LIBRARY, KERNELS, ROOT / "cluster/qe_cluster", ROOT / "pipelines/qe_pipelines")
+FILES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+GRAB_BAGS = {"utils.py", "misc.py", "common.py"}
+"""A name that says nothing invites everything."""
+
+
+def where(path: Path, line: int = 1) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_package_has_files_to_check(package: Path) -> None:
+    """Else a moved folder would make the rules below pass on nothing."""
+    assert any(package in path.parents for path in FILES)
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert [f"{where(p)} has {n}" for p, n in lengths.items() if n > MAX_FILE_LINES] == []
+
+
+def test_no_function_is_too_long() -> None:
+    """Kernels are excepted: one is a single loop that cannot be cut without cost."""
+    too_long = []
+    for path in FILES:
+        if KERNELS in path.parents:
+            continue
+        for node in nodes(path):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    too_long.append(f"{where(path, node.lineno)} {node.name} has {lines}")
+    assert too_long == []
+
+
+def test_the_library_never_prints() -> None:
+    """It logs or returns: what reaches the terminal is for the commands to decide."""
+    prints = [
+        where(path, node.lineno)
+        for path in FILES
+        if LIBRARY in path.parents
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert prints == []
+
+
+def test_no_grab_bag_files() -> None:
+    assert [where(path) for path in FILES if path.name in GRAB_BAGS] == []

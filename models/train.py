@@ -26,7 +26,10 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -90,15 +93,16 @@ def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
     token = tokenizer.convert_tokens_to_ids
     return Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=512, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
-            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        text_config={
+            "vocab_size": 512, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
             # M-RoPE gives the lowest frequencies to rows and columns; with the usual theta of 10^4 to 10^6 and heads
-            # of 32 they would hardly turn within a 4 by 4 grid.
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-            bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
-        ),
-        vision_config=dict(depth=2, embed_dim=128, hidden_size=HIDDEN, num_heads=4, mlp_ratio=4),
+            # of 32 they would hardly turn within a 3 by 4 grid.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={"depth": 2, "embed_dim": 128, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 4},
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=False,
@@ -352,9 +356,10 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=["plain", "outlier"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--lr", type=float, default=Recipe.lr)
     parser.add_argument("--init", type=Path, help="start from this model's weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps)
+    recipe = Recipe(steps=args.steps, lr=args.lr)
     train(args.model, recipe, args.out or Path(__file__).parent / args.model, args.init)

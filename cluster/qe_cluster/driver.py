@@ -66,6 +66,7 @@ def _run_waves(run: RunConfig, plan: Plan, samples: list[list[Sample]], listen: 
         embedder = _embedder(run, plan, samples)
         for wave in plan.waves:
             stages = [_stage(run, plan.model.arch, part) for part in wave]
+            ray.get([stage.load.remote() for stage in stages])
             last = wave is plan.waves[-1]
             summary.tokens = _stream(embedder, stages, wave, samples, last, listen)
             _fit(stages, wave, listen)
@@ -74,9 +75,10 @@ def _run_waves(run: RunConfig, plan: Plan, samples: list[list[Sample]], listen: 
                 ray.kill(stage)
         ray.kill(embedder)
     except RayTaskError as error:
-        if isinstance(error.cause, QEError):
-            raise error.cause from None
-        raise
+        cause: BaseException = error
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        raise cause from (None if isinstance(cause, QEError) else error)
     except RayActorError as error:
         raise QEError(
             f"a worker died ({str(error).splitlines()[0]}); finished blocks are safe, "

@@ -28,9 +28,13 @@ def set_up_logging(log_file: Path | None) -> None:
 class RunView:
     """Listens to the driver."""
 
-    def __init__(self, console: Console, bar: Progress) -> None:
-        self.console, self.bar = console, bar
+    def __init__(self, console: Console, bar: Progress, lines: bool = True) -> None:
+        self.console, self.bar, self.lines = console, bar, lines
         self.stream = self.fit = None
+
+    def without_lines(self) -> "RunView":
+        """The bar alone, for a caller that prints its own table."""
+        return RunView(self.console, self.bar, lines=False)
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "start":
@@ -41,8 +45,9 @@ class RunView:
         elif event == "block":
             self.bar.advance(self.fit)
             line = block_line(data)
-            self.console.print(line, highlight=False)
             log.info(line)
+            if self.lines:
+                self.console.print(line, highlight=False)
 
 
 def block_line(report: dict[str, Any]) -> str:

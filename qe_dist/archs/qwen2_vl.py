@@ -1,5 +1,6 @@
 """Qwen2-VL (2B, 7B, 72B): Qwen2 decoder with M-RoPE, vision tower with a merger."""
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,10 +65,8 @@ class _Prelude:
     @torch.no_grad()
     def __call__(self, examples: Sequence[Example], index: int) -> Batch:
         inputs = self.arch.model_inputs(examples, self.pad)
-        try:
+        with contextlib.suppress(_Caught):
             self.model(**{k: v.to(self.device) for k, v in inputs.items()}, use_cache=False)
-        except _Caught:
-            pass
         assert self.catcher.caught is not None, "the model ended before its first block"
         hidden, (cos, sin) = self.catcher.caught
         modality = pad_sequence([e.modality for e in examples], batch_first=True, padding_value=PADDING)
@@ -146,19 +145,19 @@ class Qwen2VL:
         return inputs
 
     def tiny_config(self) -> Mapping[str, Any]:
-        return dict(
-            model_type="qwen2_vl",
-            architectures=["Qwen2VLForConditionalGeneration"],
-            text_config=dict(
-                vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-                bos_token_id=0, eos_token_id=2, pad_token_id=0,
-            ),
-            vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
-            image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4,
-            tie_word_embeddings=False,
-        )  # fmt: skip
+        return {
+            "model_type": "qwen2_vl",
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "text_config": {
+                "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+            },
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+            "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4,
+            "tie_word_embeddings": False,
+        }  # fmt: skip
 
 
 def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], source: WeightSource) -> BlockSpec:

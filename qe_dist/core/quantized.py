@@ -5,7 +5,8 @@
 What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
 module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
 channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits.
-Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C channels, M modalities, H router inputs.
+Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C channels of the shared expert,
+D of a routed one, M modalities, H router inputs.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class GroupInput:
     shared_down: Factor | None = None  # [R, I]
     shared_channels: Int[Tensor, " C"] | None = None
     expert_down: Factor | None = None  # [E, R, I]
-    expert_channels: Int[Tensor, "E C"] | None = None
+    expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
 
     @property
@@ -57,7 +58,7 @@ class QuantizedLinear:
     shared_up: Factor | None = None  # [O, R]
     shared_columns: Float[Tensor, "O C"] | None = None
     expert_up: Factor | None = None  # [E, O, R]
-    expert_columns: Float[Tensor, "E O C"] | None = None
+    expert_columns: Float[Tensor, "E O D"] | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def quantize(run: RunConfig) -> None:
     embedder = Embedder(run, plan.model.arch)
     for wave in plan.waves:
         stages = [Stage(run, plan.model.arch, part) for part in wave]
+        for stage in stages:
+            stage.load()
         for i, part in enumerate(samples):
             batch = embedder.input_of(wave[0].blocks[0].index, i, part)
             for stage in stages:

@@ -30,9 +30,15 @@ class Stage:
         pin(run.threads)
         self.run, self.arch = run, archs.get(arch)
         self.source, self.store = SafetensorsSource(run.model), RunDir(run.output)
-        self.blocks = [_Block(self, spec) for spec in part.blocks]
+        self.part, self.blocks = part, []
         self.next_index = 0
-        self.seconds = {"forward": 0.0, "fit": 0.0}
+        self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
+
+    def load(self) -> None:
+        """Reads the blocks' weights. Apart from the constructor, so that an error arrives as itself from an actor."""
+        start = time.perf_counter()
+        self.blocks = [_Block(self, spec) for spec in self.part.blocks]
+        self.seconds["load"] += time.perf_counter() - start
 
     def forward(self, batch: Batch) -> Batch:
         """Hidden states after this stage's blocks; counts the batch into the statistics."""

@@ -25,6 +25,7 @@ from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity, InputGroup
 from qe_dist.numerics.factors import store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
+from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import num_words
 from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.stats import GroupStats, Needs
@@ -84,14 +85,10 @@ class Budget:
             raise ConfigError(f"budget.factor_bits must be 8 or 16, found {self.factor_bits}")
 
     def rank_for(self, problem: GroupProblem) -> int:
-        """The rank that one adapter for the group may have.
-
-        A rank is cut at a 16th of the input width: inert for the paper's 64 on every published model, and on
-        a narrow test model the same share of the layer.
-        """
+        """The rank that one adapter for the group may have (see `capped` for narrow layers)."""
         width = problem.group.in_features
         if self.rank is not None:
-            return min(self.rank, max(2, width // 16))
+            return capped(width, self.rank)
         outputs = problem.num_weights // width
         assert self.extra_bits is not None
         return int(self.extra_bits * problem.num_weights / (self.factor_bits * (width + outputs)))

@@ -14,6 +14,7 @@ from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Recipe
+from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
@@ -32,13 +33,17 @@ def _qera(scheme: str) -> Recipe:
     return Recipe(Scheme.parse(scheme), NoTransform(), RoundToNearest(), QERA(), QE_BUDGET)
 
 
+def _aser(scheme: str) -> Recipe:
+    return Recipe(Scheme.parse(scheme), OutlierSmoothing(), RoundToNearest(), ASER(), QE_BUDGET)
+
+
 def _qe(scheme: str) -> Recipe:
     return Recipe(Scheme.parse(scheme), OutlierSmoothing(), RoundToNearest(), QuantExperts(), QE_BUDGET)
 
 
 RECIPES: dict[str, Recipe] = {
     f"{name}-{short}": make(scheme)
-    for name, make in (("rtn", _rtn), ("qera", _qera), ("qe", _qe))
+    for name, make in (("rtn", _rtn), ("qera", _qera), ("aser", _aser), ("qe", _qe))
     for short, scheme in (
         ("w4a8", "w4a8"),
         ("w4a6", "w4a6"),

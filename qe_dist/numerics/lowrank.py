@@ -79,10 +79,11 @@ def low_rank_group(
     return dict(zip(errors, up.split(sizes), strict=True)), down
 
 
-def capped(width: int, asked: int) -> int:
-    """The rank or channel count asked for, but at most a 32nd of the width.
+PAPER_WIDTH = 1536
+"""Of the narrowest model in the Quant Experts paper, Qwen2-VL-2B."""
 
-    The paper's 32 is for widths of 1536 and more, where this changes nothing; on the narrow layers of a
-    test model 32 would be a quarter of the matrix.
-    """
-    return max(1, min(asked, width // 32))
+
+def capped(width: int, asked: int) -> int:
+    """A rank or channel count for a layer of this width: as asked, but on layers narrower than any published
+    one the same share of the width as on Qwen2-VL-2B, where 32 of 1536 channels is a 48th."""
+    return max(1, min(asked, asked * width // PAPER_WIDTH))

@@ -28,6 +28,6 @@ def regress_errors(
     target = errors.double()
     target = target - target.mean(dim=1, keepdim=True)
     gram = magnitude.T @ magnitude
-    ridge = damping * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    gram.diagonal().add_(ridge)
+    ridge = damping * gram.diagonal().mean()
+    gram.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))  # an input that is all zero: any router will do
     return torch.linalg.solve(gram, magnitude.T @ target).T.float().contiguous()

@@ -1,0 +1,22 @@
+"""An image as coloured half blocks, two pixels to a character."""
+
+from pathlib import Path
+
+from PIL import Image
+from rich.text import Text
+
+WIDTH = 48
+
+
+def picture(path: Path) -> Text:
+    """What a terminal can show of an image; on a terminal without colours, its path."""
+    with Image.open(path) as image:
+        height = max(2, round(WIDTH * image.height / image.width) // 2 * 2)
+        pixels = image.convert("RGB").resize((WIDTH, height), Image.Resampling.BOX)
+    text = Text(f"{path}\n")
+    for y in range(0, height, 2):
+        for x in range(WIDTH):
+            upper, lower = (pixels.getpixel((x, row)) for row in (y, y + 1))
+            text.append("▀", style=f"rgb{upper} on rgb{lower}".replace(" ", "").replace("on", " on "))
+        text.append("\n")
+    return text

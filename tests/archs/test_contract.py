@@ -1,0 +1,118 @@
+"""Every architecture file: block by block equals the Hugging Face model, and nothing of it is lost."""
+
+import pytest
+import torch
+
+from qe_dist import archs
+from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.io.samples import load_images, read_samples
+from qe_dist.io.weights import SafetensorsSource
+from tests.tiny import DATA, tiny_model
+
+
+@pytest.fixture(scope="module", params=archs.names())
+def model(request, tmp_path_factory):
+    folder = tiny_model(tmp_path_factory.mktemp(request.param), request.param)
+    return archs.get(request.param), SafetensorsSource(folder)
+
+
+@pytest.fixture(scope="module")
+def examples(model):
+    arch, source = model
+    encoder = arch.encoder(source.folder)
+    samples = read_samples(DATA / "evaluation.jsonl")
+    chosen = [samples[0], samples[6], samples[-1]]  # two images of different size, and plain text
+    return [encoder(s, load_images(s)) for s in chosen]
+
+
+def hf_model(source):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(source.folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_prelude_and_blocks_and_coda_equal_the_whole_model(model, examples):
+    arch, source = model
+    whole = hf_model(source)
+    batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
+    for spec in arch.spec(source).blocks:
+        block = arch.block(source, spec, "cpu", torch.float32)
+        batch = batch.with_hidden(arch.run_block(block, batch))
+    logits = whole.lm_head(whole.get_decoder().norm(batch.hidden))
+    assert torch.equal(logits, whole(**arch.model_inputs(examples, pad=0), use_cache=False).logits)
+
+
+def test_every_tensor_is_claimed_exactly_once(model):
+    arch, source = model
+    spec = arch.spec(source)
+    claimed = list(spec.passthrough)
+    for block in spec.blocks:
+        claimed += [block.prefix + name for name in block.others]
+        for group in block.groups:
+            for linear in group.linears:
+                claimed.append(f"{block.prefix}{linear.name}.weight")
+                if linear.bias:
+                    claimed.append(f"{block.prefix}{linear.name}.bias")
+    assert sorted(claimed) == sorted(source.names())
+
+
+@torch.no_grad()
+def test_linears_of_a_group_read_the_same_tensor(model, examples):
+    arch, source = model
+    spec = arch.spec(source).blocks[0]
+    block = arch.block(source, spec, "cpu", torch.float32)
+    seen = {}
+
+    def catcher(name):
+        return lambda module, args: seen.__setitem__(name, args[0])
+
+    for group in spec.groups:
+        for linear in group.linears:
+            block.get_submodule(linear.name).register_forward_pre_hook(catcher(linear.name))
+    arch.run_block(block, arch.prelude(source, "cpu", torch.float32)(examples, 0))
+    for group in spec.groups:
+        first, *others = (seen[x.name] for x in group.linears)
+        assert all(other is first for other in others)
+        assert first.shape[-1] == group.in_features
+
+
+def test_padding_is_marked_and_images_are_told_from_text(model, examples):
+    arch, source = model
+    batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
+    for row, example in enumerate(examples):
+        length = example.input_ids.numel()
+        assert torch.equal(batch.modality[row, :length], example.modality)
+        assert (batch.modality[row, length:] == -1).all()
+    assert (batch.modality == 1).any()
+
+
+def test_labels_are_the_answers_and_their_end_marks(model, examples):
+    arch, source = model
+    encoder = arch.encoder(source.folder)
+    sample = read_samples(DATA / "evaluation.jsonl")[0]
+    example = encoder(sample, load_images(sample))
+    answer = example.labels[example.labels != -100]
+    expected = sample.messages[1]["content"][0]["text"] + encoder.tokenizer.eos_token
+    assert encoder.tokenizer.decode(answer) == expected
+    prompt = encoder.prompt(sample, load_images(sample))
+    assert torch.equal(example.input_ids[: prompt.input_ids.numel()], prompt.input_ids)
+
+
+def test_unknown_and_quantized_models_are_refused():
+    with pytest.raises(ConfigError, match="model_type 'gpt9'"):
+        archs.for_config({"model_type": "gpt9"})
+    with pytest.raises(ConfigError, match="quantized already"):
+        archs.for_config({"model_type": "qwen2_vl", "quantization_config": {}})
+
+
+def test_a_shape_that_contradicts_the_config_is_named(model, tmp_path):
+    import json
+
+    arch, _ = model
+    folder = tiny_model(tmp_path / "wrong")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 128
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj.*\(96, 64\).*\(128, 64\)"):
+        arch.spec(SafetensorsSource(folder))

@@ -1,0 +1,73 @@
+"""A batch travels as named tensors; its tokens have keys that know nothing of the batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qe_dist.core.batch import IMAGE, PADDING, TEXT, Batch
+
+
+def batch_of(ids: Sequence[int], length: int = 6) -> Batch:
+    modality = torch.full((len(ids), length), TEXT, dtype=torch.int8)
+    return Batch(0, torch.zeros(len(ids), length, 1), modality, torch.tensor(ids))
+
+
+@pytest.fixture
+def batch(normal: Callable[..., Any]) -> Batch:
+    modality = torch.tensor([[IMAGE, IMAGE, TEXT, TEXT], [TEXT, TEXT, PADDING, PADDING]], dtype=torch.int8)
+    context = {"cos": normal(1, 3, 2, 4, 6), "rotary.sin": normal(2, 3, 2, 4, 6).transpose(2, 3)}
+    return Batch(7, normal(0, 2, 4, 5).bfloat16(), modality, torch.tensor([41, 12]), context)
+
+
+def test_a_batch_survives_a_file(batch: Batch, same: Callable[[Any, Any], bool]) -> None:
+    file = safetensors.torch.save(batch.tensors())
+    assert same(Batch.from_tensors(safetensors.torch.load(file)), batch)
+
+
+def test_padding_is_not_counted(batch: Batch) -> None:
+    assert batch.num_tokens == 6
+
+
+def test_with_hidden_keeps_everything_else(batch: Batch, same: Callable[[Any, Any], bool]) -> None:
+    moved = batch.with_hidden(batch.hidden + 1)
+    assert torch.equal(moved.hidden, batch.hidden + 1)
+    assert same(replace(moved, hidden=batch.hidden), batch)
+
+
+@given(ids=st.permutations(range(6)), cut=st.integers(1, 5), length=st.integers(1, 9), more=st.integers(0, 5))
+def test_keys_depend_on_sample_and_position_only(ids: list[int], cut: int, length: int, more: int) -> None:
+    """Whatever the order of samples, where batches are cut, and how much is padded."""
+    of_sample = dict(zip(range(6), batch_of(range(6), length).token_keys(), strict=True))
+    for part in (ids[:cut], ids[cut:]):
+        keys = batch_of(part, length + more).token_keys()[:, :length]
+        for sample, row in zip(part, keys, strict=True):
+            assert torch.equal(row, of_sample[sample])
+
+
+def test_keys_are_distinct_and_not_negative() -> None:
+    keys = batch_of(range(64), 512).token_keys().flatten()
+    assert keys.unique().numel() == keys.numel()
+    assert keys.min() >= 0
+
+
+@pytest.mark.parametrize("shift", [0, 20, 40, 57])
+def test_keys_are_well_spread(shift: int) -> None:
+    """Six bits at each end and in between fall into 64 bins evenly: 512 expected, 5 standard deviations allowed."""
+    keys = batch_of(range(64), 512).token_keys().flatten()
+    counts = torch.bincount((keys >> shift) & 63, minlength=64)
+    assert (counts - 512).abs().max() < 5 * 512**0.5
+
+
+def test_the_smallest_keys_come_from_everywhere() -> None:
+    """The token sample is the smallest keys; 1024 of them over 64 samples and 8 stretches of positions."""
+    order = batch_of(range(64), 512).token_keys().flatten().argsort()[:1024]
+    of_sample = torch.bincount(order // 512, minlength=64)
+    of_stretch = torch.bincount(order % 512 // 64, minlength=8)
+    assert (of_sample - 16).abs().max() < 5 * 16**0.5
+    assert (of_stretch - 128).abs().max() < 5 * 128**0.5

@@ -1,0 +1,128 @@
+"""Everything that a recipe can produce goes to named tensors and comes back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qe_dist.core.quantized import (
+    Factor,
+    GroupInput,
+    QuantizedLinear,
+    all_finite,
+    input_from_tensors,
+    input_tensors,
+    num_bytes,
+    repair_from_tensors,
+    repair_tensors,
+)
+
+Normal = Callable[..., Tensor]
+
+
+@pytest.fixture(params=["bf16", "int8"])
+def factor(request: pytest.FixtureRequest, normal: Normal) -> Callable[..., Factor]:
+    def make(seed: int, *shape: int) -> Factor:
+        values = normal(seed, *shape)
+        if request.param == "bf16":
+            return Factor(values.bfloat16())
+        return Factor((values * 40).clamp(-127, 127).to(torch.int8), normal(seed + 100, *shape[:-1]).bfloat16())
+
+    return make
+
+
+@pytest.fixture
+def full_input(factor: Callable[..., Factor], normal: Normal) -> GroupInput:
+    return GroupInput(
+        input_scale=normal(0, 2, 16).bfloat16(),
+        shared_down=factor(1, 3, 16),
+        shared_channels=torch.tensor([4, 1], dtype=torch.int32),
+        expert_down=factor(2, 5, 3, 16),
+        expert_channels=torch.tensor([[0], [2], [3], [5], [6]], dtype=torch.int32),
+        router=normal(3, 5, 24).bfloat16(),
+    )
+
+
+@pytest.fixture
+def full_linear(factor: Callable[..., Factor], normal: Normal) -> QuantizedLinear:
+    return QuantizedLinear(
+        codes=(3 * normal(10, 10, 16)).clamp(-8, 7).to(torch.int8),
+        scale=normal(4, 10, 2).abs().bfloat16(),
+        bias=normal(5, 10).bfloat16(),
+        shared_up=factor(6, 10, 3),
+        shared_columns=normal(7, 10, 2).bfloat16(),
+        expert_up=factor(8, 5, 10, 3),
+        expert_columns=normal(9, 5, 10, 1).bfloat16(),
+    )
+
+
+def test_an_input_survives(full_input: GroupInput, same: Callable[[Any, Any], bool]) -> None:
+    assert same(input_from_tensors(input_tensors(full_input)), full_input)
+
+
+def test_a_linear_survives(full_linear: QuantizedLinear, same: Callable[[Any, Any], bool]) -> None:
+    back = QuantizedLinear(full_linear.codes, full_linear.scale, **repair_from_tensors(repair_tensors(full_linear)))
+    assert same(back, full_linear)
+
+
+def test_names_on_disk(full_input: GroupInput, full_linear: QuantizedLinear) -> None:
+    """Changing one makes every checkpoint out there unreadable."""
+    scales = {"lr_shared_a_scale", "lr_expert_a_scale"} if full_input.shared_down.scale is not None else set()
+    names = {"lr_shared_a", "lr_expert_a", "input_scale", "lr_shared_channels", "lr_expert_channels", "router"}
+    assert set(input_tensors(full_input)) == names | scales
+    names = {"lr_shared_b", "lr_expert_b", "bias", "lr_shared_columns", "lr_expert_columns"}
+    assert set(repair_tensors(full_linear)) == names | {name.replace("_a_", "_b_") for name in scales}
+
+
+def test_what_is_absent_stays_absent() -> None:
+    assert input_tensors(GroupInput()) == {}
+    assert input_from_tensors({}) == GroupInput()
+    assert repair_from_tensors({}) == {}
+
+
+@pytest.mark.parametrize("absent", ["input_scale", "shared_down", "expert_down", "expert_channels", "router"])
+def test_any_part_may_be_absent(full_input: GroupInput, same: Callable[[Any, Any], bool], absent: str) -> None:
+    part = GroupInput(**{**vars(full_input), absent: None})
+    assert same(input_from_tensors(input_tensors(part)), part)
+
+
+def test_foreign_tensors_of_the_module_are_left_alone(full_linear: QuantizedLinear) -> None:
+    tensors = repair_tensors(full_linear) | {"weight_packed": full_linear.codes, "weight_scale": full_linear.scale}
+    assert set(repair_from_tensors(tensors)) == {
+        "bias",
+        "shared_up",
+        "shared_columns",
+        "expert_up",
+        "expert_columns",
+    }
+
+
+def test_tensors_are_contiguous_for_the_file(normal: Normal) -> None:
+    part = GroupInput(shared_down=Factor(normal(0, 16, 3).T), router=normal(1, 16, 5).T)
+    assert all(tensor.is_contiguous() for tensor in input_tensors(part).values())
+
+
+def test_the_number_of_experts_is_the_routers(full_input: GroupInput) -> None:
+    assert full_input.num_experts == 5
+    assert GroupInput().num_experts == 0
+
+
+def test_an_int8_factor_is_values_times_a_scale_per_row() -> None:
+    factor = Factor(torch.tensor([[[1, -2], [3, 4]]], dtype=torch.int8), torch.tensor([[0.5, 2.0]]))
+    assert factor.dense.tolist() == [[[0.5, -1.0], [6.0, 8.0]]]
+
+
+def test_bytes_are_those_of_the_stored_types() -> None:
+    tensors = {"codes": torch.zeros(3, 5, dtype=torch.int8), "scale": torch.zeros(3, 2, dtype=torch.bfloat16)}
+    assert num_bytes(tensors) == 3 * 5 + 2 * 3 * 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_bad_number_is_seen(bad: float) -> None:
+    healthy = {"up": torch.zeros(3, 4), "channels": torch.zeros(2, dtype=torch.int32)}
+    sick = torch.zeros(3, 4)
+    sick[1, 2] = bad
+    assert all_finite(healthy)
+    assert not all_finite(healthy | {"down": sick})

@@ -1,0 +1,209 @@
+"""The whole pipeline in one process on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qe_dist import archs
+from qe_dist.core.errors import ConfigError
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.evaluate import evaluate
+from qe_dist.flow.local import quantize
+from qe_dist.io.checkpoint import read_manifest
+from qe_dist.io.run_dir import sha256
+from qe_dist.io.samples import load_images, read_samples
+from qe_dist.methods.recipes import RECIPES, load_recipe
+from tests.tiny import DATA, calibration, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    data = calibration(tmp_path / "data")
+    return RunConfig(model, load_recipe("qe-w4a6"), data, tmp_path / "out", samples_per_batch=3, sample_tokens=256)
+
+
+def load(folder, dtype=torch.float32):
+    from transformers import AutoModelForImageTextToText
+
+    import qe_dist  # noqa: F401
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def encoded(model):
+    arch = archs.get("qwen2_vl")
+    encoder = arch.encoder(model)
+    samples = read_samples(DATA / "evaluation.jsonl")
+    return arch, [encoder(s, load_images(s)) for s in (*samples[:4], samples[-1])]
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith(("w4a6", "w4a8"))])
+def test_every_kind_of_recipe_gives_a_checkpoint_that_loads_and_answers(run, name):
+    quantize(replace(run, recipe=load_recipe(name)))
+    quantized, source = load(run.output), load(run.model)
+    arch, examples = encoded(run.model)
+    kl = evaluate(quantized, arch, examples, source).summary()["kl"]
+    assert 0 < kl < 0.5
+    out = quantized.generate(input_ids=examples[-1].input_ids[None, :8], max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 12)
+
+
+def test_w8a16_is_nearly_the_source(run):
+    from qe_dist.methods.recipes import recipe_from
+
+    quantize(replace(run, recipe=recipe_from({"scheme": "w8a16"})))
+    arch, examples = encoded(run.model)
+    assert evaluate(load(run.output), arch, examples, load(run.model)).summary()["kl"] < 1e-3
+
+
+def test_group_and_linear_granularity_and_int8_factors_and_extraction_load(run):
+    from qe_dist.methods.recipes import recipe_from
+
+    for i, extra in enumerate(
+        (
+            {"granularity": "linear"},
+            {"budget": {"rank": 64, "factor_bits": 8}},
+            {"compensation": {"name": "quant_experts", "extract": True}},
+            {"transform": {"name": "smoothquant"}},
+            {"scheme": "w3a16g32"},
+        )
+    ):
+        recipe = {"scheme": "w4a8", "compensation": {"name": "quant_experts", "num_experts": 3}} | extra
+        one = replace(run, recipe=recipe_from(recipe), output=run.output / str(i))
+        quantize(one)
+        arch, examples = encoded(run.model)
+        assert evaluate(load(one.output), arch, examples, load(run.model)).summary()["kl"] < 0.5
+
+
+def test_the_report_of_a_group_is_what_its_module_does(run):
+    """The error that the manifest states, measured again with the loaded modules on the model's own inputs."""
+    quantize(run)
+    quantized, source = load(run.output), load(run.model)
+    caught = {}
+    layers = source.get_decoder().layers
+    layers[1].mlp.gate_proj.register_forward_hook(lambda m, a, y: caught.update(x=a[0], y=y))
+    arch = archs.get("qwen2_vl")
+    encoder = arch.encoder(run.model)
+    wrong = right = 0.0
+    for sample in read_samples(run.calibration):
+        inputs = arch.model_inputs([encoder(sample, load_images(sample))], pad=0)
+        with torch.no_grad():
+            source(**inputs, use_cache=False)
+            y = quantized.get_decoder().layers[1].mlp.gate_proj(caught["x"])
+        wrong += (y - caught["y"]).square().sum().item()
+        right += caught["y"].square().sum().item()
+    stated = read_manifest(run.output)["blocks"][1]["groups"]["mlp.gate_up"]["error"]
+    assert (wrong / right) ** 0.5 == pytest.approx(stated, rel=0.3)  # gate alone, stated for gate and up
+
+
+def test_save_and_load_round_trip_keeps_names_and_logits(run, tmp_path):
+    from safetensors import safe_open
+
+    quantize(run)
+    first = load(run.output, torch.bfloat16)
+    first.save_pretrained(tmp_path / "again")
+    second = load(tmp_path / "again", torch.bfloat16)
+    before, after = first.state_dict(), second.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    written = set(json.loads((run.output / "model.safetensors.index.json").read_text())["weight_map"])
+    with safe_open(tmp_path / "again" / "model.safetensors", framework="pt") as again:
+        assert set(again.keys()) == written
+    ids = torch.arange(7, 20)[None]
+    assert torch.equal(first(input_ids=ids).logits, second(input_ids=ids).logits)
+
+
+def test_manifest_names_every_file_by_its_hash_and_counts_all_bytes(run):
+    quantize(run)
+    manifest = read_manifest(run.output)
+    for name, digest in manifest["files"].items():
+        assert sha256(run.output / name) == digest
+    assert manifest["fallbacks"] == {}
+    assert manifest["bits_per_weight"] > 4
+    assert not (run.output / ".run" / "activations").exists()
+
+
+def test_waves_give_the_same_bytes(run, tmp_path):
+    quantize(run)
+    waved = replace(run, output=tmp_path / "waves", blocks_per_worker=1)
+    quantize(waved)
+    assert files(waved.output) == files(run.output)
+
+
+def test_an_interrupted_run_continues_and_gives_the_same_bytes(run, tmp_path, monkeypatch):
+    from qe_dist.flow.stage import Stage
+
+    quantize(run)
+    broken = replace(run, output=tmp_path / "broken")
+    fit, fitted = Stage.fit, []
+
+    def failing(self, index):
+        if index == 1 and len(fitted) == 1:
+            raise KeyboardInterrupt
+        fitted.append(index)
+        return fit(self, index)
+
+    monkeypatch.setattr(Stage, "fit", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(broken)
+    assert not (broken.output / "config.json").exists()
+    before = (broken.output / ".run" / "blocks" / "block-00000.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(Stage, "fit", fit)
+    quantize(replace(broken, resume="required"))
+    assert files(broken.output) == files(run.output)
+    assert (broken.output / "block-00000.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_directory_of_another_run_is_refused_with_the_difference(run):
+    quantize(run)
+    with pytest.raises(ConfigError, match=r"belongs to another run.*recipe\.scheme \('w4a6' then, 'w4a4' now\)"):
+        quantize(replace(run, recipe=load_recipe("qe-w4a4")))
+    with pytest.raises(ConfigError, match="resume=never"):
+        quantize(replace(run, resume="never"))
+    quantize(run)  # the same again: nothing to do
+
+
+def test_required_needs_a_run_and_foreign_folders_are_left_alone(run):
+    with pytest.raises(ConfigError, match="no run to continue"):
+        quantize(replace(run, resume="required"))
+    run.output.mkdir(exist_ok=True)
+    (run.output / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not a run of ours"):
+        quantize(run)
+    assert [p.name for p in run.output.iterdir()] == ["precious.txt"]
+
+
+def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run, tmp_path):
+    """Block 1's norm overflows float32 for every token: its groups climb down to plain rounding, and say so."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path / "hot")
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith("layers.1.input_layernorm.weight"))
+    weights[name][:] = 3e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    quantize(replace(run, model=folder))
+    fallbacks = read_manifest(run.output)["fallbacks"]
+    assert not any("layers.0" in layer for layer in fallbacks)
+    steps = fallbacks[name.replace("input_layernorm.weight", "self_attn.qkv")]
+    assert "have a NaN or Inf at this input" in steps[0]
+    assert "plain rounding" in steps[-1]
+    from safetensors import safe_open
+
+    for file in run.output.glob("block-*.safetensors"):
+        with safe_open(file, framework="pt") as block:
+            for tensor in (block.get_tensor(k) for k in block.keys()):  # noqa: SIM118
+                assert not tensor.is_floating_point() or torch.isfinite(tensor).all()

@@ -1,0 +1,45 @@
+"""A two-block Qwen2-VL of random weights on disk, in a moment; tokenizer and image processor are the bundled ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from qe_dist import archs
+
+MODELS = Path(__file__).parent.parent / "models"
+DATA = MODELS / "data"
+
+
+def tiny_model(folder: Path, arch: str = "qwen2_vl", seed: int = 0) -> Path:
+    """Writes the model under the names that published checkpoints use."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(archs.get(arch).tiny_config()))
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                parameter[3] = 20.0  # an outlier channel
+            elif parameter.ndim == 2:
+                parameter.normal_(0, 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        shutil.copyfile(MODELS / "plain" / name, folder / name)
+    return folder
+
+
+def calibration(folder: Path, count: int = 6) -> Path:
+    """The first conversations and one story of the bundled calibration set, beside links to its images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (DATA / "calibration.jsonl").read_text().splitlines()
+    images = folder / "calibration"
+    if not images.exists():
+        images.symlink_to(DATA / "calibration")
+    path = folder / "calibration.jsonl"
+    path.write_text("\n".join([*lines[: count - 1], lines[-1]]) + "\n")
+    return path

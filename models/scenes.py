@@ -23,7 +23,7 @@ COLORS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
-KINDS = ("color", "digit", "order", "row", "count", "exists", "describe")
+KINDS = ("color", "digit", "order", "count", "exists", "describe")
 EVAL_DIGITS = 5  # every fifth handwritten digit is kept for evaluation
 
 
@@ -139,13 +139,6 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
     if kind == "order":
         place = rng.randrange(len(scene.things))
         return f"Which object comes {ORDINALS[place]}?", str(scene.things[place])
-    if kind == "row":
-        labels = [str(t) for t in scene.things]
-        single = [t for t in scene.things if labels.count(str(t)) == 1]
-        if not single:
-            return None
-        thing = rng.choice(single)
-        return f"In which row is the {thing}?", f"row {thing.row + 1}"
     if kind == "count":
         what = rng.choice([*SHAPES, "object", "digit", *(t.name for t in scene.things)])
         if what == "object":
@@ -158,13 +151,12 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
         return f"How many {plural} are there?", str(number)
     if kind == "exists":
         if rng.random() < 0.5:
-            thing = rng.choice(scene.things)
-            color, name = thing.color, thing.name
-        else:  # half of the wrong ones have a colour and a name that are there, but not together
-            color = rng.choice([t.color for t in scene.things] + [rng.choice(list(COLORS))])
-            name = rng.choice([t.name for t in scene.things] + [rng.choice(SHAPES)])
-        there = any((t.color, t.name) == (color, name) for t in scene.things)
-        return f"Is there a {color} {name}?", "yes" if there else "no"
+            what, present = rng.choice(SHAPES), names
+            question = f"Is there a {what}?"
+        else:
+            what, present = rng.choice(list(COLORS)), [t.color for t in scene.things]
+            question = f"Is there anything {what}?"
+        return question, "yes" if what in present else "no"
     return "Describe the image.", ", ".join(str(t) for t in scene.things)
 
 

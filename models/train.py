@@ -46,9 +46,11 @@ class Recipe:
     seed: int = 1
     steps: int = 3500
     batch: int = 32
-    stories: int = 4  # of the batch
-    questions: int = 4
-    lr: float = 1.5e-3
+    stories: int = 3  # of the batch
+    questions: int = 5
+    answer_weight: float = 3.0
+    story_weight: float = 0.5
+    lr: float = 1.2e-3
     warmup: int = 150
     weight_decay: float = 0.05
 
@@ -139,10 +141,13 @@ class Sampler:
             self.cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self.cache[text]
 
-    def conversation(self, cells: int, turns) -> tuple[list[int], list[int]]:
-        """(token ids, labels): the loss is on the answers and their end marks."""
-        ids, labels = [], []
-        for i, (_, question, answer) in enumerate(turns):
+    def conversation(self, cells: int, turns) -> tuple[list[int], list[int], list[float]]:
+        """(token ids, labels, weights): the loss is on the answers and their end marks.
+
+        Short answers, which need a look-up, weigh more than the many tokens of descriptions and stories.
+        """
+        ids, labels, weights = [], [], []
+        for i, (kind, question, answer) in enumerate(turns):
             vision = "<|vision_start|>" + "<|image_pad|>" * cells + "<|vision_end|>" if i == 0 else ""
             ask_ids = (
                 self.encode("<|im_start|>user\n" + vision)
@@ -152,14 +157,16 @@ class Sampler:
             answer_ids = self.encode(answer) + self.encode("<|im_end|>")
             ids += ask_ids + answer_ids + self.encode("\n")
             labels += [-100] * len(ask_ids) + answer_ids + [-100]
-        return ids, labels
+            weight = 1.0 if kind == "describe" else self.recipe.answer_weight
+            weights += [weight] * (len(ask_ids) + len(answer_ids) + 1)
+        return ids, labels, weights
 
     def batch(self) -> dict[str, torch.Tensor]:
         rows, pixels = [], []
         for i in range(self.recipe.batch):
             if i < self.recipe.stories:
                 ids = self.tokenizer.encode(tell(self.rng), add_special_tokens=False) + self.encode("<|endoftext|>")
-                rows.append((ids, ids))
+                rows.append((ids, ids, [self.recipe.story_weight] * len(ids)))
                 continue
             scene = draw_scene(self.rng)
             pixels.append(paint(scene, self.rng, held_out=False))
@@ -167,14 +174,16 @@ class Sampler:
         return self.collate(rows, pixels)
 
     def collate(self, rows, pixels) -> dict[str, torch.Tensor]:
-        width = max(len(ids) for ids, _ in rows)
+        width = max(len(ids) for ids, _, _ in rows)
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), width), -100)
-        for i, (row, target) in enumerate(rows):  # padded on the right: causal attention never sees it
+        weights = torch.zeros(len(rows), width)
+        for i, (row, target, weight) in enumerate(rows):  # padded on the right: causal attention never sees it
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, : len(target)] = torch.tensor(target)
+            weights[i, : len(weight)] = torch.tensor(weight)
         image = self.encode("<|image_pad|>")[0]
-        batch = {"input_ids": ids, "labels": labels, "mm_token_type_ids": (ids == image).int()}
+        batch = {"input_ids": ids, "labels": labels, "weights": weights, "mm_token_type_ids": (ids == image).int()}
         if pixels:
             batch |= self.images(pixels, return_tensors="pt")
         return batch
@@ -260,6 +269,12 @@ def schedule(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, max(0.01, min(1.0, left)))
 
 
+def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    weights = weights.flatten() * (labels.flatten() != -100)
+    return (each * weights).sum() / weights.sum()
+
+
 @torch.no_grad()
 def evaluate(model, sampler: Sampler, per_kind: int = 30) -> dict[str, float]:
     """Exact match on fresh scenes with held-out handwriting, one question each, and story perplexity.
@@ -279,12 +294,15 @@ def evaluate(model, sampler: Sampler, per_kind: int = 30) -> dict[str, float]:
                 pixels.append(paint(scene, rng, held_out=True))
         batch = sampler.collate(rows, pixels)
         labels = batch.pop("labels")[:, 1:]
+        del batch["weights"]
         guess = model(**batch).logits[:, :-1].argmax(-1)
         result[kind] = ((guess == labels) | (labels == -100)).all(1).float().mean().item()
     result["accuracy"] = sum(result[k] for k in KINDS) / len(KINDS)
     rows = [sampler.tokenizer.encode(tell(rng), add_special_tokens=False) for _ in range(32)]
-    batch = sampler.collate([(r, r) for r in rows], [])
-    result["story_perplexity"] = math.exp(model(**batch).loss.item())
+    batch = sampler.collate([(r, r, [1.0] * len(r)) for r in rows], [])
+    labels, weights = batch.pop("labels")[:, 1:], batch.pop("weights")[:, 1:]
+    loss = weighted_loss(model(**batch).logits[:, :-1].float(), labels, weights)
+    result["story_perplexity"] = math.exp(loss.item())
     model.train()
     return {k: round(v, 4) for k, v in result.items()}
 
@@ -311,7 +329,9 @@ def train(name: str, recipe: Recipe, out: Path, init: Path | None) -> None:
             group["lr"] = recipe.lr * schedule(step, recipe)
         batch = sampler.batch()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch, use_cache=False).loss
+            labels, weights = batch.pop("labels")[:, 1:], batch.pop("weights")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+        loss = weighted_loss(logits.float(), labels, weights)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -41,7 +41,7 @@ def same() -> Callable[[Any, Any], bool]:
         if dataclasses.is_dataclass(a):
             return type(a) is type(b) and compare(vars(a), vars(b))
         if isinstance(a, Mapping):
-            return isinstance(b, Mapping) and list(a) == list(b) and all(compare(a[k], b[k]) for k in a)
+            return isinstance(b, Mapping) and a.keys() == b.keys() and all(compare(a[k], b[k]) for k in a)
         if isinstance(a, list | tuple):
             return type(a) is type(b) and len(a) == len(b) and all(map(compare, a, b))
         return a == b

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from qe_cluster.actors import EmbedActor, StageActor
-from qe_cluster.launch import num_gpus, ray_cluster
+from qe_cluster.launch import ray_cluster
 from qe_dist.core.errors import QEError
 from qe_dist.core.sample import Sample
 from qe_dist.flow.calibrate import make_batches
@@ -95,7 +95,7 @@ def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:
     """On CPU it feeds the stages as they go. A GPU is lent to it first, and then given to a stage: the
     second embedder finds every batch in the spool."""
     arch = plan.model.arch
-    if run.device != "cpu" and num_gpus():
+    if run.device != "cpu":
         first = EmbedActor.options(num_cpus=0, num_gpus=1).remote(run, arch)
         start = plan.waves[0][0].blocks[0].index
         ray.get([first.finish.remote(None, first.input_of.remote(start, i, part)) for i, part in enumerate(samples)])

@@ -27,29 +27,29 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a checkpoint that transformers loads after `import qe_dist`."""
     set_up_logging(log_file)
-    from qe_cluster import driver
-    from qe_cluster.launch import default_device, default_workers, ray_cluster
+    from qe_cluster import driver, launch
 
     from qe_dist.flow.config import RunConfig
     from qe_dist.methods.recipes import load_recipe
 
     chosen = load_recipe(recipe)
-    with run_view(quiet) as view, ray_cluster(ray_address, (workers or 1) * threads):
-        run = RunConfig(
-            model=model,
-            recipe=chosen,
-            calibration=calibration,
-            output=output,
-            workers=workers or default_workers(threads),
-            resume=resume,  # type: ignore[arg-type]
-            device=default_device() if device == "auto" else device,
-            samples_per_batch=samples_per_batch,
-            sample_tokens=sample_tokens,
-            blocks_per_worker=blocks_per_worker,
-            threads=threads,
-            seed=seed,
-        )
-        summary = driver.quantize(run, listen=view)
+    here = launch.resources(ray_address)
+    run = RunConfig(
+        model=model,
+        recipe=chosen,
+        calibration=calibration,
+        output=output,
+        workers=workers or here.workers(threads),
+        resume=resume,  # type: ignore[arg-type]
+        device=here.device if device == "auto" else device,
+        samples_per_batch=samples_per_batch,
+        sample_tokens=sample_tokens,
+        blocks_per_worker=blocks_per_worker,
+        threads=threads,
+        seed=seed,
+    )
+    with run_view(quiet) as view:
+        summary = driver.quantize(run, ray_address, listen=view)
     for line in summary_lines(summary, output):
         log.info(line)
         if not quiet:

@@ -19,7 +19,7 @@ MAX_PIXELS = 64_000_000
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All samples of a file; images are looked at (header only), not decoded."""
+    """All samples of a file. Every image is decoded once, to find damaged ones now; none is kept."""
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; expected a JSON-lines file of samples")
     samples = []
@@ -102,8 +102,8 @@ def _image_path(name: str, origin: str, folder: Path) -> Path:
     path = folder / name
     if not path.is_file():
         raise ConfigError(f"{origin}: image {path} does not exist")
-    with _opened(path, origin):
-        return path
+    _decoded(path, origin)  # a damaged image should stop the run now, not at its batch
+    return path
 
 
 def _opened(path: Path, origin: str) -> Image.Image:
@@ -117,17 +117,19 @@ def _opened(path: Path, origin: str) -> Image.Image:
         raise ConfigError(f"{origin}: {path} is not an image ({error})") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
+        image.close()
         raise ConfigError(f"{origin}: {path} has {width}x{height} pixels, more than {MAX_PIXELS}; scale it down")
     return image
 
 
+def _decoded(path: Path, origin: str) -> Image.Image:
+    with _opened(path, origin) as image:
+        try:
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{origin}: {path} is damaged ({error})") from None
+
+
 def load_images(sample: Sample) -> list[Image.Image]:
     """The decoded images of a sample, RGB."""
-    images = []
-    for path in sample.images:
-        with _opened(path, sample.origin) as image:
-            try:
-                images.append(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ConfigError(f"{sample.origin}: {path} is damaged ({error})") from None
-    return images
+    return [_decoded(path, sample.origin) for path in sample.images]

@@ -79,8 +79,8 @@ class Budget:
             raise ConfigError("a budget is either a rank or extra_bits, exactly one of them")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"budget.rank must be at least 1, found {self.rank}")
-        if self.extra_bits is not None and self.extra_bits <= 0:
-            raise ConfigError(f"budget.extra_bits must be positive, found {self.extra_bits}")
+        if self.extra_bits is not None and not 0 < self.extra_bits < float("inf"):
+            raise ConfigError(f"budget.extra_bits must be positive and finite, found {self.extra_bits}")
         if self.factor_bits not in (8, 16):
             raise ConfigError(f"budget.factor_bits must be 8 or 16, found {self.factor_bits}")
 
@@ -279,7 +279,7 @@ class Recipe:
         return {
             "scheme": str(self.scheme),
             **axes,
-            "budget": vars(self.budget),
+            "budget": dict(vars(self.budget)),
             "granularity": self.granularity,
         }
 

@@ -6,6 +6,7 @@ rounding below, per-output-channel weights and per-token activations; W3A16 in g
 
 import dataclasses
 import tomllib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,34 @@ def _member(axis: str, content: Any, default: str) -> Any:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{axis} must be a table with a name, found {content!r}")
     settings = dict(content)
-    return _build(methods.get(axis, settings.pop("name", default)), axis, settings)
+    return _build(methods.get(axis, str(settings.pop("name", default))), axis, settings)
 
 
 def _build(cls: type[Any], where: str, content: Mapping[str, Any]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    _refuse_unknown(where, content, set(fields))
+    hints = typing.get_type_hints(cls)
+    _refuse_unknown(where, content, {f.name for f in dataclasses.fields(cls)})
     for name, value in content.items():
-        wanted = type(fields[name].default)
-        numeric = wanted in (int, float) and isinstance(value, int | float)
-        if wanted not in (type(None), type(dataclasses.MISSING)) and not numeric and not isinstance(value, wanted):
-            raise ConfigError(f"{where}.{name} must be {wanted.__name__}, found {value!r}")
+        if not _fits(value, hints[name]):
+            raise ConfigError(f"{where}.{name} must be {_readable(hints[name])}, found {value!r}")
     return cls(**content)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value has the type of a field: plain types, Literal, and unions of them."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_args(hint):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _readable(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    names = [_readable(option) for option in typing.get_args(hint) if option is not type(None)]
+    return " or ".join(names) if names else hint.__name__
 
 
 def _refuse_unknown(where: str, content: Mapping[str, Any], known: set[str]) -> None:

@@ -77,7 +77,7 @@ class QuantExperts:
         left = error - up @ down
 
         owner, occurs = self._owners(problem.problem, shared)
-        channels = self._own_channels(owner, occurs, stats.top_k) if self.extract else None
+        channels = self._own_channels(owner, occurs, shared) if self.extract else None
         ups, downs = [], []
         for e in range(self.num_experts):
             target = left if channels is None else left.index_fill(1, channels[e], 0.0)
@@ -105,12 +105,13 @@ class QuantExperts:
         owner = assign_tokens(occurs[:, seen], labels, self.num_experts)
         return owner, occurs.index_fill(1, shared, False)
 
-    def _own_channels(self, owner: Tensor, occurs: Tensor, k: int) -> Tensor:
-        """The k channels that are most often important for the tokens of each expert. [E, k]"""
+    def _own_channels(self, owner: Tensor, occurs: Tensor, shared: Tensor) -> Tensor:
+        """As many channels as are shared: those most often important for the tokens of each expert. [E, k]"""
         counts = torch.stack([occurs[owner == e].sum(dim=0) for e in range(self.num_experts)])
         # Where an expert has too few, those that matter to any token fill up.
         counts = counts.double() + occurs.double().mean(dim=0) * 1e-3
-        return counts.argsort(dim=1, descending=True, stable=True)[:, :k]
+        counts[:, shared] = -1.0  # never twice, even where no other channel was ever important
+        return counts.argsort(dim=1, descending=True, stable=True)[:, : shared.numel()]
 
     def _metric(self, stats, gram: Tensor, mine: Tensor):
         """v -> G_e v: the expert's own tokens, and a little of all tokens."""

@@ -1,0 +1,409 @@
+"""What every method must keep to, whoever wrote it: every file of every axis, and every combination of them.
+
+A method that is added to a folder is found and tested here without a line of change.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qe_dist import methods
+from qe_dist.core.errors import ConfigError
+from qe_dist.core.quantized import QuantizedGroup, all_finite, input_tensors, repair_tensors
+from qe_dist.core.scheme import Scheme
+from qe_dist.methods.base import (
+    NO_COLUMNS,
+    Budget,
+    Compensation,
+    Correction,
+    ErrorProblem,
+    GroupProblem,
+    Quantizer,
+    Recipe,
+    Transform,
+)
+from qe_dist.numerics.packing import pack
+from qe_dist.numerics.reference import linear_forward, prepare, route
+from qe_dist.numerics.stats import Needs
+
+WIDTH, TOKENS = 96, 320
+PROTOCOLS = {"transform": Transform, "quantizer": Quantizer, "compensation": Compensation}
+MEMBERS = [(axis, name) for axis in methods.AXES for name in methods.names(axis)]
+COMBINATIONS = list(itertools.product(*(methods.names(axis) for axis in methods.AXES)))
+PLAIN = ("none", "rtn", "none")
+
+Problem = Callable[..., GroupProblem]
+Same = Callable[[Any, Any], bool]
+
+
+def recipe_of(combination: tuple[str, ...], scheme: str = "w4a6") -> Recipe:
+    members = {axis: methods.get(axis, name)() for axis, name in zip(methods.AXES, combination, strict=True)}
+    return Recipe(Scheme.parse(scheme), **members, budget=Budget(rank=64))
+
+
+WITH_GRAM = [combination for combination in COMBINATIONS if recipe_of(combination).needs().gram]
+
+
+@pytest.fixture(scope="module")
+def x(planted: Callable[..., Any]) -> Tensor:
+    return planted(TOKENS, WIDTH).x
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS, ids="-".join)
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    return recipe_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def problem(recipe: Recipe, x: Tensor, problem_for: Problem) -> GroupProblem:
+    return problem_for(recipe, x)
+
+
+@pytest.fixture(scope="module")
+def fitted(recipe: Recipe, problem: GroupProblem) -> QuantizedGroup:
+    """Of the healthy problem."""
+    return recipe.fit(problem)
+
+
+def without_seconds(group: QuantizedGroup) -> QuantizedGroup:
+    return replace(group, report=replace(group.report, seconds=0.0))
+
+
+def assert_stored_numbers_are_finite(group: QuantizedGroup) -> None:
+    assert all_finite(input_tensors(group.input))
+    for linear in group.linears.values():
+        assert all_finite({"scale": linear.scale, **repair_tensors(linear)})
+    errors = [group.report.error, group.report.rounding_error, *group.report.error_by_modality.values()]
+    assert all(map(math.isfinite, errors))
+
+
+def is_plain_rounding(group: QuantizedGroup, problem: GroupProblem, same: Same) -> bool:
+    plain = replace(recipe_of(PLAIN), scheme=group.scheme).fit(problem)
+    return same((group.input, group.linears), (plain.input, plain.linears))
+
+
+@pytest.mark.parametrize(("axis", "name"), MEMBERS)
+def test_a_member_is_a_frozen_dataclass_of_its_axis(axis: str, name: str) -> None:
+    kind = methods.get(axis, name)
+    member = kind()  # every setting has a default
+    assert isinstance(member, PROTOCOLS[axis])
+    assert dataclasses.is_dataclass(kind)
+    assert kind.__dataclass_params__.frozen
+    assert kind.__doc__
+    assert not kind.__doc__.startswith(f"{kind.__name__}(")  # what dataclass writes where nobody did
+    assert pickle.loads(pickle.dumps(member)) == member
+
+
+@pytest.mark.parametrize("axis", methods.AXES)
+def test_an_unknown_member_is_refused_with_the_known_ones(axis: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{axis} 'unheard'.*{methods.names(axis)[0]}"):
+        methods.get(axis, "unheard")
+
+
+def test_healthy_statistics_need_no_fall_back(fitted: QuantizedGroup) -> None:
+    assert fitted.report.fallbacks == ()
+    assert_stored_numbers_are_finite(fitted)
+
+
+def test_equal_problems_give_equal_bits(
+    recipe: Recipe, problem: GroupProblem, fitted: QuantizedGroup, same: Same
+) -> None:
+    torch.manual_seed(77)  # the global state has no say
+    assert same(without_seconds(recipe.fit(copy.deepcopy(problem))), without_seconds(fitted))
+
+
+def test_the_problem_is_left_as_it_was(recipe: Recipe, problem: GroupProblem, same: Same) -> None:
+    before = copy.deepcopy(problem)
+    recipe.fit(problem)
+    assert same(problem, before)
+
+
+def test_a_result_travels_between_processes(fitted: QuantizedGroup, same: Same) -> None:
+    assert same(pickle.loads(pickle.dumps(fitted)), fitted)
+
+
+def test_a_recipe_travels_between_processes(recipe: Recipe) -> None:
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_codes_and_scales_are_of_the_scheme(recipe: Recipe, fitted: QuantizedGroup, problem: GroupProblem) -> None:
+    limit = 2 ** (recipe.scheme.weight_bits - 1)
+    assert list(fitted.linears) == list(problem.weights)
+    for name, linear in fitted.linears.items():
+        assert linear.codes.shape == problem.weights[name].shape
+        assert linear.codes.min() >= -limit
+        assert linear.codes.max() <= limit - 1
+        assert linear.scale.shape == (linear.codes.shape[0], 1)
+        assert linear.scale.dtype == torch.bfloat16
+        assert (linear.scale > 0).all()
+
+
+def test_the_report_says_what_a_reader_would_measure(
+    fitted: QuantizedGroup, problem: GroupProblem, recipe: Recipe, x: Tensor
+) -> None:
+    modality = (torch.arange(TOKENS) % 2).to(torch.int8)
+    ready = prepare(fitted.input, x, route(fitted.input, x), recipe.scheme.act_bits, modality)
+    wanted = torch.cat([x @ w.T for w in problem.weights.values()], dim=1).double()
+    found = torch.cat([linear_forward(linear, ready) for linear in fitted.linears.values()], dim=1)
+
+    def error(rows: Tensor | slice) -> float:
+        return float((wanted - found)[rows].norm() / wanted[rows].norm())
+
+    assert fitted.report.error == pytest.approx(error(slice(None)), rel=1e-4)
+    by_modality = {"text": error(modality == 0), "image": error(modality == 1)}
+    assert fitted.report.error_by_modality == pytest.approx(by_modality, rel=1e-4)
+
+
+def test_the_report_counts_every_stored_byte(fitted: QuantizedGroup, recipe: Recipe) -> None:
+    tensors = list(input_tensors(fitted.input).values())
+    for linear in fitted.linears.values():
+        tensors += [pack(linear.codes, recipe.scheme.weight_bits), linear.scale, *repair_tensors(linear).values()]
+    assert fitted.report.bytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_merged_statistics_give_the_same_bits(recipe: Recipe, x: Tensor, problem_for: Problem, same: Same) -> None:
+    """Parts that are merged in batch order, as against one pass over the same batches."""
+    streamed = recipe.fit(problem_for(recipe, x, batches=3))
+    merged = recipe.fit(problem_for(recipe, x, batches=3, merged=True))
+    assert same(without_seconds(merged), without_seconds(streamed))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("scheme", ["w4a16", "w3a16g32"])
+def test_a_repair_helps_where_only_weights_are_rounded(
+    combination: tuple[str, ...], scheme: str, x: Tensor, problem_for: Problem
+) -> None:
+    """Against its own codes, and against the same transform and quantizer without it."""
+    recipe = recipe_of(combination, scheme)
+    bare = recipe_of((*combination[:2], "none"), scheme)
+    report = recipe.fit(problem_for(recipe, x)).report
+    assert report.error <= report.rounding_error * (1 + 1e-3)  # factors are bf16
+    assert report.error <= bare.fit(problem_for(bare, x)).report.error * (1 + 1e-3)
+    assert report.fallbacks == ()
+
+
+@pytest.mark.parametrize("name", methods.names("transform"))
+def test_a_transform_keeps_the_product(name: str, x: Tensor, problem_for: Problem) -> None:
+    recipe = recipe_of((name, *PLAIN[1:]))
+    problem = problem_for(recipe, x)
+    moved = recipe.transform.fit(problem)
+    before, after = problem.stats.sample.x, moved.stats.sample.x
+    assert torch.equal(after, before if moved.input_scale is None else before / moved.input_scale[0])
+    assert torch.equal(moved.stats.sample.keys, problem.stats.sample.keys)
+    for weight, changed in zip(problem.weights.values(), moved.weights.values(), strict=True):
+        wanted = before @ weight.T
+        assert (after @ changed.T - wanted).abs().max() < 1e-5 * wanted.abs().max()  # float32
+
+
+@pytest.mark.parametrize("name", methods.names("transform"))
+def test_the_scale_of_a_transform_is_stored_as_it_was_used(name: str, x: Tensor, problem_for: Problem) -> None:
+    recipe = recipe_of((name, *PLAIN[1:]))
+    moved = recipe.transform.fit(problem_for(recipe, x))
+    if moved.input_scale is not None:
+        assert torch.equal(moved.input_scale, moved.input_scale.bfloat16().float())
+        assert (moved.input_scale > 0).all()
+
+
+@pytest.mark.parametrize("name", methods.names("compensation"))
+def test_exempted_columns_are_distinct_channels(name: str, x: Tensor, problem_for: Problem) -> None:
+    recipe = recipe_of((*PLAIN[:2], name))
+    exempt = recipe.compensation.exempt(problem_for(recipe, x)).tolist()
+    assert len(set(exempt)) == len(exempt)
+    assert set(exempt) <= set(range(WIDTH))
+
+
+def dead_channel(x: Tensor) -> Tensor:
+    return x.index_fill(1, torch.tensor([0, 17]), 0.0)
+
+
+def few_tokens(x: Tensor) -> Tensor:
+    return x[:20]
+
+
+def one_token(x: Tensor) -> Tensor:
+    return x[:1]
+
+
+def all_tokens_alike(x: Tensor) -> Tensor:
+    return x[:1].expand(50, -1).contiguous()
+
+
+def silence(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("change", [dead_channel, few_tokens, one_token, all_tokens_alike, silence])
+def test_poor_statistics_are_enough(
+    recipe: Recipe, x: Tensor, problem_for: Problem, change: Callable[[Tensor], Tensor]
+) -> None:
+    group = recipe.fit(problem_for(recipe, change(x)))
+    assert group.report.fallbacks == ()
+    assert_stored_numbers_are_finite(group)
+    assert group.report.error < 1
+
+
+def test_a_group_size_that_does_not_fit_is_the_users_error(x: Tensor, problem_for: Problem) -> None:
+    recipe = recipe_of(PLAIN, "w4a16g64")
+    with pytest.raises(ConfigError, match="group size 64"):
+        recipe.fit(problem_for(recipe, x))
+
+
+def poisoned(problem: GroupProblem, bad: float) -> GroupProblem:
+    gram = problem.stats.gram.clone()
+    gram[0, 3, 4] = bad
+    return replace(problem, stats=replace(problem.stats, gram=gram))
+
+
+@pytest.mark.parametrize("combination", WITH_GRAM, ids="-".join)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_poisoned_gram_matrix_ends_in_plain_rounding_and_says_so(
+    combination: tuple[str, ...], x: Tensor, problem_for: Problem, same: Same, bad: float
+) -> None:
+    recipe = recipe_of(combination)
+    problem = problem_for(recipe, x)
+    gram = problem.stats.gram.clone()
+    gram[0, 3, 4] = bad
+    group = recipe.fit(replace(problem, stats=replace(problem.stats, gram=gram)))
+    assert [note.split(":")[0] for note in group.report.fallbacks] == [
+        "step 'as asked' of the ladder failed",
+        "step 'float64' of the ladder failed",
+        "step 'float64 and 1% damping' of the ladder failed",
+        "plain rounding without transform and compensation",
+    ]
+    assert is_plain_rounding(group, problem, same)
+    assert_stored_numbers_are_finite(group)
+
+
+@pytest.mark.parametrize("combination", WITH_GRAM, ids="-".join)
+def test_what_float32_cannot_hold_is_solved_in_float64(
+    combination: tuple[str, ...], x: Tensor, problem_for: Problem
+) -> None:
+    """The optimum does not depend on the size of the Gram matrix. A method may also cope with it by itself."""
+    recipe = recipe_of(combination)
+    problem = problem_for(recipe, x)
+    healthy = recipe.fit(problem)
+    huge = problem.stats.gram * (3e38 / problem.stats.gram.abs().max())
+    group = recipe.fit(replace(problem, stats=replace(problem.stats, gram=huge)))
+    assert group.report.fallbacks[-1:] in ((), ("solved by 'float64'",))
+    assert group.report.error < 1.2 * healthy.report.error  # the metric of an expert mixes in its own tokens
+    stored = {n: (t.dtype, t.shape) for n, t in input_tensors(group.input).items()}
+    assert stored == {n: (t.dtype, t.shape) for n, t in input_tensors(healthy.input).items()}
+
+
+def test_every_step_of_the_ladder_is_recorded(x: Tensor, problem_for: Problem) -> None:
+    recipe = recipe_of(("none", "rtn", "qera"))
+    problem = problem_for(recipe, x)
+    huge = problem.stats.gram * (3e38 / problem.stats.gram.abs().max())
+    failed, solved = recipe.fit(replace(problem, stats=replace(problem.stats, gram=huge))).report.fallbacks
+    assert failed.startswith("step 'as asked' of the ladder failed: ")
+    assert solved == "solved by 'float64'"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A compensation that repairs whatever it is told to."""
+
+    correction: Correction
+
+    def needs(self) -> Needs:
+        return Needs()
+
+    def exempt(self, problem: GroupProblem) -> Tensor:
+        return NO_COLUMNS
+
+    def fit(self, problem: ErrorProblem) -> Correction:
+        return self.correction
+
+
+def test_a_repair_with_a_nan_is_never_stored(
+    x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], same: Same
+) -> None:
+    up = normal(0, 80, 2)
+    up[60, 1] = math.nan
+    recipe = replace(recipe_of(PLAIN), compensation=Given(Correction(shared_up=up, shared_down=normal(1, 2, WIDTH))))
+    problem = problem_for(recipe, x)
+    group = recipe.fit(problem)
+    assert group.report.fallbacks[-1] == "plain rounding without transform and compensation"
+    assert is_plain_rounding(group, problem, same)
+
+
+@pytest.mark.parametrize("factor_bits", [8, 16])
+def test_an_extracted_channel_is_exact_whatever_else_repairs_it(
+    x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], factor_bits: int
+) -> None:
+    """Low-rank factors may reach into extracted channels: the stored columns make up for it, up to their bf16."""
+    channels = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))[:12].view(4, 3)
+    correction = Correction(
+        shared_up=normal(3, 80, 2),
+        shared_down=0.1 * normal(4, 2, WIDTH),
+        shared_channels=channels[3],
+        expert_up=normal(5, 3, 80, 2),
+        expert_down=0.1 * normal(6, 3, 2, WIDTH),
+        expert_channels=channels[:3],
+        router=normal(7, 3, WIDTH),
+    )
+    recipe = replace(
+        recipe_of(PLAIN, "w4a4"), compensation=Given(correction), budget=Budget(rank=1, factor_bits=factor_bits)
+    )
+    problem = problem_for(recipe, x)
+    group = recipe.fit(problem)
+    expert = route(group.input, x)
+    assert expert.unique().numel() == 3
+    kept = torch.zeros_like(x).scatter(1, channels[expert], 1.0).index_fill(1, channels[3], 1.0)
+    loud = normal(8, *x.shape) * kept
+    ready = prepare(group.input, loud, expert, recipe.scheme.act_bits)
+    for name, linear in group.linears.items():
+        wanted = loud @ problem.weights[name].T
+        assert (linear_forward(linear, ready) - wanted).norm() < 2**-8 * wanted.norm()
+
+
+def test_without_a_finite_token_there_is_plain_rounding_and_a_note(
+    recipe: Recipe, x: Tensor, problem_for: Problem, problem: GroupProblem, same: Same
+) -> None:
+    group = recipe.fit(problem_for(recipe, torch.full_like(x, math.nan)))
+    assert group.report.fallbacks == (
+        f"{TOKENS} of {TOKENS} tokens have a NaN or Inf at this input and were left out",
+        "plain rounding without transform and compensation",
+    )
+    assert is_plain_rounding(group, problem, same)
+    assert_stored_numbers_are_finite(group)
+
+
+def test_a_few_bad_tokens_are_left_out_with_a_note(
+    recipe: Recipe, x: Tensor, problem_for: Problem, fitted: QuantizedGroup
+) -> None:
+    sick = x.clone()
+    sick[[3, 50], 7] = math.inf
+    group = recipe.fit(problem_for(recipe, sick))
+    assert group.report.fallbacks == (f"2 of {TOKENS} tokens have a NaN or Inf at this input and were left out",)
+    assert group.report.error < 1.5 * fitted.report.error
+
+
+@pytest.mark.parametrize("name", methods.names("compensation"))
+def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem_for: Problem) -> None:
+    recipe = replace(recipe_of((*PLAIN[:2], name)), budget=Budget(extra_bits=0.01))
+    group = recipe.fit(problem_for(recipe, x))
+    assert group.report.fallbacks == ()
+    assert_stored_numbers_are_finite(group)
+
+
+@pytest.mark.parametrize("factor_bits", [8, 16])
+@pytest.mark.parametrize("extra_bits", [0.5, 1.0, 3.0])
+def test_bytes_become_the_largest_rank_that_they_can_store(
+    x: Tensor, problem_for: Problem, extra_bits: float, factor_bits: int
+) -> None:
+    problem = problem_for(recipe_of(PLAIN), x)
+    weights = sum(w.numel() for w in problem.weights.values())
+    outputs = sum(w.shape[0] for w in problem.weights.values())
+    rank = Budget(extra_bits=extra_bits, factor_bits=factor_bits).rank_for(problem)
+    per_rank = factor_bits * (WIDTH + outputs)
+    assert rank * per_rank <= extra_bits * weights < (rank + 1) * per_rank

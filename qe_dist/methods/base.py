@@ -12,6 +12,7 @@ from torch import Tensor
 from qe_dist.core.batch import MODALITIES
 from qe_dist.core.errors import ConfigError, NumericalError
 from qe_dist.core.quantized import (
+    Factor,
     FitReport,
     GroupInput,
     QuantizedGroup,
@@ -222,45 +223,29 @@ class Recipe:
         codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
         return self._store(problem, codes, Correction())
 
-    def _store(self, moved: GroupProblem, codes: Mapping[str, Codes], correction: Correction) -> QuantizedGroup:
-        """Rounds the factors to their stored form. Columns of extracted channels make up for whatever the
-        stored factors already contribute there, so extraction is exact up to bf16."""
+    def _store(self, moved: GroupProblem, codes: Mapping[str, Codes], c: Correction) -> QuantizedGroup:
+        """Rounds the factors to their stored form, then takes the columns of extracted channels, which make up
+        for whatever those factors contribute there: extraction is exact up to bf16."""
         bits = self.budget.factor_bits
-        c = correction
-
-        def stored(matrix: Tensor | None):
-            return None if matrix is None else store_factor(matrix, bits)
-
-        shared_down, expert_down = stored(c.shared_down), stored(c.expert_down)
+        expert_down = c.expert_down
+        if expert_down is not None and c.shared_channels is not None:  # the shared columns are all of W there
+            expert_down = expert_down.index_fill(2, c.shared_channels, 0.0)
+        shared_down, expert_down = _stored(c.shared_down, bits), _stored(expert_down, bits)
         sizes = [w.shape[0] for w in moved.weights.values()]
-        shared_ups = _rows(c.shared_up, sizes, 0)
-        expert_ups = _rows(c.expert_up, sizes, 1)
+        ups = zip(_rows(c.shared_up, sizes, 0), _rows(c.expert_up, sizes, 1), strict=True)
         linears = {}
-        for i, (name, weight) in enumerate(moved.weights.items()):
-            shared_up, expert_up = stored(shared_ups[i]), stored(expert_ups[i])
-            shared_columns = expert_columns = None
-            if c.shared_channels is not None:
-                shared_columns = weight[:, c.shared_channels]
-                if shared_up is not None:
-                    repaired = shared_up.dense @ shared_down.dense[:, c.shared_channels]
-                    shared_columns = shared_columns - repaired
-            if c.expert_channels is not None:
-                expert_columns = weight[:, c.expert_channels].transpose(0, 1)
-                if shared_up is not None:
-                    repaired = shared_up.dense @ shared_down.dense[:, c.expert_channels].transpose(0, 1)
-                    expert_columns = expert_columns - repaired
-                if expert_up is not None:
-                    own = expert_down.dense.gather(
-                        2, c.expert_channels[:, None, :].expand(-1, expert_down.dense.shape[1], -1)
-                    )
-                    expert_columns = expert_columns - expert_up.dense @ own
+        for (name, weight), (shared_rows, expert_rows) in zip(moved.weights.items(), ups, strict=True):
+            shared_up, expert_up = _stored(shared_rows, bits), _stored(expert_rows, bits)
+            shared, own = _pair(shared_up, shared_down), _pair(expert_up, expert_down)
             linears[name] = QuantizedLinear(
                 codes=codes[name].codes,
                 scale=codes[name].scale,
                 shared_up=shared_up,
-                shared_columns=_bf16(shared_columns),
+                shared_columns=None if c.shared_channels is None else _columns(weight, c.shared_channels, shared),
                 expert_up=expert_up,
-                expert_columns=_bf16(expert_columns),
+                expert_columns=None
+                if c.expert_channels is None
+                else _expert_columns(weight, c.expert_channels, shared, own),
             )
         part = GroupInput(
             input_scale=_bf16(moved.input_scale),
@@ -282,6 +267,32 @@ class Recipe:
             "budget": dict(vars(self.budget)),
             "granularity": self.granularity,
         }
+
+
+def _stored(matrix: Tensor | None, bits: int) -> Factor | None:
+    return None if matrix is None else store_factor(matrix, bits)
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _pair(up: Factor | None, down: Factor | None) -> Pairs:
+    """(up, down) as matrices, or nothing."""
+    return [] if up is None or down is None else [(up.dense, down.dense)]
+
+
+def _columns(weight: Tensor, channels: Tensor, pairs: Pairs) -> Tensor:
+    """What an extracted channel is multiplied with: its column, less what low-rank pairs add there. [O, C]"""
+    columns = weight[:, channels]
+    for up, down in pairs:
+        columns = columns - up @ down[:, channels]
+    return columns.to(torch.bfloat16)
+
+
+def _expert_columns(weight: Tensor, channels: Tensor, shared: Pairs, own: Pairs) -> Tensor:
+    """[E, O, C]"""
+    own_of = [[(up[e], down[e]) for up, down in own] for e in range(len(channels))]
+    return torch.stack([_columns(weight, channels[e], shared + own_of[e]) for e in range(len(channels))])
 
 
 def _rows(stacked: Tensor | None, sizes: list[int], dim: int) -> tuple[Tensor | None, ...]:

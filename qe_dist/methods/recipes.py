@@ -93,13 +93,19 @@ def _member(axis: str, content: Any, default: str) -> Any:
     return _build(methods.get(axis, str(settings.pop("name", default))), axis, settings)
 
 
-def _build(cls: type[Any], where: str, content: Mapping[str, Any]) -> Any:
+def _build(cls: type[Any], where: str, content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where} must be a table, found {content!r}")
     hints = typing.get_type_hints(cls)
     _refuse_unknown(where, content, {f.name for f in dataclasses.fields(cls)})
+    settings = {}
     for name, value in content.items():
-        if not _fits(value, hints[name]):
-            raise ConfigError(f"{where}.{name} must be {_readable(hints[name])}, found {value!r}")
-    return cls(**content)
+        hint = hints[name]
+        if not _fits(value, hint):
+            raise ConfigError(f"{where}.{name} must be {_readable(hint)}, found {value!r}")
+        is_whole = type(value) is int and float in (hint, *typing.get_args(hint))
+        settings[name] = float(value) if is_whole else value
+    return cls(**settings)
 
 
 def _fits(value: Any, hint: Any) -> bool:

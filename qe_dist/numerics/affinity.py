@@ -42,13 +42,16 @@ def npmi(occurs: Bool[Tensor, "T C"]) -> Float[Tensor, "C C"]:
 def cluster_channels(occurs: Bool[Tensor, "T C"], num_clusters: int, seed: int) -> Int[Tensor, " C"]:
     """Cluster of every channel by spectral clustering of the NPMI, shifted to 0..1 (Laplacian needs >= 0)."""
     from sklearn.cluster import SpectralClustering
+    from threadpoolctl import threadpool_limits
 
     channels = occurs.shape[1]
     if channels <= num_clusters:
         return torch.arange(channels)
     affinity = ((npmi(occurs) + 1) / 2).cpu().numpy()
     model = SpectralClustering(num_clusters, affinity="precomputed", random_state=seed, n_init=10)
-    with warnings.catch_warnings():  # a disconnected graph is a fine answer here: separate clusters
+    # numpy's and scikit-learn's own threads are not those that `pin` sets, and decide the last bits as well.
+    with threadpool_limits(1), warnings.catch_warnings():
+        # A disconnected graph is a fine answer here: separate clusters.
         warnings.filterwarnings("ignore", message=".*not fully connected.*")
         return torch.from_numpy(model.fit_predict(affinity)).long()
 

@@ -50,6 +50,25 @@ def test_keys_depend_on_sample_and_position_only(ids: list[int], cut: int, lengt
             assert torch.equal(row, of_sample[sample])
 
 
+def mixed(number: int) -> int:
+    """The finalizer of SplitMix64 with Python's integers, shifts being those of signed numbers."""
+
+    def signed(value: int) -> int:
+        return (value + 2**63) % 2**64 - 2**63
+
+    number = signed(number * 0x9E3779B97F4A7C15)
+    number = signed((number ^ number >> 30) * 0xBF58476D1CE4E5B9)
+    number = signed((number ^ number >> 27) * 0x94D049BB133111EB)
+    return (number ^ number >> 31) % 2**63
+
+
+def test_keys_are_these_numbers_and_no_others() -> None:
+    """Another mixing would be as good, but every run would sample other tokens."""
+    ids = [0, 1, 7, 123_456_789]
+    keys = batch_of(ids, 5).token_keys().tolist()
+    assert keys == [[mixed(mixed(sample + 1) + position) for position in range(5)] for sample in ids]
+
+
 def test_keys_are_distinct_and_not_negative() -> None:
     keys = batch_of(range(64), 512).token_keys().flatten()
     assert keys.unique().numel() == keys.numel()

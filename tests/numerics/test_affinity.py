@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from qe_dist.numerics.affinity import assign_tokens, cluster_channels, npmi, split_channels, top_channels
@@ -91,6 +92,15 @@ def test_clusters_depend_on_the_seed_only(planted: tuple[Tensor, Tensor, Tensor]
     occurs, _, _ = planted
     noise = occurs[:, torch.randperm(32, generator=torch.Generator().manual_seed(1))][:50]
     assert torch.equal(cluster_channels(noise, 6, seed=3), cluster_channels(noise, 6, seed=3))
+
+
+def test_clusters_do_not_depend_on_the_number_of_threads() -> None:
+    """Channels that are all alike are told apart by nothing but the last bits of a sum."""
+    alike = torch.ones(3, 256, dtype=torch.bool)
+    with threadpool_limits(2):
+        labels = cluster_channels(alike, 8, seed=0)
+    with threadpool_limits(1):
+        assert torch.equal(cluster_channels(alike, 8, seed=0), labels)
 
 
 @pytest.mark.parametrize("channels", [0, 1, 4])

@@ -28,7 +28,7 @@ from qe_dist.numerics.affinity import (
 from qe_dist.numerics.grid import round_activations
 from qe_dist.numerics.lowrank import gram_product, low_rank, token_product
 from qe_dist.numerics.refine import Refinement, refine
-from qe_dist.numerics.routing import mean_residual, regress_errors
+from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
 
 SHARED_WEIGHT = 0.05
@@ -59,6 +59,9 @@ class QuantExperts:
             )
         if self.router not in ("regression", "mean_residual"):
             raise ConfigError(f"compensation.router must be regression or mean_residual, found {self.router!r}")
+
+        if self.extract and self.refine_epochs:
+            raise ConfigError("compensation.refine_epochs trains low-rank experts only; set extract = false")
 
     def needs(self) -> Needs:
         return Needs(gram=True, top_channels=self.k)
@@ -134,12 +137,15 @@ class QuantExperts:
         c = replace(c, router=router.to(left))
         if self.refine_epochs == 0:
             return c
-        target = stats.sample.x.to(left) @ left.T
+        x = stats.sample.x.to(left)
+        if c.expert_channels is not None:  # what is extracted needs no repair
+            expert = choose_experts(stats.sample.router_x, c.router)
+            x = x.index_fill(1, c.shared_channels, 0.0).scatter(1, c.expert_channels[expert], 0.0)
         settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
         expert_up, expert_down, router = refine(
-            stats.sample.x.to(left),
+            x,
             stats.sample.router_x.to(left),
-            target,
+            x @ left.T,
             (c.expert_up, c.expert_down, c.router),
             settings,
         )

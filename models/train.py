@@ -52,6 +52,7 @@ class Recipe:
     story_weight: float = 0.5
     lr: float = 1.2e-3
     warmup: int = 150
+    decay: float = 0.4  # share of the steps over which the learning rate falls
     weight_decay: float = 0.05
 
 
@@ -264,8 +265,8 @@ def build_optimizer(model, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def schedule(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, and a linear decay to a hundredth over the last 40 %."""
-    left = (recipe.steps - step) / (0.4 * recipe.steps)
+    """Linear warm-up, constant, and a linear decay to a hundredth."""
+    left = (recipe.steps - step) / (recipe.decay * recipe.steps)
     return min((step + 1) / recipe.warmup, max(0.01, min(1.0, left)))
 
 
@@ -377,9 +378,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--decay", type=float, default=Recipe.decay)
     parser.add_argument("--init", type=Path, help="start from this model's weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps, lr=args.lr)
+    recipe = Recipe(steps=args.steps, lr=args.lr, decay=args.decay)
     train(args.model, recipe, args.out or Path(__file__).parent / args.model, args.init)

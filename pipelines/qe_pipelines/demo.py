@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qe_pipelines.evaluate import encode, load
+from qe_pipelines.evaluate import encode
 from qe_pipelines.picture import picture
 from qe_pipelines.progress import run_view, set_up_logging
 from qe_pipelines.results import write_result
@@ -22,8 +22,13 @@ METHODS = {
     "rtn": "plain rounding",
     "aser": "one adapter, same active rank",
     "qera": "one adapter, same bytes",
+    "qe-paper": "Quant Experts, as in the paper",
     "qe": "Quant Experts",
 }
+COMPARED = {"plain": ("rtn", "qe"), "outlier": tuple(METHODS)}
+"""The whole field on the model that needs it, the two ends on the other."""
+ACTIVE_RANK = 128
+"""Of `qe`: 32 shared and 32 routed directions, 32 shared and 32 routed channels."""
 SHOWN_KINDS = ("describe", "order", "digit")
 SHOWN_BITS = "w4a4"
 
@@ -77,36 +82,46 @@ class Bench:
     """Quantizes and measures one model."""
 
     def __init__(self, model: Path, data: Path, output: Path, workers: int) -> None:
+        from qe_dist.serve.loading import load_model
+
         self.folder, self.data, self.output, self.workers = model, data, output, workers
-        self.reference = load(model)
+        self.reference = load_model(model)
         self.arch, self.examples = encode(model, data / "evaluation.jsonl")
 
     def full_precision(self) -> Case:
         return self._case("bf16", "full precision", 16.0, self.reference, 0.0)
 
     def methods(self, bits: str) -> list[Case]:
-        """All methods at one number format; the second adapter gets the bytes that Quant Experts took."""
+        """All methods to be compared, at one number format. The rivals get what Quant Experts takes: one adapter
+        the same active rank, the other, on top of SmoothQuant (without which it is weak), the same bytes."""
         from qe_dist.methods.base import Budget
         from qe_dist.methods.recipes import load_recipe
 
-        found = {m: self._quantized(bits, m, load_recipe(f"{m}-{bits}")) for m in ("rtn", "aser", "qe")}
-        recipe = load_recipe(f"qera-{bits}")
-        extra = found["qe"].bits_per_weight - found["rtn"].bits_per_weight
-        budget = Budget(extra_bits=extra, factor_bits=recipe.budget.factor_bits)
-        found["qera"] = self._quantized(bits, "qera", replace(recipe, budget=budget))
-        return [found[m] for m in METHODS]
+        recipes = {m: load_recipe(f"{m}-{bits}") for m in METHODS}
+        found: dict[str, Case] = {}
+        for method in sorted(COMPARED[self.folder.name], key=["rtn", "qe", "qe-paper", "aser", "qera"].index):
+            recipe = recipes[method]
+            if method == "aser":
+                recipe = replace(recipe, budget=Budget(rank=ACTIVE_RANK))
+            if method == "qera":
+                extra = found["qe"].bits_per_weight - found["rtn"].bits_per_weight
+                budget = Budget(extra_bits=extra, factor_bits=recipes["qe"].budget.factor_bits)
+                recipe = replace(load_recipe(f"smoothquant-{bits}"), compensation=recipe.compensation, budget=budget)
+            found[method] = self._quantized(bits, method, recipe)
+        return [found[m] for m in COMPARED[self.folder.name]]
 
     def _quantized(self, bits: str, method: str, recipe: Any) -> Case:
         from qe_cluster import driver
 
         from qe_dist.flow.config import RunConfig
+        from qe_dist.serve.loading import load_model
 
         output = self.output / f"{method}-{bits}"
         run = RunConfig(self.folder, recipe, self.data / "calibration.jsonl", output, self.workers)
         with run_view(quiet=False) as view:
             view.console.print(f"{self.folder.name}  {bits}  {METHODS[method]}")
             summary = driver.quantize(run, listen=view.without_lines())
-        model = load(output)
+        model = load_model(output)
         return self._case(bits, METHODS[method], summary.bits_per_weight, model, summary.seconds)
 
     def _case(self, bits: str, method: str, stored: float, model: Any, seconds: float) -> Case:
@@ -143,13 +158,14 @@ def table_of(cases: list[Case]) -> Table:
 def show_answers(console: Console, model: Path, data: Path, output: Path) -> None:
     """Three evaluation images with question, expected answer, and what is generated before and after."""
     from qe_dist.io.samples import read_samples
+    from qe_dist.serve.loading import load_model
 
     samples = read_samples(data / "evaluation.jsonl")
     chosen = [next(s for s in samples if s.kind == kind) for kind in SHOWN_KINDS]
     speakers = {
-        "full precision": load(model),
-        f"plain rounding, {SHOWN_BITS}": load(output / f"rtn-{SHOWN_BITS}"),
-        f"Quant Experts, {SHOWN_BITS}": load(output / f"qe-{SHOWN_BITS}"),
+        "full precision": load_model(model),
+        f"plain rounding, {SHOWN_BITS}": load_model(output / f"rtn-{SHOWN_BITS}"),
+        f"Quant Experts, {SHOWN_BITS}": load_model(output / f"qe-{SHOWN_BITS}"),
     }
     encoder = _encoder(model)
     for sample in chosen:

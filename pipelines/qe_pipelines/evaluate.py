@@ -19,7 +19,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL on questions with known answers and on plain text."""
     set_up_logging(None)
-    result = measure(load(model), model, data, None if reference is None else load(reference))
+    from qe_dist.serve.loading import load_model
+
+    result = measure(load_model(model), model, data, None if reference is None else load_model(reference))
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
@@ -28,24 +30,6 @@ def evaluate(
         cells = [f"{row[k]:.4f}" if k in row else "" for k in ("accuracy", "perplexity", "kl")]
         table.add_row(kind, str(row["samples"]), *cells)
     Console().print(table)
-
-
-def load(folder: Path) -> Any:
-    """A model or checkpoint in float32 on CPU (so that only quantization differs), bf16 on a GPU."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    import qe_dist  # noqa: F401 (registers our quantizer)
-    from qe_dist.core.errors import CheckpointError, ConfigError
-
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
-    gpu = torch.cuda.is_available()
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from None
-    return model.to("cuda" if gpu else "cpu")
 
 
 def measure(model: Any, folder: Path, data: Path, reference: Any = None) -> dict[str, Any]:

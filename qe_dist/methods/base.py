@@ -197,7 +197,7 @@ class Recipe:
             for name, change in LADDER:
                 try:
                     group = self._attempt(change(problem))
-                except NumericalError as error:
+                except (NumericalError, torch.linalg.LinAlgError) as error:
                     fallbacks.append(f"step '{name}' of the ladder failed: {error}")
                     continue
                 if name != LADDER[0][0]:
@@ -208,7 +208,7 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> QuantizedGroup:
         moved = self.transform.fit(problem)
-        exempt = self.compensation.exempt(moved)
+        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
         weights = {n: w.index_fill(1, exempt, 0.0) for n, w in moved.weights.items()}
         codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}

@@ -2,7 +2,8 @@
 
 Only the routed experts and the router are trained, everything else stays. The paper gives AdamW, lr 1e-4,
 cosine, 16 epochs of 100 iterations, and a regression plus a KL term; weights and targets are not published.
-Here [INF]: experts are mixed by softmax(-R|x| / tau) while training, top-1 after it;
+Here [INF]: top-1 routing as at run time, with the gradient of softmax(-R|x| / tau) (straight-through: a soft
+mixture never sharpens, and near the optimum it found nothing);
 regression = ||target - mixture||^2 relative to ||target||^2, KL = KL(softmax(-error_i / tau) || softmax(-R|x| / tau)).
 """
 
@@ -50,11 +51,12 @@ def refine(
             outputs = _outputs(x[rows], up, down)
             errors = (target[rows, None] - outputs).square().mean(-1)
             score = router_x[rows].abs() @ router.T
-            tau = score.detach().std(dim=1).mean().clamp_min(1e-12)
+            tau = score.detach().std(dim=1, correction=0).mean().clamp_min(1e-12)
             mix = torch.softmax(-score / tau, dim=1)
-            mixed = (mix[..., None] * outputs).sum(1)
+            chosen = F.one_hot(mix.argmax(dim=1), mix.shape[1]) + mix - mix.detach()
+            mixed = (chosen[..., None] * outputs).sum(1)
             regression = (target[rows] - mixed).square().mean() / scale
-            wanted = torch.softmax(-errors.detach() / errors.detach().std().clamp_min(1e-30), dim=1)
+            wanted = torch.softmax(-errors.detach() / errors.detach().std(correction=0).clamp_min(1e-30), dim=1)
             kl = F.kl_div(mix.clamp_min(1e-9).log(), wanted, reduction="batchmean")
             optimizer.zero_grad()
             (regression + settings.kl_weight * kl).backward()

@@ -213,22 +213,18 @@ def test_one_expert_is_the_shared_one_in_two_halves(problem: GroupProblem) -> No
     assert group.report.error < group.report.rounding_error
 
 
-def assert_extraction_is_exact(group: QuantizedGroup, problem: GroupProblem, x: Tensor) -> None:
-    """For a token that is silent elsewhere the output is exact up to bf16, whatever the bits of activations."""
-    expert = route(group.input, x)
-    for chosen in range(KINDS):
-        channels = torch.cat([group.input.shared_channels, group.input.expert_channels[chosen]]).long()
-        assert channels.unique().numel() == channels.numel()
-        rows = x[expert == chosen]
-        loud = torch.zeros_like(rows).index_copy(1, channels, rows[:, channels])
-        always_chosen = torch.eye(KINDS)[chosen].neg()[:, None].expand(-1, WIDTH)
-        wanted = exact(problem, loud)
-        error = output(replace(group, input=replace(group.input, router=always_chosen)), loud) - wanted
-        assert error.norm() < 2**-8 * wanted.norm()
-
-
 def test_extraction_is_exact(extracted: QuantizedGroup, problem: GroupProblem, tokens: Any) -> None:
-    assert_extraction_is_exact(extracted, problem, tokens.x)
+    """For a token that is silent elsewhere the output is exact up to bf16, whatever the bits of activations."""
+    expert = route(extracted.input, tokens.x)
+    for chosen in range(KINDS):
+        channels = torch.cat([extracted.input.shared_channels, extracted.input.expert_channels[chosen]]).long()
+        assert channels.unique().numel() == channels.numel()
+        rows = tokens.x[expert == chosen]
+        loud = torch.zeros_like(rows).index_copy(1, channels, rows[:, channels])
+        always_chosen = replace(extracted.input, router=torch.eye(KINDS)[chosen].neg()[:, None].expand(-1, WIDTH))
+        wanted = exact(problem, loud)
+        error = output(replace(extracted, input=always_chosen), loud) - wanted
+        assert error.norm() < 2**-8 * wanted.norm()
 
 
 def test_no_rank_is_spent_on_extracted_channels(extracted: QuantizedGroup) -> None:
@@ -269,20 +265,16 @@ def test_int8_factors_cost_little(compensation: QuantExperts, problem: GroupProb
     assert narrow.bytes < 0.85 * wide.bytes
 
 
-@pytest.mark.parametrize("compensation", [PLAIN, EXTRACTING], ids=["plain", "extracting"])
-def test_refinement_is_not_worse_than_none(compensation: QuantExperts, problem: GroupProblem, tokens: Any) -> None:
-    """On the error of the weights, which is what it trains for; and it leaves extraction alone."""
-    before, after = (recipe_of(replace(compensation, refine_epochs=epochs), "w4a16").fit(problem) for epochs in (0, 1))
+def test_refinement_is_not_worse_than_none(problem: GroupProblem) -> None:
+    """On the error of the weights, which is what it trains for."""
+    before, after = (recipe_of(replace(PLAIN, refine_epochs=epochs), "w4a16").fit(problem) for epochs in (0, 1))
     assert after.report.error <= before.report.error * (1 + 1e-4)  # the factors are rounded to bf16 after it
-    if compensation.extract:
-        assert_extraction_is_exact(after, problem, tokens.x)
 
 
-def test_refinement_does_not_repair_what_is_extracted(left_to_repair: ErrorProblem) -> None:
-    """The loudest channels of all would otherwise be what it trains for."""
-    correction = replace(EXTRACTING, refine_epochs=1).fit(left_to_repair)
-    assert not torch.equal(correction.expert_down, EXTRACTING.fit(left_to_repair).expert_down)
-    assert not correction.expert_down[:, :, correction.shared_channels].any()
+def test_extraction_and_refinement_do_not_go_together() -> None:
+    """It would train the experts for channels that are carried exactly."""
+    with pytest.raises(ConfigError, match=r"refine_epochs.*extract"):
+        replace(EXTRACTING, refine_epochs=1)
 
 
 VARIANTS = [EXTRACTING, replace(EXTRACTING, num_experts=8), replace(PLAIN, router="mean_residual"), replace(PLAIN, k=1)]

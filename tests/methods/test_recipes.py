@@ -30,12 +30,19 @@ def test_a_named_recipe_is_plain_data_and_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_name_says_the_bits(name: str) -> None:
-    assert str(RECIPES[name].scheme).startswith(name.split("-")[1])
+    assert str(RECIPES[name].scheme).startswith(name.rsplit("-", 1)[1])
+
+
+def test_ours_extracts_and_stores_int8() -> None:
+    recipe = RECIPES["qe-w4a6"]
+    assert recipe.transform == NoTransform()
+    assert recipe.compensation == QuantExperts(k=32, num_experts=8, extract=True)
+    assert recipe.budget == Budget(rank=64, factor_bits=8)
 
 
 def test_quant_experts_are_those_of_the_paper() -> None:
     """methods.md section 1.2."""
-    recipe = RECIPES["qe-w4a6"]
+    recipe = RECIPES["qe-paper-w4a6"]
     assert recipe.scheme == Scheme(4, 6)
     assert recipe.transform == OutlierSmoothing(k=32)
     assert recipe.compensation == QuantExperts(k=32, num_experts=8)
@@ -48,7 +55,7 @@ def test_settings_that_are_not_the_defaults_survive() -> None:
         Scheme(3, 8, 64),
         SmoothQuant(alpha=0.25),
         RoundToNearest(),
-        QuantExperts(k=16, num_experts=4, extract=True, router="mean_residual", refine_epochs=2),
+        QuantExperts(k=16, num_experts=4, router="mean_residual", refine_epochs=2),
         Budget(extra_bits=1.5, factor_bits=8),
         granularity="linear",
     )
@@ -137,9 +144,11 @@ def test_unknown_words_are_refused_by_name(content: Mapping[str, Any], named: st
         ({"scheme": "w4a8", "transform": {"name": "smoothquant", "alpha": float("nan")}}, "transform.alpha"),
         ({"scheme": "w4a8", "transform": {"name": "outlier_smoothing", "k": 0}}, "transform.k"),
         ({"scheme": "w4a8", "compensation": QE | {"k": 0}}, "compensation.k"),
+        ({"scheme": "w4a8", "compensation": {"name": "aser", "k": 0}}, "compensation.k"),
         ({"scheme": "w4a8", "compensation": QE | {"num_experts": 0}}, "num_experts"),
         ({"scheme": "w4a8", "compensation": QE | {"refine_epochs": -1}}, "refine_epochs"),
         ({"scheme": "w4a8", "compensation": QE | {"router": "random"}}, "compensation.router"),
+        ({"scheme": "w4a8", "compensation": QE | {"extract": True, "refine_epochs": 1}}, "compensation.refine_epochs"),
     ],
 )
 def test_impossible_values_are_refused_by_name(content: Mapping[str, Any], named: str) -> None:

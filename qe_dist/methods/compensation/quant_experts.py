@@ -28,7 +28,7 @@ from qe_dist.numerics.affinity import (
 from qe_dist.numerics.grid import round_activations
 from qe_dist.numerics.lowrank import gram_product, low_rank, token_product
 from qe_dist.numerics.refine import Refinement, refine
-from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
+from qe_dist.numerics.routing import mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
 
 SHARED_WEIGHT = 0.05
@@ -73,7 +73,7 @@ class QuantExperts:
         stats, error = problem.stats, problem.stacked
         gram = stats.total_gram.to(error.dtype)
         shared = self.exempt(problem.problem)
-        rank = max(1, problem.rank // 2)
+        rank = self._rank(problem)
         if self.extract:
             error = error.index_fill(1, shared, 0.0)
         up, down = low_rank(error, gram_product(gram), rank)
@@ -97,6 +97,17 @@ class QuantExperts:
             router=torch.zeros(self.num_experts, stats.sample.router_x.shape[1]),
         )
         return self._with_router(problem, correction, left)
+
+    def _rank(self, problem: ErrorProblem) -> int:
+        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
+        if problem.budget.rank is not None:
+            return max(1, problem.rank // 2)
+        outputs, inputs = problem.stacked.shape
+        stored = self.num_experts * problem.stats.sample.router_x.shape[1]  # in numbers of factor_bits
+        if self.extract:
+            stored += (1 + self.num_experts) * problem.stats.top_k * outputs * 16 // problem.budget.factor_bits
+        spare = problem.rank - stored / (inputs + outputs)
+        return max(1, int(spare / (1 + self.num_experts)))
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""
@@ -138,9 +149,6 @@ class QuantExperts:
         if self.refine_epochs == 0:
             return c
         x = stats.sample.x.to(left)
-        if c.expert_channels is not None:  # what is extracted needs no repair
-            expert = choose_experts(stats.sample.router_x, c.router)
-            x = x.index_fill(1, c.shared_channels, 0.0).scatter(1, c.expert_channels[expert], 0.0)
         settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
         expert_up, expert_down, router = refine(
             x,

@@ -1,0 +1,24 @@
+"""A model or checkpoint for measuring: float32 on CPU, so that only quantization differs, bf16 on a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.serve.registration import register_on_import
+
+
+def load_model(folder: Path) -> Any:
+    """The Hugging Face model in `folder`, quantized by us or not, ready to run."""
+    from transformers import AutoModelForImageTextToText
+
+    register_on_import()
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
+    gpu = torch.cuda.is_available()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from None
+    return model.to("cuda" if gpu else "cpu").eval()

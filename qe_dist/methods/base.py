@@ -24,7 +24,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity, InputGroup
-from qe_dist.numerics.factors import store_factor
+from qe_dist.numerics.factors import rank_within, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import num_words
@@ -90,9 +90,9 @@ class Budget:
         width = problem.group.in_features
         if self.rank is not None:
             return capped(width, self.rank)
-        outputs = problem.num_weights // width
         assert self.extra_bits is not None
-        return int(self.extra_bits * problem.num_weights / (self.factor_bits * (width + outputs)))
+        bits = self.extra_bits * problem.num_weights
+        return rank_within(bits, problem.num_weights // width, width, self.factor_bits)
 
 
 @dataclass(frozen=True)

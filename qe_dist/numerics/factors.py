@@ -15,3 +15,10 @@ def store_factor(matrix: Float[Tensor, "*rows columns"], bits: int) -> Factor:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(matrix / scale.to(matrix.dtype)[..., None])
     return Factor(codes.clamp(-127, 127).to(torch.int8), scale)
+
+
+def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies: int = 1) -> int:
+    """The largest rank at which `copies` pairs [outputs, R] and [R, inputs] take at most so many bits."""
+    scale_bits = 16 if factor_bits == 8 else 0
+    spare = bits - copies * outputs * scale_bits
+    return max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))

@@ -308,3 +308,21 @@ def test_channels_that_fill_up_are_not_extracted_twice(problem_for: Problem, nor
 def test_impossible_settings_are_refused_by_name(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         QuantExperts(**settings)
+
+
+@pytest.mark.parametrize("compensation", [PLAIN, EXTRACTING])
+@pytest.mark.parametrize(("extra_bits", "factor_bits"), [(14.0, 16), (14.0, 8), (9.0, 16)])
+def test_a_byte_budget_is_kept_and_nearly_used(
+    problem: GroupProblem, compensation: QuantExperts, extra_bits: float, factor_bits: int
+) -> None:
+    """Routers, columns and all: below what was asked, by less than one more rank for every expert."""
+    budget = Budget(extra_bits=extra_bits, factor_bits=factor_bits)
+    group = replace(recipe_of(compensation), budget=budget).fit(problem)
+    plain = recipe_of(NoCompensation()).fit(problem)
+    assert group.report is not None
+    assert plain.report is not None
+    stored = 8 * (group.report.bytes - plain.report.bytes) / problem.num_weights
+    outputs = problem.num_weights // WIDTH
+    one_rank = (1 + KINDS) * (WIDTH + outputs) * factor_bits / problem.num_weights
+    indices = 0.1
+    assert extra_bits - one_rank - indices < stored < extra_bits + indices

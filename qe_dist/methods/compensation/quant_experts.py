@@ -25,6 +25,7 @@ from qe_dist.numerics.affinity import (
     split_channels,
     top_channels,
 )
+from qe_dist.numerics.factors import rank_within
 from qe_dist.numerics.grid import round_activations
 from qe_dist.numerics.lowrank import gram_product, low_rank, token_product
 from qe_dist.numerics.refine import Refinement, refine
@@ -103,11 +104,12 @@ class QuantExperts:
         if problem.budget.rank is not None:
             return max(1, problem.rank // 2)
         outputs, inputs = problem.stacked.shape
-        stored = self.num_experts * problem.stats.sample.router_x.shape[1]  # in numbers of factor_bits
+        experts, stats = self.num_experts, problem.stats
+        bits = problem.budget.extra_bits * problem.problem.num_weights
+        bits -= 16 * experts * stats.sample.router_x.shape[1]
         if self.extract:
-            stored += (1 + self.num_experts) * problem.stats.top_k * outputs * 16 // problem.budget.factor_bits
-        spare = problem.rank - stored / (inputs + outputs)
-        return max(1, int(spare / (1 + self.num_experts)))
+            bits -= 16 * (1 + experts) * stats.top_k * outputs
+        return max(1, rank_within(bits, outputs, inputs, problem.budget.factor_bits, copies=1 + experts))
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""

@@ -405,5 +405,7 @@ def test_bytes_become_the_largest_rank_that_they_can_store(
     weights = sum(w.numel() for w in problem.weights.values())
     outputs = sum(w.shape[0] for w in problem.weights.values())
     rank = Budget(extra_bits=extra_bits, factor_bits=factor_bits).rank_for(problem)
-    per_rank = factor_bits * (WIDTH + outputs)
-    assert rank * per_rank <= extra_bits * weights < (rank + 1) * per_rank
+    scale_bits = 16 if factor_bits == 8 else 0
+    per_rank = factor_bits * (WIDTH + outputs) + scale_bits
+    spare = extra_bits * weights - outputs * scale_bits
+    assert rank * per_rank <= max(0, spare) < (rank + 1) * per_rank

@@ -1,7 +1,7 @@
 """Draws the scenes and writes the stories on which the bundled models are trained, calibrated and measured.
 
 A scene is a grid of 28-pixel cells (one merged vision token of the model each), 2 or 3 rows by 2 to 4
-columns, with 2 to 5 objects: coloured shapes, and handwritten digits from scikit-learn. Digits of the
+columns, with 2 to 4 objects: coloured shapes, and handwritten digits from scikit-learn. Digits of the
 training scenes are never drawn in evaluation scenes. Stories are text with something to keep track of.
 Everything follows from the seed of the generator that is handed in.
 """
@@ -22,7 +22,9 @@ COLORS = {
     "purple": (160, 60, 200), "white": (240, 240, 240),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-ORDINALS = ("first", "second", "third", "fourth", "fifth")
+ORDINALS = ("first", "second", "third", "fourth")
+NUM_OBJECTS = (2, 2, 3, 3, 4)  # drawn from
+TILTS = (-12, -6, 0, 6, 12)  # of handwriting, degrees
 KINDS = ("color", "digit", "order", "count", "exists", "describe")
 EVAL_DIGITS = 5  # every fifth handwritten digit is kept for evaluation
 
@@ -48,12 +50,12 @@ class Scene:
 def draw_scene(rng: random.Random) -> Scene:
     rows, columns = rng.randint(2, 3), rng.randint(2, 4)
     cells = [(r, c) for r in range(rows) for c in range(columns)]
-    chosen = sorted(rng.sample(cells, rng.randint(2, min(5, len(cells)))))
+    chosen = sorted(rng.sample(cells, rng.choice(NUM_OBJECTS)))
     colors = rng.sample(list(COLORS), rng.randint(3, 5))  # few colours, so that they repeat
     shapes = rng.sample(SHAPES, rng.randint(2, 4))
     things = []
     for r, c in chosen:
-        name = str(rng.randrange(10)) if rng.random() < 0.3 else rng.choice(shapes)
+        name = str(rng.randrange(10)) if rng.random() < 0.25 else rng.choice(shapes)
         things.append(Thing(rng.choice(colors), name, r, c))
     return Scene(rows, columns, tuple(things))
 
@@ -91,10 +93,11 @@ def _digit_indices(digit: int, held_out: bool) -> tuple[int, ...]:
     return tuple(int(i) for i in matching if (i % EVAL_DIGITS == 0) == held_out)
 
 
-@functools.lru_cache(maxsize=20_000)
-def _digit_mask(index: int, size: int) -> np.ndarray:
+@functools.lru_cache(maxsize=60_000)
+def _digit_mask(index: int, size: int, tilt: int) -> np.ndarray:
     image = Image.fromarray((_digits()[0][index] * 255).astype(np.uint8))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+    image = image.resize((4 * size, 4 * size), Image.Resampling.BICUBIC).rotate(tilt, Image.Resampling.BILINEAR)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
 
 def paint(scene: Scene, rng: random.Random, held_out: bool) -> np.ndarray:
@@ -105,7 +108,8 @@ def paint(scene: Scene, rng: random.Random, held_out: bool) -> np.ndarray:
     for thing in scene.things:
         if thing.name.isdigit():
             size = rng.randint(22, 27)
-            mask = _digit_mask(rng.choice(_digit_indices(int(thing.name), held_out)), size)
+            drawn = rng.choice(_digit_indices(int(thing.name), held_out))
+            mask = _digit_mask(drawn, size, rng.choice(TILTS))
         else:
             size = rng.randint(15, 25)
             mask = _shape_mask(thing.name, size)

@@ -51,7 +51,8 @@ class RunView:
 
 
 def block_line(report: dict[str, Any]) -> str:
-    parts = [f"{g.rsplit('.')[-1]} {r['error']:.4f}" for g, r in report["groups"].items()]
+    errors = {g.rsplit(".")[-1]: r["error"] for g, r in report["groups"].items()}
+    parts = [f"{g} {'unmeasured' if e is None else format(e, '.4f')}" for g, e in errors.items()]
     note = f"  {len(report['fallbacks'])} fall-backs" if report["fallbacks"] else ""
     return f"block {report['index']:>3}  {report['seconds']:6.1f} s  error  {'  '.join(parts)}{note}"
 

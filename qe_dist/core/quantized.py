@@ -65,9 +65,10 @@ class QuantizedLinear:
 class FitReport:
     """How well a group was fitted, measured on its token sample; errors are relative to the output."""
 
-    error: float
+    error: float | None
+    """None where no token could be measured."""
     error_by_modality: Mapping[str, float]
-    rounding_error: float
+    rounding_error: float | None
     """Of the same codes without compensation."""
     bytes: int
     seconds: float

@@ -359,9 +359,9 @@ def _with_report(group: QuantizedGroup, problem: GroupProblem, start: float, fal
         name: relative(wrong, (modality == m).cpu()) for m, name in enumerate(MODALITIES) if bool((modality == m).any())
     }
     report = FitReport(
-        error=relative(wrong, slice(None)),
+        error=relative(wrong, slice(None)) if x.shape[0] else None,
         error_by_modality=by_modality,
-        rounding_error=relative(rounded, slice(None)),
+        rounding_error=relative(rounded, slice(None)) if x.shape[0] else None,
         bytes=size,
         seconds=time.perf_counter() - start,
         fallbacks=tuple(fallbacks),

@@ -311,7 +311,11 @@ def evaluate(model, sampler: Sampler, per_kind: int = 30) -> dict[str, float]:
 def train(name: str, recipe: Recipe, out: Path, init: Path | None) -> None:
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer, images = build_tokenizer(random.Random(0)), build_image_processor()
+    images = build_image_processor()
+    if init is None:
+        tokenizer = build_tokenizer(random.Random(0))
+    else:  # a new one would number the same words differently
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
     tokenizer.save_pretrained(out)
     images.save_pretrained(out)
     model = build_model(tokenizer)

@@ -1,6 +1,6 @@
-"""Per-channel statistics of the bundled models: how large their outlier channels are, and for which tokens.
+"""The numbers of the model card: quality of the bundled models, and how large their outlier channels are.
 
-    python models/channels.py        writes benchmarks/results/channels.json
+    python models/card.py        writes benchmarks/results/models.json and channels.json
 
 A channel is an outlier where its largest |x| is more than OUTLIER times the median channel's. It is active
 for a token where |x_c| exceeds OUTLIER times the token's median |x|.
@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from qe_pipelines.evaluate import measure as evaluate
 from qe_pipelines.results import write_result
 
 from qe_dist.core.batch import IMAGE, TEXT
@@ -19,8 +20,10 @@ from qe_dist.flow.local import prepare_run
 from qe_dist.flow.stage import Stage
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.stats import GroupStats
+from qe_dist.serve.loading import load_model
 
 HERE = Path(__file__).parent
+NAMES = ("plain", "outlier")
 OUTLIER = 10.0
 EVERY_TOKEN = 0.75  # LLM.int8() calls a feature systematic where it is large for three quarters of the positions
 
@@ -58,11 +61,20 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     return result
 
 
+def quality(model: Path) -> dict[str, float]:
+    """Accuracy in all and by kind, and perplexity, on the evaluation set."""
+    summary = evaluate(load_model(model), model, HERE / "data" / "evaluation.jsonl")
+    kinds = {kind: row["accuracy"] for kind, row in summary["kinds"].items() if kind != "text"}
+    return {"accuracy": summary["accuracy"], **kinds, "perplexity": summary["perplexity"]}
+
+
 def main() -> None:
+    results = HERE.parent / "benchmarks" / "results"
     torch.set_num_threads(1)
+    write_result(results / "models.json", {"models": {name: quality(HERE / name) for name in NAMES}})
     with TemporaryDirectory() as work:
-        models = {name: measure(HERE / name, Path(work) / name) for name in ("plain", "outlier")}
-    write_result(HERE.parent / "benchmarks" / "results" / "channels.json", {"models": models})
+        models = {name: measure(HERE / name, Path(work) / name) for name in NAMES}
+    write_result(results / "channels.json", {"models": models})
 
 
 if __name__ == "__main__":

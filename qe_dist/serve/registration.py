@@ -4,6 +4,7 @@ Importing the registry costs about as much as importing torch, and a process tha
 needs it, so a hook on the import system waits for it.
 """
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -21,9 +22,8 @@ def register_on_import() -> None:
 
 
 def _register() -> None:
-    from qe_dist.serve import transformers_plugin
-
-    transformers_plugin.register()
+    """The plug-in registers itself when it is imported (which may be what is going on already)."""
+    importlib.import_module("qe_dist.serve.transformers_plugin")
 
 
 class _RegistryFinder(MetaPathFinder):

@@ -1,4 +1,4 @@
-"""`quant_method: "qe"` for transformers: from_pretrained, generate, save_pretrained."""
+"""`quant_method: "qe"` for transformers: from_pretrained, generate, save_pretrained. Registered by importing it."""
 
 from typing import Any
 
@@ -80,3 +80,6 @@ def register() -> None:
         register_quantizer(METHOD)(QEQuantizer)
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(QEConfig)
+
+
+register()

@@ -14,7 +14,7 @@ from qe_pipelines.evaluate import measure as evaluate
 from qe_pipelines.results import write_result
 
 from qe_dist.core.batch import IMAGE, TEXT
-from qe_dist.flow.calibrate import Embedder, make_batches
+from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import prepare_run
 from qe_dist.flow.stage import Stage
@@ -48,11 +48,11 @@ def channel_statistics(stats: GroupStats) -> dict[str, float]:
 def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     """Means over the blocks, by input group."""
     run = RunConfig(model, load_recipe("rtn-w4a8"), HERE / "data" / "calibration.jsonl", output)
-    samples = make_batches(run)
-    _, plan, _ = prepare_run(run, len(samples))
+    ready = prepare_run(run)
+    plan = ready.plan
     embedder, stage = Embedder(run, plan.model.arch), Stage(run, plan.model.arch, plan.stages[0])
     stage.load()
-    for i, part in enumerate(samples):
+    for i, part in enumerate(ready.samples):
         stage.forward(embedder.input_of(0, i, part))
     result = {}
     for group in stage.blocks[0].stats:

@@ -312,10 +312,8 @@ def train(name: str, recipe: Recipe, out: Path, init: Path | None) -> None:
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     images = build_image_processor()
-    if init is None:
-        tokenizer = build_tokenizer(random.Random(0))
-    else:  # a new one would number the same words differently
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(init)
+    # A continued model keeps its tokenizer: a new one would number the same words differently.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(init) if init else build_tokenizer(random.Random(0))
     tokenizer.save_pretrained(out)
     images.save_pretrained(out)
     model = build_model(tokenizer)

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from qe_cluster.actors import EmbedActor, StageActor
 from qe_cluster.launch import ray_cluster
-from qe_dist.core.errors import QEError
+from qe_dist.core.errors import ConfigError, QEError
 from qe_dist.core.sample import Sample
-from qe_dist.flow.calibrate import make_batches
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import finish, prepare_run
+from qe_dist.flow.local import Prepared, finish, prepare_run
 from qe_dist.flow.plan import Plan, StagePlan
 from qe_dist.io.checkpoint import put_passthrough, read_manifest
 
@@ -42,48 +41,68 @@ class Summary:
 def quantize(run: RunConfig, address: str | None = None, listen: Listener = lambda *_: None) -> Summary:
     """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how."""
     start = time.perf_counter()
-    samples = make_batches(run)
-    source, plan, store = prepare_run(run, len(samples))
-    summary = Summary(0.0, continued=sum(store.has_block(b.index) for b in plan.model.blocks))
+    ready = prepare_run(run)
+    store, blocks = ready.store, ready.plan.model.blocks
+    summary = Summary(0.0, continued=sum(store.has_block(b.index) for b in blocks))
     if not store.is_complete:
-        put_passthrough(store, plan.model, source)
-        if plan.waves:
+        put_passthrough(store, ready.plan.model, ready.source)
+        if ready.plan.waves:
             with ray_cluster(address, run.workers * run.threads):
-                _run_waves(run, plan, samples, listen, summary)
-        finish(run, plan, store, source)
+                _check_resources(run)
+                _run_waves(run, ready, listen, summary)
+        finish(run, ready)
+    store.clean()
     manifest = read_manifest(run.output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
     summary.seconds = time.perf_counter() - start
     return summary
 
 
-def _run_waves(run: RunConfig, plan: Plan, samples: list[list[Sample]], listen: Listener, summary: Summary) -> None:
-    listen(
-        "start",
-        {"batches": len(samples), "blocks": len(plan.model.blocks), "waves": len(plan.waves)},
-    )
+def _check_resources(run: RunConfig) -> None:
+    """Ray would wait for ever for what the cluster does not have."""
+    have = ray.cluster_resources()
+    need = {"CPU": run.workers * run.threads, "GPU": 0 if run.device == "cpu" else run.workers}
+    for kind, count in need.items():
+        if have.get(kind, 0) < count:
+            raise ConfigError(f"{run.workers} workers need {count} {kind}s, the cluster has {have.get(kind, 0):g}")
+
+
+def _run_waves(run: RunConfig, ready: Prepared, listen: Listener, summary: Summary) -> None:
+    plan, samples = ready.plan, ready.samples
+    first = plan.waves[0][0].blocks[0].index
+    counts = {"batches": len(samples), "blocks": len(plan.model.blocks), "done": first, "waves": len(plan.waves)}
+    listen("start", counts)
+    actors: list[Any] = []
     try:
         embedder = _embedder(run, plan, samples)
+        # Outputs go to another actor: an actor runs its calls in order, and the next batch must not wait
+        # until the last one has come through.
+        taker = EmbedActor.options(num_cpus=0).remote(run, plan.model.arch)
+        actors += [embedder, taker]
         for wave in plan.waves:
             stages = [_stage(run, plan.model.arch, part) for part in wave]
+            actors += stages
             ray.get([stage.load.remote() for stage in stages])
-            last = wave is plan.waves[-1]
-            summary.tokens = _stream(embedder, stages, wave, samples, last, listen)
+            summary.tokens = _stream((embedder, taker), stages, wave, samples, wave is plan.waves[-1], listen)
             _fit(stages, wave, listen)
             summary.stages += ray.get([s.usage.remote() for s in stages])
             for stage in stages:
                 ray.kill(stage)
-        ray.kill(embedder)
     except RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, RayTaskError):
             cause = cause.cause
         raise cause from (None if isinstance(cause, QEError) else error)
-    except RayActorError as error:
+    except RayError as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if getattr(error, "actor_init_failed", False):
+            raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
         raise QEError(
-            f"a worker died ({str(error).splitlines()[0]}); finished blocks are safe, "
-            "type the same command again to continue"
+            f"a worker died: {said[0]}; finished blocks are safe, type the same command again to continue"
         ) from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def _stage(run: RunConfig, arch: str, part: StagePlan) -> Any:
@@ -95,16 +114,15 @@ def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:
     """On CPU it feeds the stages as they go. A GPU is lent to it first, and then given to a stage: the
     second embedder finds every batch in the spool."""
     arch = plan.model.arch
-    if run.device != "cpu":
+    if run.device != "cpu" and plan.waves[0][0].blocks[0].index == 0:
         first = EmbedActor.options(num_cpus=0, num_gpus=1).remote(run, arch)
-        start = plan.waves[0][0].blocks[0].index
-        ray.get([first.finish.remote(None, first.input_of.remote(start, i, part)) for i, part in enumerate(samples)])
+        ray.get([first.finish.remote(None, first.input_of.remote(0, i, part)) for i, part in enumerate(samples)])
         ray.kill(first)
     return EmbedActor.options(num_cpus=0).remote(run, arch)
 
 
 def _stream(
-    embedder: Any,
+    ends: tuple[Any, Any],
     stages: list[Any],
     wave: Sequence[StagePlan],
     samples: list[list[Sample]],
@@ -112,6 +130,7 @@ def _stream(
     listen: Listener,
 ) -> int:
     """Sends every batch through the stages of a wave, a bounded number at a time. Returns the tokens seen."""
+    embedder, taker = ends
     first_block, next_block = wave[0].blocks[0].index, wave[-1].blocks[-1].index + 1
     flight: deque[Any] = deque()
     tokens = 0
@@ -127,7 +146,7 @@ def _stream(
         batch = embedder.input_of.remote(first_block, index, part)
         for stage in stages:
             batch = stage.forward.remote(batch)
-        flight.append(embedder.finish.remote(None if last else next_block, batch))
+        flight.append(taker.finish.remote(None if last else next_block, batch))
     while flight:
         tokens += land()
     return tokens

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qe_pipelines.evaluate import encode
@@ -29,6 +30,7 @@ COMPARED = {"plain": ("rtn", "qe"), "outlier": tuple(METHODS)}
 """The whole field on the model that needs it, the two ends on the other."""
 ACTIVE_RANK = 128
 """Of `qe`: 32 shared and 32 routed directions, 32 shared and 32 routed channels."""
+MARKER = ".qe-demo"
 SHOWN_KINDS = ("describe", "order", "digit")
 SHOWN_BITS = "w4a4"
 
@@ -61,7 +63,11 @@ def demo(
 
     if not (models / "plain" / "config.json").exists():
         raise ConfigError(f"{models} does not hold the bundled models; run from the project's folder or give --models")
+    if output.exists() and not (output / MARKER).exists():
+        raise ConfigError(f"{output} exists and was not made by the demo; choose another --output")
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
     console, start = Console(), time.perf_counter()
     cases: list[Case] = []
     with ray_cluster(None, workers):
@@ -171,9 +177,9 @@ def show_answers(console: Console, model: Path, data: Path, output: Path) -> Non
     for sample in chosen:
         console.print(picture(sample.images[0]) if console.color_system else str(sample.images[0]))
         question, expected = (_text(sample.messages[i]) for i in (0, 1))
-        console.print(f"[bold]{question}[/]  expected: {expected}", highlight=False)
+        console.print(f"[bold]{escape(question)}[/]  expected: {escape(expected)}", highlight=False)
         for name, speaker in speakers.items():
-            console.print(f"  {name:>22}: {generate(speaker, encoder, sample)}", highlight=False)
+            console.print(f"  {name:>22}: {escape(generate(speaker, encoder, sample))}", highlight=False)
 
 
 def generate(model: Any, encoder: Any, sample: Any, max_new_tokens: int = 48) -> str:

@@ -4,10 +4,12 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from qe_dist.core.errors import QEError
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
+from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -26,11 +28,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except QEError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        log.error(str(error))
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; type the same command again to continue")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qe_dist.core.errors import ConfigError
+
 log = logging.getLogger("qe_dist")
 
 
@@ -19,7 +21,10 @@ def set_up_logging(log_file: Path | None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if log_file is not None:
-        handler = logging.FileHandler(log_file)
+        try:
+            handler = logging.FileHandler(log_file)
+        except OSError as error:
+            raise ConfigError(f"--log-file {log_file} cannot be written: {error.strerror}") from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -39,7 +44,7 @@ class RunView:
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "start":
             self.stream = self.bar.add_task("stream", total=data["batches"] * data["waves"])
-            self.fit = self.bar.add_task("fit blocks", total=data["blocks"])
+            self.fit = self.bar.add_task("fit blocks", total=data["blocks"], completed=data["done"])
         elif event == "batch":
             self.bar.advance(self.stream)
         elif event == "block":

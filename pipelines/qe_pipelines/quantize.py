@@ -20,7 +20,7 @@ def quantize(
     samples_per_batch: Annotated[int, typer.Option(help="calibration samples per batch")] = 8,
     sample_tokens: Annotated[int, typer.Option(help="tokens kept per input group to fit experts on")] = 4096,
     blocks_per_worker: Annotated[int | None, typer.Option(help="default: as many as memory allows")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads per worker")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads per worker", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     quiet: Annotated[bool, typer.Option(help="print errors only")] = False,
     log_file: Annotated[Path | None, typer.Option(help="also write a line per block here")] = None,
@@ -39,7 +39,7 @@ def quantize(
         recipe=chosen,
         calibration=calibration,
         output=output,
-        workers=workers or here.workers(threads),
+        workers=here.workers(threads) if workers is None else workers,
         resume=resume,  # type: ignore[arg-type]
         device=here.device if device == "auto" else device,
         samples_per_batch=samples_per_batch,
@@ -48,8 +48,12 @@ def quantize(
         threads=threads,
         seed=seed,
     )
-    with run_view(quiet) as view:
-        summary = driver.quantize(run, ray_address, listen=view)
+    try:
+        with run_view(quiet) as view:
+            summary = driver.quantize(run, ray_address, listen=view)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished blocks are safe, type the same command again to continue", err=True)
+        raise typer.Exit(130) from None
     for line in summary_lines(summary, output):
         log.info(line)
         if not quiet:

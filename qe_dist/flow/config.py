@@ -1,8 +1,10 @@
 """What a run is asked to do."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Recipe
 
 Resume = Literal["auto", "required", "never"]
+SAMPLED_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("model", "calibration", "output"):  # workers may run in other directories
+            object.__setattr__(self, name, Path(getattr(self, name)).resolve())
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"device must be cpu or cuda, found {self.device!r}")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must lie in 0..2^31-1, found {self.seed}")
         for name in ("workers", "samples_per_batch", "sample_tokens", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -46,15 +55,20 @@ class RunConfig:
         """Of the calibration forward: full precision on CPU, the model's own bf16 on a GPU."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
-    def identity(self) -> Mapping[str, Any]:
-        """What must be equal for a run to be continued; the number of workers is not part of it."""
+    def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
+        """What must be equal for a run to be continued; the number of workers and places on disk are not part of it.
+
+        images: those that the calibration file names.
+        """
         return {
-            "model": {"path": str(self.model.resolve()), "weights": _fingerprint(self.model)},
+            "model": _fingerprint(self.model),
             "recipe": self.recipe.describe(),
             "calibration": _hash(self.calibration.read_bytes()),
+            "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
+            "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
-            "device": self.device.split(":")[0],
+            "device": self.device,
             "threads": self.threads,
             "seed": self.seed,
         }
@@ -65,11 +79,19 @@ def _hash(content: bytes) -> str:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of config and shard names, sizes and headers: cheap for any size, and a changed model shows."""
-    parts = [(model / "config.json").read_bytes()]
+    """Of config, tokenizer and processor files whole, and of every shard's header and some bytes of each tensor:
+    cheap for any size, and a retrained model shows."""
+    texts = [f for f in sorted(model.iterdir()) if f.suffix in (".json", ".jinja", ".txt")]
+    parts = [f.name.encode() + f.read_bytes() for f in texts]
     for shard in sorted(model.glob("*.safetensors")):
         with shard.open("rb") as file:
-            head = file.read(8)
-            header = file.read(min(int.from_bytes(head, "little"), 64 << 20))
-        parts.append(f"{shard.name} {shard.stat().st_size}".encode() + header)
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            parts.append(f"{shard.name} {shard.stat().st_size}".encode() + header)
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    middle = (begin + end) // 2
+                    file.seek(8 + length + middle)
+                    parts.append(file.read(min(SAMPLED_BYTES, end - middle)))
     return _hash(b"\n".join(parts))

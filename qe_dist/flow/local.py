@@ -1,6 +1,11 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from qe_dist import archs
+from qe_dist.core.sample import Sample
 from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import Plan, make_plan
@@ -10,30 +15,43 @@ from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import SafetensorsSource
 
 
-def prepare_run(run: RunConfig, num_batches: int) -> tuple[SafetensorsSource, Plan, RunDir]:
-    """Reads headers, makes the plan, claims the output directory. Nothing is computed yet."""
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin: nothing is computed yet."""
+
+    samples: list[list[Sample]]
+    source: SafetensorsSource
+    plan: Plan
+    store: RunDir
+    identity: Mapping[str, Any]
+
+
+def prepare_run(run: RunConfig) -> Prepared:
+    """Reads samples and headers, makes the plan, claims the output directory."""
+    samples = make_batches(run)
     source = SafetensorsSource(run.model)
     model = archs.for_config(source.config).spec(source)
     store = RunDir(run.output)
-    first = store.first_block_to_run(len(model.blocks), num_batches)
+    first = store.first_block_to_run(len(model.blocks), len(samples))
     plan = make_plan(model, run, source.bytes(model.passthrough), first)
-    store.open(run.identity(), run.resume)
-    return source, plan, store
+    identity = run.identity(image for batch in samples for sample in batch for image in sample.images)
+    store.open(identity, run.resume)
+    return Prepared(samples, source, plan, store, identity)
 
 
 def quantize(run: RunConfig) -> None:
     """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped."""
-    samples = make_batches(run)
-    source, plan, store = prepare_run(run, len(samples))
+    ready = prepare_run(run)
+    plan, store = ready.plan, ready.store
     if store.is_complete:
         return
-    put_passthrough(store, plan.model, source)
+    put_passthrough(store, plan.model, ready.source)
     embedder = Embedder(run, plan.model.arch)
     for wave in plan.waves:
         stages = [Stage(run, plan.model.arch, part) for part in wave]
         for stage in stages:
             stage.load()
-        for i, part in enumerate(samples):
+        for i, part in enumerate(ready.samples):
             batch = embedder.input_of(wave[0].blocks[0].index, i, part)
             for stage in stages:
                 batch = stage.forward(batch)
@@ -41,10 +59,10 @@ def quantize(run: RunConfig) -> None:
         for stage, part in zip(stages, wave, strict=True):
             for block in part.blocks:
                 stage.fit(block.index)
-    finish(run, plan, store, source)
+    finish(run, ready)
 
 
-def finish(run: RunConfig, plan: Plan, store: RunDir, source: SafetensorsSource) -> None:
+def finish(run: RunConfig, ready: Prepared) -> None:
     """Everything is fitted: put the checkpoint together and drop what only a continuation would need."""
-    assemble(store, plan.model, source, run.recipe.describe(), run.identity())
-    store.clean()
+    assemble(ready.store, ready.plan.model, ready.source, run.recipe.describe(), ready.identity)
+    ready.store.clean()

@@ -4,10 +4,12 @@ import shutil
 from dataclasses import dataclass, replace
 
 import psutil
+import torch
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, ModelSpec, per_linear
 from qe_dist.flow.config import RunConfig
+from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
 STATE_BYTES = 4  # statistics and fits are float32
@@ -25,7 +27,6 @@ class StagePlan:
 class Plan:
     model: ModelSpec
     waves: tuple[tuple[StagePlan, ...], ...]
-    output_bytes: int
 
     @property
     def stages(self) -> tuple[StagePlan, ...]:
@@ -41,23 +42,24 @@ def make_plan(
 ) -> Plan:
     """Cuts the blocks from `first_block` on into waves of at most `workers` stages. Refuses what would fail later.
 
-    memory: bytes that all workers together may use; default 80 % of what this machine has free.
+    memory: bytes that all workers together may use; default 80 % of what this machine, or on CUDA its first GPU
+    for each worker, has free.
     """
     if run.recipe.granularity == "linear":
         model = replace(model, blocks=tuple(per_linear(b) for b in model.blocks))
     _check_scheme(model, run)
-    memory = memory or int(0.8 * psutil.virtual_memory().available)
+    memory = memory or int(0.8 * _free_memory(run))
     need = max(block_bytes(b, run) for b in model.blocks)
     fitting = memory // run.workers // need
-    if fitting == 0 and run.device == "cpu":
+    if fitting == 0:
         raise ConfigError(
             f"one block needs {need / 2**30:.1f} GiB (weights, statistics, fit), but {run.workers} workers have "
             f"{memory / run.workers / 2**30:.1f} GiB each; use fewer workers or a machine with more memory"
         )
     each = run.blocks_per_worker or max(1, min(-(-(len(model.blocks) - first_block) // run.workers), fitting))
-    output = _output_bytes(model, run) + passthrough_bytes
-    _check_disk(run, output)
-    return Plan(model, _waves(model.blocks[first_block:], run.workers, each), output)
+    left = model.blocks[first_block:]
+    _check_disk(run, _output_bytes(left, run) + (passthrough_bytes if first_block == 0 else 0))
+    return Plan(model, _waves(left, run.workers, each))
 
 
 def _waves(blocks: tuple[BlockSpec, ...], workers: int, each: int) -> tuple[tuple[StagePlan, ...], ...]:
@@ -78,17 +80,27 @@ def block_bytes(block: BlockSpec, run: RunConfig) -> int:
     return weights + grams + samples
 
 
-def _output_bytes(model: ModelSpec, run: RunConfig) -> int:
-    """Upper bound of the quantized blocks: codes, and what the budget allows for the repair."""
+def _free_memory(run: RunConfig) -> int:
+    if run.device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] * run.workers
+    return psutil.virtual_memory().available
+
+
+def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
+    """Upper bound of these quantized blocks: codes, and what the budget allows for the repair."""
     scheme, budget = run.recipe.scheme, run.recipe.budget
+    experts = 1 + getattr(run.recipe.compensation, "num_experts", 0)
+    channels = getattr(run.recipe.compensation, "k", 0)
     total = 0
-    for block in model.blocks:
+    for block in blocks:
         for group in block.groups:
-            outputs = sum(x.out_features for x in group.linears)
-            total += outputs * group.in_features * (scheme.weight_bits + 1) // 8
-            experts = 1 + getattr(run.recipe.compensation, "num_experts", 0)
-            rank = budget.rank or group.in_features
-            total += 2 * experts * min(rank, group.in_features) * (outputs + group.in_features)
+            width, outputs = group.in_features, sum(x.out_features for x in group.linears)
+            total += outputs * width * (scheme.weight_bits + 1) // 8
+            if budget.rank is None:
+                total += int((budget.extra_bits or 0) * outputs * width / 8)
+            else:
+                repair = capped(width, budget.rank) * (outputs + width) + capped(width, channels) * outputs
+                total += 2 * experts * repair
     return total
 
 

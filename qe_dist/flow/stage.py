@@ -29,7 +29,7 @@ class Stage:
     def __init__(self, run: RunConfig, arch: str, part: StagePlan) -> None:
         pin(run.threads)
         self.run, self.arch = run, archs.get(arch)
-        self.source, self.store = SafetensorsSource(run.model), RunDir(run.output)
+        self.store = RunDir(run.output)
         self.part, self.blocks = part, []
         self.next_index = 0
         self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
@@ -37,6 +37,7 @@ class Stage:
     def load(self) -> None:
         """Reads the blocks' weights. Apart from the constructor, so that an error arrives as itself from an actor."""
         start = time.perf_counter()
+        self.source = SafetensorsSource(self.run.model)
         self.blocks = [_Block(self, spec) for spec in self.part.blocks]
         self.seconds["load"] += time.perf_counter() - start
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.run_dir import RunDir, publish_json, publish_tensors, sha256
+from qe_dist.io.run_dir import RunDir, publish, publish_json, publish_tensors, sha256
 from qe_dist.numerics.packing import pack
 
 PASSTHROUGH = "passthrough.safetensors"
@@ -82,7 +83,7 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
 def put_passthrough(run: RunDir, spec: ModelSpec, source: WeightSource) -> None:
     """Embeddings, vision tower, final norm and head, as they are."""
     path = run.root / PASSTHROUGH
-    if not path.exists():
+    if not path.exists() and not (run.output / PASSTHROUGH).exists():
         publish_tensors(path, {name: source.get(name) for name in spec.passthrough})
 
 
@@ -99,10 +100,8 @@ def assemble(
     weight_map = dict.fromkeys(spec.passthrough, PASSTHROUGH)
     for name, report in zip(files, reports, strict=True):
         weight_map |= dict.fromkeys(report["tensors"], name)
-        _move(run.root / "blocks" / name, run.output / name)
-        if sha256(run.output / name) != files[name]:
-            raise CheckpointError(f"{run.output / name} changed since it was written; start a new run")
-    _move(run.root / PASSTHROUGH, run.output / PASSTHROUGH)
+        _move(run.root / "blocks" / name, run.output / name, files[name])
+    _move(run.root / PASSTHROUGH, run.output / PASSTHROUGH, None)
     files[PASSTHROUGH] = sha256(run.output / PASSTHROUGH)
     size = sum((run.output / name).stat().st_size for name in files)
     publish_json(
@@ -111,7 +110,7 @@ def assemble(
     )
     for name in COPIED:
         if (source.folder / name).exists():
-            shutil.copyfile(source.folder / name, run.output / name)
+            publish(run.output / name, partial(shutil.copyfile, source.folder / name))
     manifest = {
         "recipe": recipe,
         "run": run_info,
@@ -161,12 +160,20 @@ def report_dict(index: int, groups: Mapping[str, QuantizedGroup], spec: BlockSpe
     }
 
 
-def _move(old: Path, new: Path) -> None:
-    """Rename; already done where an earlier assemble was interrupted."""
-    if old.exists():
+def _move(old: Path, new: Path, digest: str | None) -> None:
+    """Checks and renames; already renamed where an earlier assemble was interrupted."""
+    found = old if old.exists() else new
+    if not found.exists():
+        raise CheckpointError(
+            f"{old} is missing; every worker must see the same {new.parent} (a shared file system). "
+            "Delete the block's report beside it to have it fitted again"
+        )
+    if digest is not None and sha256(found) != digest:
+        found.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)
+        raise CheckpointError(f"{found} is not what was written; type the same command again to fit the block anew")
+    if found is old:
         os.replace(old, new)
-    elif not new.exists():
-        raise CheckpointError(f"{old} is missing; delete its report to have the block fitted again")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ their reports). Every publish is a write to a temporary name, fsync of file and 
 moves the blocks up to OUTPUT itself and writes config.json last, so a directory with a config is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,9 +24,9 @@ from qe_dist.core.errors import CheckpointError, ConfigError
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path and makes its result appear under `path` all at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
@@ -38,7 +39,8 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     except SafetensorError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def publish_json(path: Path, content: Any) -> None:
@@ -77,8 +79,7 @@ class RunDir:
         if not marker.exists():
             if resume == "required":
                 raise ConfigError(f"{self.output} holds no run to continue (resume=required)")
-            if self.output.exists() and any(self.output.iterdir()):
-                raise ConfigError(f"{self.output} exists and is not a run of ours; choose an empty output directory")
+            self._refuse_foreign()
             publish_json(marker, identity)
             return False
         if resume == "never":
@@ -91,6 +92,14 @@ class RunDir:
                 "Choose another output directory, or the same settings to continue it"
             )
         return True
+
+    def _refuse_foreign(self) -> None:
+        """A directory in which an earlier call could not even write its marker counts as empty."""
+        if self.output.exists() and not self.output.is_dir():
+            raise ConfigError(f"{self.output} is a file; choose an empty output directory")
+        inside = self.output.rglob("*") if self.output.exists() else ()
+        if any(p != self.root and not p.name.endswith(".tmp") for p in inside):
+            raise ConfigError(f"{self.output} exists and is not a run of ours; choose an empty output directory")
 
     @property
     def is_complete(self) -> bool:
@@ -148,8 +157,10 @@ class RunDir:
         )
 
     def clean(self) -> None:
-        """Drops what only a continuation would need."""
+        """Drops what only a continuation would need, and what killed writers left."""
         shutil.rmtree(self.root / "activations", ignore_errors=True)
+        for left in self.output.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

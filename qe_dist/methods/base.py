@@ -270,7 +270,8 @@ class Recipe:
 
 
 def _stored(matrix: Tensor | None, bits: int) -> Factor | None:
-    return None if matrix is None else store_factor(matrix, bits)
+    """None for a rank of zero too, which a small byte budget may give."""
+    return None if matrix is None or matrix.numel() == 0 else store_factor(matrix, bits)
 
 
 Pairs = list[tuple[Tensor, Tensor]]

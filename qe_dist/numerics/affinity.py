@@ -2,9 +2,12 @@
 
 import warnings
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from qe_dist.core.errors import NumericalError
 
 
 def top_channels(x: Float[Tensor, "T I"], importance: Float[Tensor, " I"], k: int) -> Bool[Tensor, "T I"]:
@@ -53,7 +56,11 @@ def cluster_channels(occurs: Bool[Tensor, "T C"], num_clusters: int, seed: int) 
     with threadpool_limits(1), warnings.catch_warnings():
         # A disconnected graph is a fine answer here: separate clusters.
         warnings.filterwarnings("ignore", message=".*not fully connected.*")
-        return torch.from_numpy(model.fit_predict(affinity)).long()
+        try:
+            labels = model.fit_predict(affinity)
+        except (RuntimeError, ValueError, np.linalg.LinAlgError) as error:
+            raise NumericalError(f"spectral clustering of {channels} channels failed: {error}") from None
+    return torch.from_numpy(labels).long()
 
 
 def assign_tokens(occurs: Bool[Tensor, "T C"], labels: Int[Tensor, " C"], num_clusters: int) -> Int[Tensor, " T"]:

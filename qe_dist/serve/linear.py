@@ -23,36 +23,53 @@ def _add_parameters(module: nn.Module, shapes: Mapping[str, Sequence[Any]]) -> N
 
 
 class QEInput(nn.Module):
-    """Scale, down matrices and router of an input group."""
+    """Scale, down matrices and router of an input group.
 
-    def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]]) -> None:
+    Holds what it prepared only until its last reader has come: the linears of the group, and the groups whose
+    router reads this input.
+    """
+
+    def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], num_linears: int) -> None:
         super().__init__()
         self.scheme = scheme
+        self.num_linears, self.num_routers = num_linears, 0
         self._router_source: tuple[QEInput, ...] = ()  # in a tuple, so that it is no submodule
         self._seen: Tensor | None = None
         self._prepared: PreparedInput | None = None
+        self._linears_left = self._routers_left = 0
         _add_parameters(self, shapes)
 
     def route_on(self, other: "QEInput") -> None:
         """Lets the router read the input of another group (the replicated one, DESIGN section 6)."""
-        self._router_source = () if other is self else (other,)
+        if other is not self:
+            self._router_source = (other,)
+            other.num_routers += 1
 
     def prepare(self, x: Tensor) -> PreparedInput:
         """What the linears of the group share; computed for the first of them, kept for the others."""
-        if self._seen is not x or self._prepared is None:
+        if self._prepared is None or self._seen is not x:
             part = input_from_tensors(dict(self.named_parameters()))
             rows = x.flatten(0, -2)
-            router_rows = self._router_source[0].rows if self._router_source else rows
+            router_rows = self._router_source[0].for_router() if self._router_source else rows
             expert = route(part, router_rows)
             self._prepared = prepare(part, rows, expert, self.scheme.act_bits)
-            self._seen = x
-        return self._prepared
+            self._seen, self._linears_left, self._routers_left = x, self.num_linears, self.num_routers
+        prepared = self._prepared
+        self._linears_left -= 1
+        if self._linears_left == 0:
+            self._prepared = None
+            if self.num_routers == 0:
+                self._seen = None
+        return prepared
 
-    @property
-    def rows(self) -> Tensor:
+    def for_router(self) -> Tensor:
         """The tensor that was read last, [T, I]."""
         assert self._seen is not None, "the group whose input the router reads has not run yet"
-        return self._seen.flatten(0, -2)
+        rows = self._seen.flatten(0, -2)
+        self._routers_left -= 1
+        if self._routers_left == 0:
+            self._seen = None
+        return rows
 
 
 class QELinear(nn.Module):

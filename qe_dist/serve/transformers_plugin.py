@@ -65,7 +65,7 @@ class QEQuantizer(HfQuantizer):
 
 def replace_linears(block: nn.Module, layout: dict[str, Any], scheme: Scheme) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
-    inputs = {name: QEInput(scheme, group["input"]) for name, group in layout.items()}
+    inputs = {name: QEInput(scheme, group["input"], len(group["linears"])) for name, group in layout.items()}
     for name, group in layout.items():
         inputs[name].route_on(inputs[group["router_input"]])
         block.set_submodule(f"{name}_input", inputs[name])

@@ -12,7 +12,7 @@ from torch import Tensor
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
 from qe_dist.numerics.affinity import split_channels
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.numerics.lowrank import capped, gram_product, low_rank
 from qe_dist.numerics.stats import Needs
 
 
@@ -31,7 +31,7 @@ class ASER:
         return Needs(gram=True, top_channels=self.k)
 
     def exempt(self, problem: GroupProblem) -> Tensor:
-        return split_channels(problem.stats.frequency, problem.stats.top_k, 0)[0]
+        return split_channels(problem.stats.frequency, capped(problem.group.in_features, self.k), 0)[0]
 
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked

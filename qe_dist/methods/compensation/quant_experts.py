@@ -27,7 +27,7 @@ from qe_dist.numerics.affinity import (
 )
 from qe_dist.numerics.factors import rank_within
 from qe_dist.numerics.grid import round_activations
-from qe_dist.numerics.lowrank import gram_product, low_rank, token_product
+from qe_dist.numerics.lowrank import capped, gram_product, low_rank, token_product
 from qe_dist.numerics.refine import Refinement, refine
 from qe_dist.numerics.routing import mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
@@ -67,8 +67,11 @@ class QuantExperts:
     def needs(self) -> Needs:
         return Needs(gram=True, top_channels=self.k)
 
+    def _k(self, problem: GroupProblem) -> int:
+        return capped(problem.group.in_features, self.k)
+
     def exempt(self, problem: GroupProblem) -> Tensor:
-        return split_channels(problem.stats.frequency, problem.stats.top_k, 0)[0]
+        return split_channels(problem.stats.frequency, self._k(problem), 0)[0]
 
     def fit(self, problem: ErrorProblem) -> Correction:
         stats, error = problem.stats, problem.stacked
@@ -108,14 +111,15 @@ class QuantExperts:
         bits = problem.budget.extra_bits * problem.problem.num_weights
         bits -= 16 * experts * stats.sample.router_x.shape[1]
         if self.extract:
-            bits -= 16 * (1 + experts) * stats.top_k * outputs
+            bits -= 16 * (1 + experts) * self._k(problem.problem) * outputs
         return max(1, rank_within(bits, outputs, inputs, problem.budget.factor_bits, copies=1 + experts))
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""
         stats, seed = problem.stats, problem.seed
-        _, routed = split_channels(stats.frequency, stats.top_k, self.num_experts * stats.top_k)
-        occurs = top_channels(stats.sample.x.float(), stats.importance, stats.top_k)
+        k = self._k(problem)
+        _, routed = split_channels(stats.frequency, k, self.num_experts * k)
+        occurs = top_channels(stats.sample.x.float(), stats.importance, k)
         seen = routed[occurs[:, routed].any(dim=0)]
         labels = cluster_channels(occurs[:, seen], self.num_experts, seed)
         owner = assign_tokens(occurs[:, seen], labels, self.num_experts)

@@ -11,6 +11,7 @@ import torch
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import GroupProblem
 from qe_dist.numerics.affinity import split_channels
+from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import Needs
 
 
@@ -30,7 +31,7 @@ class OutlierSmoothing:
 
     def fit(self, problem: GroupProblem) -> GroupProblem:
         stats = problem.stats
-        frequent, _ = split_channels(stats.frequency, stats.top_k, 0)
+        frequent, _ = split_channels(stats.frequency, capped(problem.group.in_features, self.k), 0)
         mean = stats.mean_abs
         tiny = torch.finfo(torch.float32).tiny
         factor = (mean[frequent] / mean[frequent].min().clamp_min(tiny)).clamp(1.0, 1e4)

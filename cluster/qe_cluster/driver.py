@@ -75,15 +75,12 @@ def _run_waves(run: RunConfig, ready: Prepared, listen: Listener, summary: Summa
     actors: list[Any] = []
     try:
         embedder = _embedder(run, plan, samples)
-        # Outputs go to another actor: an actor runs its calls in order, and the next batch must not wait
-        # until the last one has come through.
-        taker = EmbedActor.options(num_cpus=0).remote(run, plan.model.arch)
-        actors += [embedder, taker]
+        actors.append(embedder)
         for wave in plan.waves:
             stages = [_stage(run, plan.model.arch, part) for part in wave]
             actors += stages
             ray.get([stage.load.remote() for stage in stages])
-            summary.tokens = _stream((embedder, taker), stages, wave, samples, wave is plan.waves[-1], listen)
+            summary.tokens = _stream(embedder, stages, wave, samples, wave is plan.waves[-1], listen)
             _fit(stages, wave, listen)
             summary.stages += ray.get([s.usage.remote() for s in stages])
             for stage in stages:
@@ -116,13 +113,13 @@ def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:
     arch = plan.model.arch
     if run.device != "cpu" and plan.waves[0][0].blocks[0].index == 0:
         first = EmbedActor.options(num_cpus=0, num_gpus=1).remote(run, arch)
-        ray.get([first.finish.remote(None, first.input_of.remote(0, i, part)) for i, part in enumerate(samples)])
+        ray.get([first.spool.remote(i, part) for i, part in enumerate(samples)])
         ray.kill(first)
     return EmbedActor.options(num_cpus=0).remote(run, arch)
 
 
 def _stream(
-    ends: tuple[Any, Any],
+    embedder: Any,
     stages: list[Any],
     wave: Sequence[StagePlan],
     samples: list[list[Sample]],
@@ -130,7 +127,6 @@ def _stream(
     listen: Listener,
 ) -> int:
     """Sends every batch through the stages of a wave, a bounded number at a time. Returns the tokens seen."""
-    embedder, taker = ends
     first_block, next_block = wave[0].blocks[0].index, wave[-1].blocks[-1].index + 1
     flight: deque[Any] = deque()
     tokens = 0
@@ -144,9 +140,9 @@ def _stream(
         if len(flight) >= IN_FLIGHT_PER_STAGE * len(stages):
             tokens += land()
         batch = embedder.input_of.remote(first_block, index, part)
-        for stage in stages:
+        for stage in stages[:-1]:
             batch = stage.forward.remote(batch)
-        flight.append(taker.finish.remote(None if last else next_block, batch))
+        flight.append(stages[-1].finish.remote(batch, None if last else next_block))
     while flight:
         tokens += land()
     return tokens

@@ -21,9 +21,9 @@ MODELS = ("plain", "outlier")
 BITS = ("w4a8", "w4a6", "w4a4")
 METHODS = {
     "rtn": "plain rounding",
-    "aser": "one adapter, same active rank",
-    "qera": "one adapter, same bytes",
-    "qe-paper": "Quant Experts, as in the paper",
+    "aser": "adapter, same rank",
+    "qera": "adapter, same bytes",
+    "qe-paper": "QE as in the paper",
     "qe": "Quant Experts",
 }
 COMPARED = {"plain": ("rtn", "qe"), "outlier": tuple(METHODS)}
@@ -149,8 +149,8 @@ def recovered(case: Case, cases: list[Case]) -> dict[str, float]:
 
 
 def table_of(cases: list[Case]) -> Table:
-    columns = ("bits", "method", "bits/weight", "accuracy", "perplexity", "KL")
-    table = Table(*columns, "of RTN's loss, KL", "accuracy", title=f"the {cases[0].model} model")
+    columns = ("bits", "method", "bits/w", "accuracy", "ppl", "KL")
+    table = Table(*columns, "KL won", "acc. won", title=f"the {cases[0].model} model")
     for case in cases:
         shares = {} if case.bits == "bf16" or case.method == METHODS["rtn"] else recovered(case, cases)
         cells = [f"{shares[k]:.0%}" if k in shares else "" for k in ("kl", "accuracy")]

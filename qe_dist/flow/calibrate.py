@@ -20,7 +20,7 @@ def make_batches(run: RunConfig) -> list[list[Sample]]:
 
 
 class Embedder:
-    """Feeds the first stage of a wave and takes what the last one gives.
+    """Feeds the first stage of a wave.
 
     The vision tower is loaded when a batch is asked for that is not in the spool yet.
     """
@@ -43,8 +43,6 @@ class Embedder:
         self.store.put_batch(block, batch)
         return batch
 
-    def finish(self, block: int | None, batch: Batch) -> int:
-        """Spools what enters `block`, the first one of the next wave. Returns the number of tokens."""
-        if block is not None:
-            self.store.put_batch(block, batch)
-        return batch.num_tokens
+    def spool(self, index: int, samples: Sequence[Sample]) -> None:
+        """Makes the batch ready for block 0 without handing it over."""
+        self.input_of(0, index, samples)

@@ -53,9 +53,9 @@ def quantize(run: RunConfig) -> None:
             stage.load()
         for i, part in enumerate(ready.samples):
             batch = embedder.input_of(wave[0].blocks[0].index, i, part)
-            for stage in stages:
+            for stage in stages[:-1]:
                 batch = stage.forward(batch)
-            embedder.finish(None if wave is plan.waves[-1] else wave[-1].blocks[-1].index + 1, batch)
+            stages[-1].finish(batch, None if wave is plan.waves[-1] else wave[-1].blocks[-1].index + 1)
         for stage, part in zip(stages, wave, strict=True):
             for block in part.blocks:
                 stage.fit(block.index)

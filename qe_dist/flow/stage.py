@@ -51,6 +51,13 @@ class Stage:
         self.seconds["forward"] += time.perf_counter() - start
         return batch.with_hidden(batch.hidden.cpu())
 
+    def finish(self, batch: Batch, next_block: int | None) -> int:
+        """Forward of the last stage of a wave: spools what enters `next_block`. Returns the number of tokens."""
+        batch = self.forward(batch)
+        if next_block is not None:
+            self.store.put_batch(next_block, batch)
+        return batch.num_tokens
+
     def fit(self, index: int) -> dict[str, Any]:
         """Fits and publishes one block, and forgets its statistics. Returns the block's report."""
         start = time.perf_counter()

@@ -49,7 +49,9 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[None]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"no Ray cluster answers at {address}: {error}") from None
+            raise ConfigError(
+                f"no Ray cluster answers at {address}: {error}. If it asks for a token, set RAY_AUTH_MODE=token here too"
+            ) from None
     else:
         ray.init(
             address="local",

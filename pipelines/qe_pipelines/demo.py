@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def demo(
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARKER).touch()
-    console, start = Console(), time.perf_counter()
+    # A pipe has no width; rich would fold the table at 80 columns.
+    console, start = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
     cases: list[Case] = []
     with ray_cluster(None, workers):
         for name in MODELS:

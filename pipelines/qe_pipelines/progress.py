@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qe_dist.core.errors import ConfigError
 
 log = logging.getLogger("qe_dist")
+log.addHandler(logging.NullHandler())  # without a log file, nothing
 
 
 def set_up_logging(log_file: Path | None) -> None:

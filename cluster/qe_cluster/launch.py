@@ -50,7 +50,7 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"no Ray cluster answers at {address}: {error}. If it asks for a token, set RAY_AUTH_MODE=token here too"
+                f"no Ray cluster answers at {address}: {error}. If it wants a token, set RAY_AUTH_MODE=token"
             ) from None
     else:
         ray.init(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qe_pipelines.demo import METHODS, Case, recovered
+from qe_pipelines.demo import HEADER, Case, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,23 +32,8 @@ def source(result: dict[str, Any], name: str) -> str:
 
 def demo(result: dict[str, Any], model: str) -> str:
     cases = [Case(**c) for c in result["cases"]]
-    rows = []
-    for case in (c for c in cases if c.model == model):
-        shares = {} if case.bits == "bf16" or case.method == METHODS["rtn"] else recovered(case, cases)
-        won = [f"{shares[k]:.0%}" if k in shares else "" for k in ("kl", "accuracy")]
-        numbers = (f"{case.bits_per_weight:.2f}", f"{case.accuracy:.1%}", f"{case.perplexity:.3f}", f"{case.kl:.4f}")
-        rows.append((case.bits, case.method, *numbers, *won))
-    header = (
-        "bits",
-        "method",
-        "bits/weight",
-        "accuracy",
-        "perplexity",
-        "KL",
-        "of RTN's KL recovered",
-        "of its accuracy",
-    )
-    return f"\nThe {model} model:\n\n" + markdown(header, rows) + source(result, "demo")
+    rows = [cells(case, cases) for case in cases if case.model == model]
+    return f"\nThe {model} model:\n\n" + markdown(HEADER, rows) + source(result, "demo")
 
 
 def pipeline(result: dict[str, Any]) -> str:

@@ -150,14 +150,21 @@ def recovered(case: Case, cases: list[Case]) -> dict[str, float]:
     return shares
 
 
+HEADER = ("bits", "method", "bits/weight", "accuracy", "perplexity", "KL", "KL won", "accuracy won")
+
+
+def cells(case: Case, cases: list[Case]) -> tuple[str, ...]:
+    """A case as a row under HEADER."""
+    shares = {} if case.bits == "bf16" or case.method == METHODS["rtn"] else recovered(case, cases)
+    won = (f"{shares[k]:.0%}" if k in shares else "" for k in ("kl", "accuracy"))
+    numbers = (f"{case.bits_per_weight:.2f}", f"{case.accuracy:.1%}", f"{case.perplexity:.3f}", f"{case.kl:.4f}")
+    return (case.bits, case.method, *numbers, *won)
+
+
 def table_of(cases: list[Case]) -> Table:
-    columns = ("bits", "method", "bits/w", "accuracy", "ppl", "KL")
-    table = Table(*columns, "KL won", "acc. won", title=f"the {cases[0].model} model")
+    table = Table(*HEADER, title=f"the {cases[0].model} model")
     for case in cases:
-        shares = {} if case.bits == "bf16" or case.method == METHODS["rtn"] else recovered(case, cases)
-        cells = [f"{shares[k]:.0%}" if k in shares else "" for k in ("kl", "accuracy")]
-        numbers = (f"{case.bits_per_weight:.2f}", f"{case.accuracy:.1%}", f"{case.perplexity:.3f}")
-        table.add_row(case.bits, case.method, *numbers, f"{case.kl:.4f}", *cells)
+        table.add_row(*cells(case, cases))
         if case.bits == "bf16" or case.method == METHODS["qe"]:
             table.add_section()
     return table

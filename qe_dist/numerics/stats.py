@@ -22,11 +22,11 @@ class Needs:
     """What a recipe asks to be collected beside the token sample."""
 
     gram: bool = False
-    top_channels: int = 0
-    """k of how often a channel is among the k most important ones of a token."""
+    top_channels: frozenset[int] = frozenset()
+    """Every k for which is asked how often a channel is among the k most important ones of a token."""
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.gram or other.gram, max(self.top_channels, other.top_channels))
+        return Needs(self.gram or other.gram, self.top_channels | other.top_channels)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class GroupStats:
     abs_sum: Float[Tensor, "M I"]
     abs_max: Float[Tensor, "M I"]
     gram: Float[Tensor, "M I I"] | None
-    top_count: Int[Tensor, "M I"] | None
+    top_count: Mapping[int, Int[Tensor, "M I"]]
+    """By k of `needs.top_channels`."""
     sample: TokenSample
     importance: Float[Tensor, " I"] = field(repr=False)
     """Mean |W| of each input channel over the group's linears: importance of a token's channel is |x| times it."""
@@ -88,7 +89,7 @@ class GroupStats:
             abs_sum=zeros(M, width, dtype=torch.float64),
             abs_max=zeros(M, width),
             gram=zeros(M, width, width) if needs.gram else None,
-            top_count=zeros(M, width, dtype=torch.int64) if needs.top_channels else None,
+            top_count={k: zeros(M, width, dtype=torch.int64) for k in sorted(needs.top_channels)},
             sample=TokenSample(
                 zeros(0, dtype=torch.int64),
                 zeros(0, width),
@@ -97,11 +98,6 @@ class GroupStats:
             ),
             importance=importance,
         )
-
-    @property
-    def top_k(self) -> int:
-        """k, cut on narrow layers."""
-        return capped(self.importance.numel(), self.needs.top_channels)
 
     @torch.no_grad()
     def update(
@@ -128,9 +124,10 @@ class GroupStats:
             self.abs_max[m] = torch.maximum(self.abs_max[m], part.amax(dim=0))
             if self.gram is not None:
                 self.gram[m] += own.T @ own
-            if self.top_count is not None:
-                top = (part * self.importance).topk(self.top_k, dim=1).indices
-                self.top_count[m] += torch.bincount(top.flatten(), minlength=x.shape[1])
+            score = part * self.importance if self.top_count else part
+            for k, count in self.top_count.items():
+                top = score.topk(capped(x.shape[1], k), dim=1).indices
+                count[m] += torch.bincount(top.flatten(), minlength=x.shape[1])
         new = TokenSample(keys, x, router_x, modality).smallest(self.sample_size)
         self.sample = self.sample.joined(new).smallest(self.sample_size)
 
@@ -147,7 +144,7 @@ class GroupStats:
             abs_sum=self.abs_sum + other.abs_sum,
             abs_max=torch.maximum(self.abs_max, other.abs_max),
             gram=add(self.gram, other.gram),
-            top_count=add(self.top_count, other.top_count),
+            top_count={k: count + other.top_count[k] for k, count in self.top_count.items()},
             sample=self.sample.joined(other.sample).smallest(self.sample_size),
         )
 
@@ -164,11 +161,11 @@ class GroupStats:
         assert self.gram is not None, "the recipe did not ask for Gram matrices in needs()"
         return self.gram.sum(dim=0)
 
-    @property
-    def frequency(self) -> Float[Tensor, " I"]:
-        """Fraction of tokens for which a channel is among the k most important ones (QE, f_c)."""
-        assert self.top_count is not None, "the recipe did not ask for top_channels in needs()"
-        return self.top_count.sum(dim=0).double() / max(1, self.num_tokens)
+    def frequency(self, k: int) -> Float[Tensor, " I"]:
+        """Fraction of tokens for which a channel is among the k most important ones (QE, f_c); k is cut on narrow
+        layers."""
+        assert k in self.top_count, f"the recipe did not ask for top_channels {k} in needs()"
+        return self.top_count[k].sum(dim=0).double() / max(1, self.num_tokens)
 
     def rescaled(self, scale: Float[Tensor, " I"]) -> "GroupStats":
         """The statistics of x / scale, with weights that are multiplied by scale."""

@@ -56,7 +56,7 @@ def test_outlier_smoothing(problem_of: Build, x: Tensor) -> None:
     transform = OutlierSmoothing(k=64)  # 64 of 1536 channels is 4 of 96
     problem = problem_of(transform, x)
     scale = transform.fit(problem).input_scale[0].double()
-    often, _ = split_channels(problem.stats.frequency, 4, 0)
+    often, _ = split_channels(problem.stats.frequency(64), 4, 0)
     mean = x.double().abs().mean(dim=0)
     for channel in range(WIDTH):
         wanted = float(mean[channel] / mean[often].min()) if channel in often else 1.0

@@ -28,10 +28,10 @@ class ASER:
             raise ConfigError(f"compensation.k must be at least 1, found {self.k}")
 
     def needs(self) -> Needs:
-        return Needs(gram=True, top_channels=self.k)
+        return Needs(gram=True, top_channels=frozenset({self.k}))
 
     def exempt(self, problem: GroupProblem) -> Tensor:
-        return split_channels(problem.stats.frequency, capped(problem.group.in_features, self.k), 0)[0]
+        return split_channels(problem.stats.frequency(self.k), capped(problem.group.in_features, self.k), 0)[0]
 
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked

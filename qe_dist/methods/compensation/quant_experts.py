@@ -65,13 +65,13 @@ class QuantExperts:
             raise ConfigError("compensation.refine_epochs trains low-rank experts only; set extract = false")
 
     def needs(self) -> Needs:
-        return Needs(gram=True, top_channels=self.k)
+        return Needs(gram=True, top_channels=frozenset({self.k}))
 
     def _k(self, problem: GroupProblem) -> int:
         return capped(problem.group.in_features, self.k)
 
     def exempt(self, problem: GroupProblem) -> Tensor:
-        return split_channels(problem.stats.frequency, self._k(problem), 0)[0]
+        return split_channels(problem.stats.frequency(self.k), self._k(problem), 0)[0]
 
     def fit(self, problem: ErrorProblem) -> Correction:
         stats, error = problem.stats, problem.stacked
@@ -118,7 +118,7 @@ class QuantExperts:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""
         stats, seed = problem.stats, problem.seed
         k = self._k(problem)
-        _, routed = split_channels(stats.frequency, k, self.num_experts * k)
+        _, routed = split_channels(stats.frequency(self.k), k, self.num_experts * k)
         occurs = top_channels(stats.sample.x.float(), stats.importance, k)
         seen = routed[occurs[:, routed].any(dim=0)]
         labels = cluster_channels(occurs[:, seen], self.num_experts, seed)

@@ -27,11 +27,11 @@ class OutlierSmoothing:
             raise ConfigError(f"transform.k must be at least 1, found {self.k}")
 
     def needs(self) -> Needs:
-        return Needs(top_channels=self.k)
+        return Needs(top_channels=frozenset({self.k}))
 
     def fit(self, problem: GroupProblem) -> GroupProblem:
         stats = problem.stats
-        frequent, _ = split_channels(stats.frequency, capped(problem.group.in_features, self.k), 0)
+        frequent, _ = split_channels(stats.frequency(self.k), capped(problem.group.in_features, self.k), 0)
         mean = stats.mean_abs
         tiny = torch.finfo(torch.float32).tiny
         factor = (mean[frequent] / mean[frequent].min().clamp_min(tiny)).clamp(1.0, 1e4)

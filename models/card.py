@@ -50,7 +50,7 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     run = RunConfig(model, load_recipe("rtn-w4a8"), HERE / "data" / "calibration.jsonl", output)
     ready = prepare_run(run)
     plan = ready.plan
-    embedder, stage = Embedder(run, plan.model.arch), Stage(run, plan.model.arch, plan.stages[0])
+    embedder, stage = Embedder(run, plan.model.arch), Stage((run,), plan.model.arch, plan.stages[0])
     stage.load()
     for i, part in enumerate(ready.samples):
         stage.forward(embedder.input_of(0, i, part))

@@ -19,9 +19,10 @@ from qe_cluster.launch import ray_cluster
 from qe_dist.core.errors import ConfigError, QEError
 from qe_dist.core.sample import Sample
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, finish, prepare_run
+from qe_dist.flow.local import Prepared, finish, prepare_run, start
 from qe_dist.flow.plan import Plan, StagePlan
-from qe_dist.io.checkpoint import put_passthrough, read_manifest
+from qe_dist.io.checkpoint import read_manifest
+from qe_dist.io.run_dir import RunDir
 
 IN_FLIGHT_PER_STAGE = 2
 Listener = Callable[[str, dict[str, Any]], None]
@@ -38,23 +39,23 @@ class Summary:
     """Blocks that an earlier call had finished."""
 
 
-def quantize(run: RunConfig, address: str | None = None, listen: Listener = lambda *_: None) -> Summary:
-    """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how."""
-    start = time.perf_counter()
-    ready = prepare_run(run)
-    store, blocks = ready.store, ready.plan.model.blocks
+def quantize(*runs: RunConfig, address: str | None = None, listen: Listener = lambda *_: None) -> Summary:
+    """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how. The summary's sizes and
+    fall-backs are those of the first run."""
+    begin, run = time.perf_counter(), runs[0]
+    ready = prepare_run(*runs)
+    store, blocks = RunDir(run.output), ready.plan.model.blocks
     summary = Summary(0.0, continued=sum(store.has_block(b.index) for b in blocks))
-    if not store.is_complete:
-        put_passthrough(store, ready.plan.model, ready.source)
+    if ready.runs:
+        start(ready)
         if ready.plan.waves:
             with ray_cluster(address, run.workers * run.threads):
                 _check_resources(run)
-                _run_waves(run, ready, listen, summary)
-        finish(run, ready)
-    store.clean()
+                _run_waves(ready, listen, summary)
+        finish(ready)
     manifest = read_manifest(run.output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
-    summary.seconds = time.perf_counter() - start
+    summary.seconds = time.perf_counter() - begin
     return summary
 
 
@@ -67,17 +68,17 @@ def _check_resources(run: RunConfig) -> None:
             raise ConfigError(f"{run.workers} workers need {count} {kind}s, the cluster has {have.get(kind, 0):g}")
 
 
-def _run_waves(run: RunConfig, ready: Prepared, listen: Listener, summary: Summary) -> None:
+def _run_waves(ready: Prepared, listen: Listener, summary: Summary) -> None:
     plan, samples = ready.plan, ready.samples
     first = plan.waves[0][0].blocks[0].index
     counts = {"batches": len(samples), "blocks": len(plan.model.blocks), "done": first, "waves": len(plan.waves)}
     listen("start", counts)
     actors: list[Any] = []
     try:
-        embedder = _embedder(run, plan, samples)
+        embedder = _embedder(ready.runs[0], plan, samples)
         actors.append(embedder)
         for wave in plan.waves:
-            stages = [_stage(run, plan.model.arch, part) for part in wave]
+            stages = [_stage(ready.runs, plan.model.arch, part) for part in wave]
             actors += stages
             ray.get([stage.load.remote() for stage in stages])
             summary.tokens = _stream(embedder, stages, wave, samples, wave is plan.waves[-1], listen)
@@ -102,9 +103,9 @@ def _run_waves(run: RunConfig, ready: Prepared, listen: Listener, summary: Summa
             ray.kill(actor)
 
 
-def _stage(run: RunConfig, arch: str, part: StagePlan) -> Any:
-    gpus = 0 if run.device == "cpu" else 1
-    return StageActor.options(num_cpus=run.threads, num_gpus=gpus).remote(run, arch, part)
+def _stage(runs: Sequence[RunConfig], arch: str, part: StagePlan) -> Any:
+    gpus = 0 if runs[0].device == "cpu" else 1
+    return StageActor.options(num_cpus=runs[0].threads, num_gpus=gpus).remote(runs, arch, part)
 
 
 def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:

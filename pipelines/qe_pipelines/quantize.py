@@ -50,7 +50,7 @@ def quantize(
     )
     try:
         with run_view(quiet) as view:
-            summary = driver.quantize(run, ray_address, listen=view)
+            summary = driver.quantize(run, address=ray_address, listen=view)
     except KeyboardInterrupt:
         typer.echo("interrupted; finished blocks are safe, type the same command again to continue", err=True)
         raise typer.Exit(130) from None

@@ -1,11 +1,11 @@
-"""Number formats of a quantized linear, written like `w4a6g128`."""
+"""Number formats of a quantized linear, written like `w4a6`, `w3a16g128` or `w4a4k32`."""
 
 import re
 from dataclasses import dataclass
 
 from qe_dist.core.errors import ConfigError
 
-_PATTERN = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:g(?P<g>\d+))?")
+_PATTERN = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:k(?P<k>\d+))?(?:g(?P<g>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Scheme:
     """None: activations stay in 16 bits."""
     group_size: int | None = None
     """Input channels that share a scale; None: one scale per output channel."""
+    kept: int | None = None
+    """Channels of each token, its largest, that stay in 16 bits beside the integer grid, which then only has to
+    reach the others (fewer on narrow layers, `numerics.lowrank.capped`). None: all are rounded."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:
@@ -26,16 +29,22 @@ class Scheme:
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(f"group size must be a positive multiple of 8, found {self.group_size}")
 
+        if self.kept is not None and self.kept < 1:
+            raise ConfigError(f"kept channels per token must be at least 1, found {self.kept}")
+        if self.kept is not None and self.act_bits is None:
+            raise ConfigError(f"activations of 16 bits have no grid to keep channels from; leave out k{self.kept}")
+
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """`w4a8` or `w3a16g128`; a16 means that activations are not quantized."""
+        """`w4a8`, `w3a16g128` or `w4a4k32`; a16 means that activations are not quantized."""
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise ConfigError(f"scheme {text!r} is not of the form w4a8 or w3a16g128")
+            raise ConfigError(f"scheme {text!r} is not of the form w4a8, w3a16g128 or w4a4k32")
         act = int(match["a"])
-        group = int(match["g"]) if match["g"] else None
-        return cls(int(match["w"]), None if act == 16 else act, group)
+        group, kept = (int(match[x]) if match[x] else None for x in ("g", "k"))
+        return cls(int(match["w"]), None if act == 16 else act, group, kept)
 
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"w{self.weight_bits}a{self.act_bits or 16}{group}"
+        kept = f"k{self.kept}" if self.kept else ""
+        return f"w{self.weight_bits}a{self.act_bits or 16}{kept}{group}"

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Recipe
+from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
 SAMPLED_BYTES = 1024
@@ -72,6 +73,24 @@ class RunConfig:
             "threads": self.threads,
             "seed": self.seed,
         }
+
+
+def needs_of(runs: Sequence[RunConfig]) -> Needs:
+    """The statistics that serve all of these runs."""
+    needs = Needs()
+    for run in runs:
+        needs |= run.recipe.needs()
+    return needs
+
+
+def check_siblings(runs: Sequence[RunConfig]) -> None:
+    """Runs that share one pass of the calibration may differ in recipe and output only."""
+    first = runs[0]
+    for run in runs[1:]:
+        if replace(run, recipe=first.recipe, output=first.output) != first:
+            raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
+    if len({run.output for run in runs}) < len(runs):
+        raise ConfigError("every recipe needs an output directory of its own")
 
 
 def _hash(content: bytes) -> str:

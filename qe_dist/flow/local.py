@@ -1,13 +1,13 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.sample import Sample
 from qe_dist.flow.calibrate import Embedder, make_batches
-from qe_dist.flow.config import RunConfig
+from qe_dist.flow.config import RunConfig, check_siblings
 from qe_dist.flow.plan import Plan, make_plan
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
@@ -17,38 +17,54 @@ from qe_dist.io.weights import SafetensorsSource
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin: nothing is computed yet."""
+    """Runs that can begin: nothing is computed yet."""
 
+    runs: tuple[RunConfig, ...]
+    """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: SafetensorsSource
     plan: Plan
-    store: RunDir
-    identity: Mapping[str, Any]
+    identities: Mapping[RunConfig, Mapping[str, Any]]
 
 
-def prepare_run(run: RunConfig) -> Prepared:
-    """Reads samples and headers, makes the plan, claims the output directory."""
-    samples = make_batches(run)
-    source = SafetensorsSource(run.model)
+def prepare_run(*runs: RunConfig) -> Prepared:
+    """Reads samples and headers, makes the plan, claims the output directories."""
+    check_siblings(runs)
+    samples = make_batches(runs[0])
+    source = SafetensorsSource(runs[0].model)
     model = archs.for_config(source.config).spec(source)
-    store = RunDir(run.output)
-    first = store.first_block_to_run(len(model.blocks), len(samples))
-    plan = make_plan(model, run, source.bytes(model.passthrough), first)
-    identity = run.identity(image for batch in samples for sample in batch for image in sample.images)
-    store.open(identity, run.resume)
-    return Prepared(samples, source, plan, store, identity)
+    images = [image for batch in samples for sample in batch for image in sample.images]
+    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
+    first = _first_block(left, len(model.blocks), len(samples))
+    plan = make_plan(model, left or runs, source.bytes(model.passthrough), first)
+    identities = {run: run.identity(images) for run in runs}
+    for run, identity in identities.items():
+        store = RunDir(run.output)
+        store.open(identity, run.resume)
+        if run not in left:
+            store.clean()
+    return Prepared(left, samples, source, plan, identities)
 
 
-def quantize(run: RunConfig) -> None:
-    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped."""
-    ready = prepare_run(run)
-    plan, store = ready.plan, ready.store
-    if store.is_complete:
+def _first_block(left: Sequence[RunConfig], num_blocks: int, num_batches: int) -> int:
+    """Where to continue; activations are spooled in the directory of the first run."""
+    unfinished = min((RunDir(run.output).first_unfinished(num_blocks) for run in left), default=num_blocks)
+    return num_blocks if unfinished == num_blocks else RunDir(left[0].output).last_spooled(unfinished, num_batches)
+
+
+def quantize(*runs: RunConfig) -> None:
+    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
+
+    Several runs may differ in recipe and output: one pass of the calibration serves them all.
+    """
+    ready = prepare_run(*runs)
+    if not ready.runs:
         return
-    put_passthrough(store, plan.model, ready.source)
-    embedder = Embedder(run, plan.model.arch)
+    plan, arch = ready.plan, ready.plan.model.arch
+    start(ready)
+    embedder = Embedder(ready.runs[0], arch)
     for wave in plan.waves:
-        stages = [Stage(run, plan.model.arch, part) for part in wave]
+        stages = [Stage(ready.runs, arch, part) for part in wave]
         for stage in stages:
             stage.load()
         for i, part in enumerate(ready.samples):
@@ -59,10 +75,18 @@ def quantize(run: RunConfig) -> None:
         for stage, part in zip(stages, wave, strict=True):
             for block in part.blocks:
                 stage.fit(block.index)
-    finish(run, ready)
+    finish(ready)
 
 
-def finish(run: RunConfig, ready: Prepared) -> None:
-    """Everything is fitted: put the checkpoint together and drop what only a continuation would need."""
-    assemble(ready.store, ready.plan.model, ready.source, run.recipe.describe(), ready.identity)
-    ready.store.clean()
+def start(ready: Prepared) -> None:
+    """Writes what is taken over unchanged."""
+    for run in ready.runs:
+        put_passthrough(RunDir(run.output), ready.plan.model, ready.source)
+
+
+def finish(ready: Prepared) -> None:
+    """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
+    for run in ready.runs:
+        store = RunDir(run.output)
+        assemble(store, ready.plan.model, ready.source, run.recipe.describe(), ready.identities[run])
+        store.clean()

@@ -1,14 +1,15 @@
 """Who does which blocks, in which wave, and whether it can work at all. Pure, before the first byte of work."""
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.spec import BlockSpec, ModelSpec, per_linear
-from qe_dist.flow.config import RunConfig
+from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
@@ -35,21 +36,22 @@ class Plan:
 
 def make_plan(
     model: ModelSpec,
-    run: RunConfig,
+    runs: Sequence[RunConfig],
     passthrough_bytes: int = 0,
     first_block: int = 0,
     memory: int | None = None,
 ) -> Plan:
     """Cuts the blocks from `first_block` on into waves of at most `workers` stages. Refuses what would fail later.
 
+    runs: all that are served by one pass of the calibration (see `flow.local.quantize`).
     memory: bytes that all workers together may use; default 80 % of what this machine, or on CUDA its first GPU
     for each worker, has free.
     """
-    if run.recipe.granularity == "linear":
-        model = replace(model, blocks=tuple(per_linear(b) for b in model.blocks))
-    _check_scheme(model, run)
+    run = runs[0]
+    for each in runs:
+        _check_scheme(model, each)
     memory = memory or int(0.8 * _free_memory(run))
-    need = max(block_bytes(b, run) for b in model.blocks)
+    need = max(block_bytes(b, runs) for b in model.blocks)
     fitting = memory // run.workers // need
     if fitting == 0:
         raise ConfigError(
@@ -58,7 +60,8 @@ def make_plan(
         )
     each = run.blocks_per_worker or max(1, min(-(-(len(model.blocks) - first_block) // run.workers), fitting))
     left = model.blocks[first_block:]
-    _check_disk(run, _output_bytes(left, run) + (passthrough_bytes if first_block == 0 else 0))
+    passed_on = len(runs) * passthrough_bytes if first_block == 0 else 0
+    _check_disk(run, sum(_output_bytes(left, each) for each in runs) + passed_on)
     return Plan(model, _waves(left, run.workers, each))
 
 
@@ -71,11 +74,12 @@ def _waves(blocks: tuple[BlockSpec, ...], workers: int, each: int) -> tuple[tupl
     return tuple(waves)
 
 
-def block_bytes(block: BlockSpec, run: RunConfig) -> int:
+def block_bytes(block: BlockSpec, runs: Sequence[RunConfig]) -> int:
     """Memory that a worker needs per block while it gathers and fits: weights twice, Grams, token samples."""
+    run = runs[0]
     weights = 2 * STATE_BYTES * block.num_weights
     widths = [g.in_features for g in block.groups]
-    grams = STATE_BYTES * (M + 2) * sum(w * w for w in widths) if run.recipe.needs().gram else 0
+    grams = STATE_BYTES * (M + 2) * sum(w * w for w in widths) if needs_of(runs).gram else 0
     samples = STATE_BYTES * 2 * run.sample_tokens * 2 * sum(widths)
     return weights + grams + samples
 

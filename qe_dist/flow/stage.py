@@ -1,11 +1,12 @@
 """The work of one worker: forward batches through its blocks, gather statistics, fit and publish.
 
 Plain Python; Ray makes an actor of it in one line. Batches must come in order of their index: statistics
-are sums, and only a fixed order of summation gives the same bits whatever the number of workers.
+are sums, and only a fixed order of summation gives the same bits whatever the number of workers. One pass of
+statistics serves any number of runs that differ in their recipe.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from qe_dist import archs
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.determinism import pin
-from qe_dist.core.spec import BlockSpec, InputGroup
-from qe_dist.flow.config import RunConfig
+from qe_dist.core.spec import BlockSpec, Granularity, InputGroup, per_linear
+from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.flow.plan import StagePlan
 from qe_dist.io.checkpoint import block_tensors, report_dict
 from qe_dist.io.run_dir import RunDir
@@ -26,10 +27,9 @@ from qe_dist.numerics.stats import GroupStats
 class Stage:
     """Consecutive blocks on one device. Blocks that are finished only forward."""
 
-    def __init__(self, run: RunConfig, arch: str, part: StagePlan) -> None:
-        pin(run.threads)
-        self.run, self.arch = run, archs.get(arch)
-        self.store = RunDir(run.output)
+    def __init__(self, runs: Sequence[RunConfig], arch: str, part: StagePlan) -> None:
+        self.run, self.runs, self.arch = runs[0], runs, archs.get(arch)
+        pin(self.run.threads)
         self.part, self.blocks = part, []
         self.next_index = 0
         self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
@@ -55,20 +55,22 @@ class Stage:
         """Forward of the last stage of a wave: spools what enters `next_block`. Returns the number of tokens."""
         batch = self.forward(batch)
         if next_block is not None:
-            self.store.put_batch(next_block, batch)
+            RunDir(self.run.output).put_batch(next_block, batch)
         return batch.num_tokens
 
     def fit(self, index: int) -> dict[str, Any]:
-        """Fits and publishes one block, and forgets its statistics. Returns the block's report."""
+        """Fits and publishes one block for every run, and forgets its statistics. Returns the first run's report."""
         start = time.perf_counter()
         block = next(b for b in self.blocks if b.spec.index == index)
-        if not self.store.has_block(index):
-            groups = {g.name: self.run.recipe.fit(block.problem(g)) for g in block.spec.groups}
-            tensors = block_tensors(block.spec, groups, self.source)
-            self.store.put_block(index, tensors, report_dict(index, groups, block.spec))
+        for run in self.runs:
+            store = RunDir(run.output)
+            if not store.has_block(index):
+                view = block.views[run.recipe.granularity]
+                groups = {g.name: run.recipe.fit(block.problem(g, run)) for g in view.groups}
+                store.put_block(index, block_tensors(view, groups, self.source), report_dict(index, groups, view))
         block.stats.clear()
         self.seconds["fit"] += time.perf_counter() - start
-        return self.store.block_report(index) | {"seconds": time.perf_counter() - start}
+        return RunDir(self.run.output).block_report(index) | {"seconds": time.perf_counter() - start}
 
     def usage(self) -> dict[str, float]:
         """Seconds by activity and peak memory of this process in MiB."""
@@ -80,19 +82,19 @@ class Stage:
 
 class _Block:
     def __init__(self, stage: Stage, spec: BlockSpec) -> None:
-        run = stage.run
-        self.run, self.arch, self.spec = run, stage.arch, spec
+        run, self.arch, self.spec = stage.run, stage.arch, spec
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
         self.inputs: dict[str, Tensor] = {}
         self.stats: dict[str, GroupStats] = {}
-        if stage.store.has_block(spec.index):
-            return
-        for group in spec.groups:
-            self.stats[group.name] = GroupStats.empty(
-                self.weights(group), spec.router_width(group), run.recipe.needs(), run.sample_tokens
-            )
-            reader = self.module.get_submodule(group.linears[0].name)
-            reader.register_forward_pre_hook(self._catcher(group.name))
+        waiting = [r for r in stage.runs if not RunDir(r.output).has_block(spec.index)]
+        self.views = {r.recipe.granularity: _view(spec, r.recipe.granularity) for r in waiting}
+        for view in self.views.values():
+            for group in view.groups:
+                self.stats[group.name] = GroupStats.empty(
+                    self.weights(group), view.router_width(group), needs_of(waiting), run.sample_tokens
+                )
+                reader = self.module.get_submodule(group.linears[0].name)
+                reader.register_forward_pre_hook(self._catcher(group.name))
 
     def _catcher(self, name: str):
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -111,16 +113,16 @@ class _Block:
             modality, keys = batch.modality[real], batch.token_keys()[real]
             real = real.to(hidden.device)
             rows = {name: x[real] for name, x in self.inputs.items()}
-            for group in self.spec.groups:
-                self.stats[group.name].update(
-                    rows[group.name],
-                    rows[group.router_input],
-                    modality.to(hidden.device),
-                    keys.to(hidden.device),
-                )
+            modality, keys = modality.to(hidden.device), keys.to(hidden.device)
+            for group in (g for view in self.views.values() for g in view.groups):
+                self.stats[group.name].update(rows[group.name], rows[group.router_input], modality, keys)
             self.inputs.clear()
         return hidden
 
-    def problem(self, group: InputGroup) -> GroupProblem:
-        seed = self.run.seed + 1000 * self.spec.index
-        return GroupProblem(group, self.weights(group), self.stats[group.name], self.run.recipe.scheme, seed)
+    def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
+        seed = run.seed + 1000 * self.spec.index
+        return GroupProblem(group, self.weights(group), self.stats[group.name], run.recipe.scheme, seed)
+
+
+def _view(spec: BlockSpec, granularity: Granularity) -> BlockSpec:
+    return per_linear(spec) if granularity == "linear" else spec

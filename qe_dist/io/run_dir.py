@@ -145,16 +145,13 @@ class RunDir:
     def block_report(self, index: int) -> dict[str, Any]:
         return json.loads(self._report_path(index).read_text())
 
-    def first_block_to_run(self, num_blocks: int, num_batches: int) -> int:
-        """Where to continue: the last block, not behind the first unfinished one, whose input is spooled
-        completely, else 0; `num_blocks` when every block is finished."""
-        unfinished = next((i for i in range(num_blocks) if not self.has_block(i)), None)
-        if unfinished is None:
-            return num_blocks
-        return next(
-            (b for b in range(unfinished, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))),
-            0,
-        )
+    def first_unfinished(self, num_blocks: int) -> int:
+        """The first block that is not there yet; `num_blocks` when every block is finished."""
+        return next((i for i in range(num_blocks) if not self.has_block(i)), num_blocks)
+
+    def last_spooled(self, block: int, num_batches: int) -> int:
+        """The last block up to `block` whose input is spooled completely, else 0."""
+        return next((b for b in range(block, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))), 0)
 
     def clean(self) -> None:
         """Drops what only a continuation would need, and what killed writers left."""

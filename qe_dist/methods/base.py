@@ -337,9 +337,9 @@ def _with_report(group: QuantizedGroup, problem: GroupProblem, start: float, fal
     """Measures the stored group on the token sample against the full-precision linears."""
     sample = problem.stats.sample
     x, modality = sample.x.float(), sample.modality
-    repaired = prepare(group.input, x, route(group.input, sample.router_x), group.scheme.act_bits, modality)
+    repaired = prepare(group.input, x, route(group.input, sample.router_x), group.scheme, modality)
     bare_input = GroupInput(input_scale=group.input.input_scale)
-    bare = prepare(bare_input, x, None, group.scheme.act_bits, modality)
+    bare = prepare(bare_input, x, None, group.scheme, modality)
     exact, wrong, rounded = (torch.zeros(x.shape[0], dtype=torch.float64) for _ in range(3))
     tensors = input_tensors(group.input)
     size = num_bytes(tensors)

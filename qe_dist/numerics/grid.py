@@ -9,6 +9,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.scheme import Scheme
+from qe_dist.numerics.lowrank import capped
 
 
 def weight_scale(weight: Float[Tensor, "O I"], bits: int, group_size: int | None) -> Float[Tensor, "O G"]:
@@ -32,10 +34,19 @@ def dequantize(
     return codes.to(dtype) * _spread(scale.to(dtype), codes.shape[1])
 
 
-def round_activations(x: Float[Tensor, "T I"], bits: int | None) -> Float[Tensor, "T I"]:
-    """Qa: each token to its own symmetric grid and back. None leaves x as it is."""
-    if bits is None:
+def round_activations(x: Float[Tensor, "T I"], scheme: Scheme) -> Float[Tensor, "T I"]:
+    """Qa: each token to its own symmetric grid and back; its `kept` largest channels stay as they are, and do not
+    stretch the grid. Without activation bits x is left as it is."""
+    if scheme.act_bits is None:
         return x
+    if scheme.kept is None:
+        return _to_token_grid(x, scheme.act_bits)
+    largest = x.abs().topk(capped(x.shape[1], scheme.kept), dim=1).indices
+    rounded = _to_token_grid(x.scatter(1, largest, 0.0), scheme.act_bits)
+    return rounded.scatter(1, largest, x.gather(1, largest))
+
+
+def _to_token_grid(x: Tensor, bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
     scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp_min(torch.finfo(x.dtype).tiny)
     return torch.round(x / scale).clamp(-top, top) * scale

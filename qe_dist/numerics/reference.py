@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from qe_dist.core.quantized import GroupInput, QuantizedLinear
+from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.grid import dequantize, round_activations
 from qe_dist.numerics.routing import choose_experts
 
@@ -38,7 +39,7 @@ def prepare(
     part: GroupInput,
     x: Float[Tensor, "T I"],
     expert: Int[Tensor, " T"] | None,
-    act_bits: int | None,
+    scheme: Scheme,
     modality: Int8[Tensor, " T"] | None = None,
 ) -> PreparedInput:
     x = x.float()
@@ -62,7 +63,7 @@ def prepare(
             channels = part.expert_channels.long()
             expert_channels = _keep_own(x[:, channels.flatten()], own)
             base = base.scatter(1, channels[expert], 0.0)
-    return PreparedInput(round_activations(base, act_bits), shared, shared_channels, experts, expert_channels)
+    return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels)
 
 
 def _keep_own(z: Tensor, own: Tensor) -> Tensor:

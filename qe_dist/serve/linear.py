@@ -52,7 +52,7 @@ class QEInput(nn.Module):
             rows = x.flatten(0, -2)
             router_rows = self._router_source[0].for_router() if self._router_source else rows
             expert = route(part, router_rows)
-            self._prepared = prepare(part, rows, expert, self.scheme.act_bits)
+            self._prepared = prepare(part, rows, expert, self.scheme)
             self._seen, self._linears_left, self._routers_left = x, self.num_linears, self.num_routers
         prepared = self._prepared
         self._linears_left -= 1

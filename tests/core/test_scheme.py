@@ -13,6 +13,8 @@ from qe_dist.core.scheme import Scheme
         ("w3a16", Scheme(3)),
         ("w3a16g128", Scheme(3, None, 128)),
         ("w2a3g8", Scheme(2, 3, 8)),
+        ("w4a4k32", Scheme(4, 4, kept=32)),
+        ("w4a4k8g64", Scheme(4, 4, 64, 8)),
     ],
 )
 def test_parses(text: str, scheme: Scheme) -> None:
@@ -21,9 +23,13 @@ def test_parses(text: str, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [None, 8, 128])
-def test_text_and_scheme_are_inverse(weight_bits: int, group_size: int | None) -> None:
-    for act_bits in (None, *range(3, 9)):
-        scheme = Scheme(weight_bits, act_bits, group_size)
+@pytest.mark.parametrize("kept", [None, 1, 32])
+def test_text_and_scheme_are_inverse(weight_bits: int, group_size: int | None, kept: int | None) -> None:
+    for act_bits in range(3, 9):
+        scheme = Scheme(weight_bits, act_bits, group_size, kept)
+        assert Scheme.parse(str(scheme)) == scheme
+    if kept is None:
+        scheme = Scheme(weight_bits, None, group_size)
         assert Scheme.parse(str(scheme)) == scheme
 
 
@@ -40,6 +46,8 @@ def test_refuses_what_is_not_of_the_form(text: str) -> None:
         ("w9a8", "weight bits"),
         ("w4a2", "activation bits"),
         ("w4a9", "activation bits"),
+        ("w4a8k0", "kept channels"),
+        ("w4a16k8", "leave out k8"),
         ("w4a8g0", "group size"),
         ("w4a8g4", "group size"),
         ("w4a8g12", "group size"),

@@ -11,6 +11,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.evaluate import evaluate
 from qe_dist.flow.local import quantize
+from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.run_dir import sha256
 from qe_dist.io.samples import load_images, read_samples
@@ -207,3 +208,31 @@ def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run
         with safe_open(file, framework="pt") as block:
             for tensor in (block.get_tensor(k) for k in block.keys()):  # noqa: SIM118
                 assert not tensor.is_floating_point() or torch.isfinite(tensor).all()
+
+
+def test_one_pass_of_the_calibration_serves_many_recipes_with_the_bytes_of_each_alone(run, tmp_path, monkeypatch):
+    recipes = [
+        load_recipe("qe-w4a6"),
+        load_recipe("aser-w4a8"),
+        replace(load_recipe("qera-w4a4"), granularity="linear"),
+    ]
+    alone = [replace(run, recipe=r, output=tmp_path / f"alone-{i}") for i, r in enumerate(recipes)]
+    together = [replace(run, recipe=r, output=tmp_path / f"together-{i}") for i, r in enumerate(recipes)]
+    for one in alone:
+        quantize(one)
+    passes = []
+    forward = Stage.forward
+    monkeypatch.setattr(Stage, "forward", lambda stage, batch: (passes.append(batch.index), forward(stage, batch))[1])
+    quantize(*together)
+    assert passes == sorted(set(passes))
+    for a, b in zip(alone, together, strict=True):
+        assert files(a.output) == files(b.output)
+    quantize(*together, replace(run, recipe=load_recipe("rtn-w4a8"), output=tmp_path / "later"))  # one more is added
+    assert (tmp_path / "later" / "config.json").exists()
+
+
+def test_runs_that_differ_in_more_than_the_recipe_share_nothing(run, tmp_path):
+    with pytest.raises(ConfigError, match="differ in more than their recipe"):
+        quantize(run, replace(run, output=tmp_path / "other", seed=1))
+    with pytest.raises(ConfigError, match="output directory of its own"):
+        quantize(run, replace(run, recipe=load_recipe("rtn-w4a8")))

@@ -27,7 +27,7 @@ def model(num_blocks: int, width: int = 64) -> ModelSpec:
 @given(st.integers(1, 90), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 90))
 def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, workers, each, first):
     run = replace(RUN, workers=workers, blocks_per_worker=each)
-    plan = make_plan(model(blocks), run, first_block=min(first, blocks))
+    plan = make_plan(model(blocks), [run], first_block=min(first, blocks))
     done = [b.index for wave in plan.waves for stage in wave for b in stage.blocks]
     assert done == list(range(min(first, blocks), blocks))
     assert all(len(wave) <= workers for wave in plan.waves)
@@ -35,23 +35,17 @@ def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, workers
 
 
 def test_blocks_per_worker_follow_from_memory():
-    one = block_bytes(model(1).blocks[0], RUN)
-    plan = make_plan(model(12), replace(RUN, workers=2), memory=int(2 * 3.5 * one))
+    one = block_bytes(model(1).blocks[0], [RUN])
+    plan = make_plan(model(12), [replace(RUN, workers=2)], memory=int(2 * 3.5 * one))
     assert [len(stage.blocks) for stage in plan.stages] == [3, 3, 3, 3]
     assert len(plan.waves) == 2
 
 
 def test_a_block_that_does_not_fit_is_refused_now():
     with pytest.raises(ConfigError, match=r"one block needs .* GiB .* use fewer workers"):
-        make_plan(model(2, width=4096), replace(RUN, workers=2), memory=2**20)
+        make_plan(model(2, width=4096), [replace(RUN, workers=2)], memory=2**20)
 
 
 def test_a_full_disk_is_refused_now():
     with pytest.raises(ConfigError, match=r"MiB free, the checkpoint needs about"):
-        make_plan(model(2), RUN, passthrough_bytes=2**60)
-
-
-def test_per_linear_granularity_makes_a_group_of_every_linear():
-    run = replace(RUN, recipe=replace(RUN.recipe, granularity="linear"))
-    group = make_plan(model(1), run).model.blocks[0].groups[0]
-    assert (group.name, group.router_input) == ("mlp.up_proj", "mlp.up_proj")
+        make_plan(model(2), [RUN], passthrough_bytes=2**60)

@@ -73,12 +73,12 @@ def test_a_block_counts_as_finished_only_with_its_report(tmp_path):
 
 def test_a_run_continues_at_the_last_complete_wave_before_the_first_unfinished_block(tmp_path):
     store = RunDir(tmp_path)
-    assert store.first_block_to_run(num_blocks=4, num_batches=2) == 0
+    assert (store.first_unfinished(4), store.last_spooled(0, num_batches=2)) == (0, 0)
     for block in (0, 1, 2):
         store.put_block(block, {"w": torch.zeros(2)}, {"index": block})
     for index in (0, 1):
         store.put_batch(2, batch(index))
     store.put_batch(3, batch(0))  # the wave behind it is not whole
-    assert store.first_block_to_run(num_blocks=4, num_batches=2) == 2
+    assert (store.first_unfinished(4), store.last_spooled(3, num_batches=2)) == (3, 2)
     store.put_block(3, {"w": torch.zeros(2)}, {"index": 3})
-    assert store.first_block_to_run(num_blocks=4, num_batches=2) == 4
+    assert store.first_unfinished(4) == 4

@@ -151,7 +151,7 @@ def test_the_report_says_what_a_reader_would_measure(
     fitted: QuantizedGroup, problem: GroupProblem, recipe: Recipe, x: Tensor
 ) -> None:
     modality = (torch.arange(TOKENS) % 2).to(torch.int8)
-    ready = prepare(fitted.input, x, route(fitted.input, x), recipe.scheme.act_bits, modality)
+    ready = prepare(fitted.input, x, route(fitted.input, x), recipe.scheme, modality)
     wanted = torch.cat([x @ w.T for w in problem.weights.values()], dim=1).double()
     found = torch.cat([linear_forward(linear, ready) for linear in fitted.linears.values()], dim=1)
 
@@ -360,7 +360,7 @@ def test_an_extracted_channel_is_exact_whatever_else_repairs_it(
     assert expert.unique().numel() == 3
     kept = torch.zeros_like(x).scatter(1, channels[expert], 1.0).index_fill(1, channels[3], 1.0)
     loud = normal(8, *x.shape) * kept
-    ready = prepare(group.input, loud, expert, recipe.scheme.act_bits)
+    ready = prepare(group.input, loud, expert, recipe.scheme)
     for name, linear in group.linears.items():
         wanted = loud @ problem.weights[name].T
         assert (linear_forward(linear, ready) - wanted).norm() < 2**-8 * wanted.norm()

@@ -83,7 +83,7 @@ def errors(left_to_repair: ErrorProblem, correction: Correction) -> Tensor:
 
 
 def output(group: QuantizedGroup, x: Tensor) -> Tensor:
-    ready = prepare(group.input, x, route(group.input, x), group.scheme.act_bits)
+    ready = prepare(group.input, x, route(group.input, x), group.scheme)
     return torch.cat([linear_forward(linear, ready) for linear in group.linears.values()], dim=1)
 
 

@@ -10,6 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.grid import dequantize, round_activations, round_to_grid, weight_scale
 
 Normal = Callable[..., Tensor]
@@ -117,13 +118,13 @@ def test_activations_follow_the_loop_over_tokens(normal: Normal, bits: int) -> N
     x = normal(3, 20, 48) * torch.logspace(-5, 5, 20)[:, None]
     wanted = torch.tensor([rounded_token(token.tolist(), bits) for token in x], dtype=torch.float64)
     peak = x.abs().amax(dim=1, keepdim=True).double()
-    assert ((round_activations(x, bits).double() - wanted).abs() / peak).max() < 1e-6  # float32
+    assert ((round_activations(x, Scheme(4, bits)).double() - wanted).abs() / peak).max() < 1e-6  # float32
 
 
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_activations_use_all_levels_and_no_more(bits: int) -> None:
     """Levels -q .. q: the integer tensor cores have no use for an extra negative one."""
-    levels = round_activations(torch.linspace(-3, 3, 1001)[None], bits).unique()
+    levels = round_activations(torch.linspace(-3, 3, 1001)[None], Scheme(4, bits)).unique()
     assert len(levels) == 2**bits - 1
     assert torch.equal(levels, -levels.flip(0))
     assert math.isclose(levels[-1], 3, rel_tol=1e-6)
@@ -131,16 +132,34 @@ def test_activations_use_all_levels_and_no_more(bits: int) -> None:
 
 def test_activations_in_16_bits_are_left_alone(normal: Normal) -> None:
     x = normal(5, 3, 8)
-    assert round_activations(x, None) is x
+    assert round_activations(x, Scheme(4, None)) is x
 
 
 def test_a_zero_token_stays_zero(normal: Normal) -> None:
     x = normal(6, 3, 8)
     x[1] = 0.0
-    assert not round_activations(x, 4)[1].any()
+    assert not round_activations(x, Scheme(4, 4))[1].any()
 
 
 def test_a_token_is_rounded_alone(normal: Normal) -> None:
     x = normal(7, 6, 16)
-    alone = torch.cat([round_activations(token[None], 6) for token in x])
-    assert torch.equal(round_activations(x, 6), alone)
+    alone = torch.cat([round_activations(token[None], Scheme(4, 6)) for token in x])
+    assert torch.equal(round_activations(x, Scheme(4, 6)), alone)
+
+
+@pytest.mark.parametrize("kept", [64, 640])  # 2 and 20 of 48, cut as on every narrow layer
+def test_kept_channels_leave_the_grid_to_the_others(normal: Normal, kept: int) -> None:
+    x = normal(8, 5, 48) * torch.linspace(0.1, 30, 48)
+    found = round_activations(x, Scheme(4, 4, kept=kept))
+    count = 48 * kept // 1536
+    for token, got in zip(x, found, strict=True):
+        order = sorted(range(48), key=lambda c: -abs(float(token[c])))
+        largest, others = order[:count], order[count:]
+        assert torch.equal(got[largest], token[largest])
+        wanted = rounded_token([float(token[c]) for c in others], 4)
+        assert torch.allclose(got[others].double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-5)
+
+
+def test_the_largest_channels_are_of_any_sign() -> None:
+    x = torch.tensor([[-100.0, 1.0, 2.0, 3.0] + [0.5] * 44])
+    assert round_activations(x, Scheme(4, 8, kept=32))[0, 0] == -100.0

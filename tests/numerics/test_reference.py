@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.quantized import Factor, GroupInput, QuantizedLinear
+from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.factors import store_factor
 from qe_dist.numerics.reference import linear_forward, prepare, route
 
@@ -85,7 +86,7 @@ def assert_follows_the_formula(
     linear: QuantizedLinear, part: GroupInput, x: Tensor, bits: int | None, modality: Tensor
 ) -> None:
     expert = route(part, x)
-    y = linear_forward(linear, prepare(part, x, expert, bits, modality))
+    y = linear_forward(linear, prepare(part, x, expert, Scheme(4, bits), modality))
     assert y.dtype == torch.float32
     chosen = [0] * len(x) if expert is None else expert.tolist()
     wanted = torch.stack(
@@ -163,7 +164,7 @@ def test_a_router_may_read_another_tensor(normal: Normal, x: Tensor, modality: T
     )
     linear = QuantizedLinear(**base, expert_up=Factor(normal(7, EXPERTS, OUTPUTS, RANK).bfloat16()))
     expert = route(part, normal(8, TOKENS, 12))
-    y = linear_forward(linear, prepare(part, x, expert, None))
+    y = linear_forward(linear, prepare(part, x, expert, Scheme(4)))
     wanted = torch.stack([token_output(linear, part, t, e, 0, None) for t, e in zip(x, expert.tolist(), strict=True)])
     assert (y.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -175,8 +176,8 @@ def test_a_router_without_its_input_is_our_own_mistake(router: Tensor) -> None:
 
 def test_extracted_outliers_leave_the_activation_grid(x: Tensor) -> None:
     """The grid of a token reaches its largest channel, so the others gain when that one is gone."""
-    plain = prepare(GroupInput(), x, None, 4).base
-    without = prepare(GroupInput(shared_channels=torch.tensor([5, 9], dtype=torch.int32)), x, None, 4).base
+    plain = prepare(GroupInput(), x, None, Scheme(4, 4)).base
+    without = prepare(GroupInput(shared_channels=torch.tensor([5, 9], dtype=torch.int32)), x, None, Scheme(4, 4)).base
     others = [c for c in range(INPUTS) if c not in (5, 9)]
     assert not without[:, [5, 9]].any()
     assert (without - x)[:, others].abs().mean() < 0.2 * (plain - x)[:, others].abs().mean()
@@ -187,18 +188,19 @@ def test_tokens_do_not_see_each_other(
 ) -> None:
     part = GroupInput(expert_channels=EXPERT_CHANNELS, router=router)
     linear = QuantizedLinear(**base, expert_columns=normal(5, EXPERTS, OUTPUTS, 3))
-    together = linear_forward(linear, prepare(part, x, route(part, x), 6))
-    alone = torch.cat([linear_forward(linear, prepare(part, t[None], route(part, t[None]), 6)) for t in x])
+    together = linear_forward(linear, prepare(part, x, route(part, x), Scheme(4, 6)))
+    alone = torch.cat([linear_forward(linear, prepare(part, t[None], route(part, t[None]), Scheme(4, 6))) for t in x])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)  # float32 products of other shapes
 
 
 def test_a_bf16_input_is_computed_in_float32(x: Tensor, base: dict[str, Tensor]) -> None:
     linear, half = QuantizedLinear(**base), x.bfloat16()
-    y = linear_forward(linear, prepare(GroupInput(), half, None, 8))
-    assert torch.equal(y, linear_forward(linear, prepare(GroupInput(), half.float(), None, 8)))
+    y = linear_forward(linear, prepare(GroupInput(), half, None, Scheme(4, 8)))
+    assert torch.equal(y, linear_forward(linear, prepare(GroupInput(), half.float(), None, Scheme(4, 8))))
 
 
 def test_prepare_does_not_change_its_input(x: Tensor) -> None:
     before = x.clone()
-    prepare(GroupInput(shared_channels=SHARED_CHANNELS, input_scale=torch.full((1, INPUTS), 2.0)), x, None, 4)
+    part = GroupInput(shared_channels=SHARED_CHANNELS, input_scale=torch.full((1, INPUTS), 2.0))
+    prepare(part, x, None, Scheme(4, 4))
     assert torch.equal(x, before)

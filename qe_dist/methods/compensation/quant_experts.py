@@ -174,7 +174,7 @@ def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> T
     x = problem.stats.sample.x.to(c.expert_up)
     rounded = torch.cat(list(problem.problem.weights.values())) - problem.stacked
     left = problem.stacked - c.shared_up @ c.shared_down
-    bits = problem.problem.scheme.act_bits
+    scheme = problem.problem.scheme
     errors = torch.empty(x.shape[0], c.expert_up.shape[0], device=x.device)
     for rows in torch.arange(x.shape[0], device=x.device).split(tokens):
         part, common = x[rows], None
@@ -183,7 +183,7 @@ def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> T
                 gone = torch.cat([c.shared_channels, c.expert_channels[e]])
                 part, common = x[rows].index_fill(1, gone, 0.0), None
             if common is None:
-                common = part @ left.T + (part - round_activations(part, bits)) @ rounded.T
+                common = part @ left.T + (part - round_activations(part, scheme)) @ rounded.T
             errors[rows, e] = (common - (part @ down.T) @ up.T).norm(dim=1).float()
     return errors
 

@@ -144,6 +144,8 @@ def test_unknown_words_are_refused_by_name(content: Mapping[str, Any], named: st
         ({"scheme": "w4a8", "transform": {"name": "smoothquant", "alpha": float("nan")}}, "transform.alpha"),
         ({"scheme": "w4a8", "transform": {"name": "outlier_smoothing", "k": 0}}, "transform.k"),
         ({"scheme": "w4a8", "compensation": QE | {"k": 0}}, "compensation.k"),
+        ({"scheme": "w4a8", "compensation": {"name": "lqer", "metric": "exact"}}, "compensation.metric.*identity"),
+        ({"scheme": "w4a8", "compensation": {"name": "qera", "metric": "approx"}}, "compensation.metric.*diagonal"),
         ({"scheme": "w4a8", "compensation": {"name": "aser", "k": 0}}, "compensation.k"),
         ({"scheme": "w4a8", "compensation": QE | {"num_experts": 0}}, "num_experts"),
         ({"scheme": "w4a8", "compensation": QE | {"refine_epochs": -1}}, "refine_epochs"),

@@ -37,7 +37,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "rtn": lambda s: _recipe(s, NoTransform(), NoCompensation()),
     "smoothquant": lambda s: _recipe(s, SmoothQuant(), NoCompensation()),
     "qera": lambda s: _recipe(s, NoTransform(), QERA()),
-    "aser": lambda s: _recipe(s, OutlierSmoothing(), ASER()),
+    "aser": lambda s: _recipe(s, OutlierSmoothing(rank_by="mean"), ASER()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
 }

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Compensation, ErrorProblem, GroupProblem, Recipe
+from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.transforms.none import NoTransform
+from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.lowrank import gram_product, low_rank
 
@@ -129,3 +131,43 @@ def test_a_channel_that_is_never_used_is_no_trouble(normal: Normal, x: Tensor, p
     group = recipe.fit(problem_for(recipe, silent))
     assert group.report.fallbacks == ()
     assert group.report.error < group.report.rounding_error
+
+
+@pytest.fixture(params=["frequency", "mean"])
+def smoothed_aser(request: pytest.FixtureRequest) -> Recipe:
+    """64 of 1536 channels is 4 of 96."""
+    transform, aser = OutlierSmoothing(k=64, rank_by=request.param), ASER(k=64, rank_by=request.param)
+    return Recipe(Scheme(4, 6), transform, RoundToNearest(), aser, Budget(rank=96))
+
+
+def test_aser_exempts_the_channels_of_the_largest_means(x: Tensor, problem_for: Build) -> None:
+    aser = ASER(k=64)
+    problem = problem_for(Recipe(Scheme(4, 6), NoTransform(), RoundToNearest(), aser), x)
+    weight = torch.cat(list(problem.weights.values())).double()
+    score = [float(x[:, c].double().abs().mean() * weight[:, c].abs().mean()) for c in range(WIDTH)]
+    assert aser.exempt(problem).tolist() == sorted(range(WIDTH), key=lambda c: -score[c])[:4]
+
+
+def test_aser_exempts_the_channels_that_it_smooths(smoothed_aser: Recipe, x: Tensor, problem_for: Build) -> None:
+    problem = problem_for(smoothed_aser, x)
+    moved = smoothed_aser.transform.fit(problem)
+    exempt = smoothed_aser.compensation.exempt(moved)
+    assert set((moved.input_scale[0] > 1).nonzero().flatten().tolist()) <= set(exempt.tolist())
+    assert torch.equal(exempt, smoothed_aser.compensation.exempt(problem))
+    assert (moved.input_scale[0] > 1).sum() == 3  # the smallest of the four stays
+
+
+def test_aser_carries_the_columns_that_it_exempts(smoothed_aser: Recipe, x: Tensor, problem_for: Build) -> None:
+    problem = problem_for(smoothed_aser, x)
+    group = smoothed_aser.fit(problem)
+    exempt = smoothed_aser.compensation.exempt(problem)
+    assert group.report.fallbacks == ()
+    assert not any(linear.codes[:, exempt].any() for linear in group.linears.values())
+    assert group.report.error < 0.2 < group.report.rounding_error
+
+
+def test_how_often_a_channel_matters_is_counted_only_where_it_is_asked() -> None:
+    assert ASER(k=5, rank_by="frequency").needs().top_channels == 5
+    assert OutlierSmoothing(k=5).needs().top_channels == 5
+    assert ASER().needs().top_channels == 0
+    assert OutlierSmoothing(rank_by="mean").needs().top_channels == 0

@@ -21,16 +21,20 @@ from qe_dist.core.scheme import Scheme
 
 @dataclass(frozen=True)
 class Factor:
-    """A matrix of a low-rank pair as it is stored: bf16, or int8 with one scale per row."""
+    """A matrix of a low-rank pair as it is stored: bf16, or integers with one scale per row. int8, or two 4-bit
+    codes + 8 in each uint8: the even column in the lower half."""
 
-    values: Shaped[Tensor, "*rows columns"]
+    values: Shaped[Tensor, "*rows stored"]
     scale: Float[Tensor, "*rows"] | None = None
 
     @property
     def dense(self) -> Float[Tensor, "*rows columns"]:
         if self.scale is None:
             return self.values.float()
-        return self.values.float() * self.scale.float()[..., None]
+        codes = self.values.float()
+        if self.values.dtype == torch.uint8:
+            codes = torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(-2).float() - 8
+        return codes * self.scale.float()[..., None]
 
 
 @dataclass(frozen=True)

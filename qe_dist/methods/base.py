@@ -24,7 +24,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity, InputGroup
-from qe_dist.numerics.factors import rank_within, store_factor
+from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import num_words
@@ -82,8 +82,8 @@ class Budget:
             raise ConfigError(f"budget.rank must be at least 1, found {self.rank}")
         if self.extra_bits is not None and not 0 < self.extra_bits < float("inf"):
             raise ConfigError(f"budget.extra_bits must be positive and finite, found {self.extra_bits}")
-        if self.factor_bits not in (8, 16):
-            raise ConfigError(f"budget.factor_bits must be 8 or 16, found {self.factor_bits}")
+        if self.factor_bits not in FACTOR_BITS:
+            raise ConfigError(f"budget.factor_bits must be 4, 8 or 16, found {self.factor_bits}")
 
     def rank_for(self, problem: GroupProblem) -> int:
         """The rank that one adapter for the group may have (see `capped` for narrow layers)."""
@@ -135,6 +135,11 @@ class Correction:
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if v is not None}
+
+    def with_even_ranks(self) -> "Correction":
+        shared_down, shared_up = even_rank(self.shared_down, self.shared_up)
+        expert_down, expert_up = even_rank(self.expert_down, self.expert_up)
+        return replace(self, shared_down=shared_down, shared_up=shared_up, expert_down=expert_down, expert_up=expert_up)
 
 
 @runtime_checkable
@@ -227,6 +232,7 @@ class Recipe:
         """Rounds the factors to their stored form, then takes the columns of extracted channels, which make up
         for whatever those factors contribute there: extraction is exact up to bf16."""
         bits = self.budget.factor_bits
+        c = c.with_even_ranks() if bits == 4 else c
         expert_down = c.expert_down
         if expert_down is not None and c.shared_channels is not None:  # the shared columns are all of W there
             expert_down = expert_down.index_fill(2, c.shared_channels, 0.0)

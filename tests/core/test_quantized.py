@@ -22,12 +22,14 @@ from qe_dist.core.quantized import (
 Normal = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["bf16", "int8"])
+@pytest.fixture(params=["bf16", "int8", "int4"])
 def factor(request: pytest.FixtureRequest, normal: Normal) -> Callable[..., Factor]:
     def make(seed: int, *shape: int) -> Factor:
         values = normal(seed, *shape)
         if request.param == "bf16":
             return Factor(values.bfloat16())
+        if request.param == "int4":
+            return Factor((values * 40 + 128).clamp(0, 255).to(torch.uint8), normal(seed + 100, *shape[:-1]).bfloat16())
         return Factor((values * 40).clamp(-127, 127).to(torch.int8), normal(seed + 100, *shape[:-1]).bfloat16())
 
     return make
@@ -112,6 +114,11 @@ def test_the_number_of_experts_is_the_routers(full_input: GroupInput) -> None:
 def test_an_int8_factor_is_values_times_a_scale_per_row() -> None:
     factor = Factor(torch.tensor([[[1, -2], [3, 4]]], dtype=torch.int8), torch.tensor([[0.5, 2.0]]))
     assert factor.dense.tolist() == [[[0.5, -1.0], [6.0, 8.0]]]
+
+
+def test_an_int4_factor_is_two_columns_to_a_byte() -> None:
+    factor = Factor(torch.tensor([[0x98, 0x1F], [0x88, 0xA8]], dtype=torch.uint8), torch.tensor([0.5, 2.0]))
+    assert factor.dense.tolist() == [[0.0, 0.5, 3.5, -3.5], [0.0, 0.0, 0.0, 4.0]]
 
 
 def test_bytes_are_those_of_the_stored_types() -> None:

@@ -133,7 +133,7 @@ def test_unknown_words_are_refused_by_name(content: Mapping[str, Any], named: st
         ({"scheme": "w9a8"}, "weight bits"),
         ({"scheme": "w4a12"}, "activation bits"),
         ({"scheme": "w4a8g100"}, "group size"),
-        ({"scheme": "w4a8", "budget": {"rank": 8, "factor_bits": 4}}, "budget.factor_bits"),
+        ({"scheme": "w4a8", "budget": {"rank": 8, "factor_bits": 6}}, "budget.factor_bits"),
         ({"scheme": "w4a8", "budget": {"rank": 0}}, "budget.rank"),
         ({"scheme": "w4a8", "budget": {"extra_bits": -1.0}}, "budget.extra_bits"),
         ({"scheme": "w4a8", "budget": {"extra_bits": float("inf")}}, "budget.extra_bits"),

@@ -12,7 +12,7 @@ from qe_dist.numerics.reference import linear_forward, prepare, route
 
 Normal = Callable[..., Tensor]
 
-TOKENS, INPUTS, OUTPUTS, RANK, EXPERTS = 40, 32, 20, 3, 4
+TOKENS, INPUTS, OUTPUTS, RANK, EXPERTS = 40, 32, 20, 6, 4
 SHARED_CHANNELS = torch.tensor([9, 30], dtype=torch.int32)
 EXPERT_CHANNELS = torch.tensor([[0, 5, 7], [31, 2, 11], [1, 3, 5], [8, 12, 20]], dtype=torch.int32)
 
@@ -20,6 +20,8 @@ EXPERT_CHANNELS = torch.tensor([[0, 5, 7], [31, 2, 11], [1, 3, 5], [8, 12, 20]],
 def dense(factor: Factor) -> Tensor:
     """The matrix that a factor stands for, in float64."""
     values = factor.values.double()
+    if factor.values.dtype == torch.uint8:
+        values = torch.stack([values % 16, values // 16], dim=-1).flatten(-2) - 8
     return values if factor.scale is None else values * factor.scale.double()[..., None]
 
 
@@ -96,7 +98,7 @@ def assert_follows_the_formula(
 
 @pytest.mark.parametrize("bits", [None, 8, 6, 4])
 @pytest.mark.parametrize("scales", [0, 1, 2])
-@pytest.mark.parametrize("factor_bits", [16, 8])
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
 def test_all_parts_together(
     normal: Normal,
     x: Tensor,

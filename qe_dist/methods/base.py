@@ -101,7 +101,7 @@ class ErrorProblem:
 
     problem: GroupProblem
     errors: Mapping[str, Float[Tensor, "_ I"]]
-    """W - Q(W), with exempted columns entirely in it."""
+    """W less what was rounded: with all of exempted columns, and whatever was taken over before."""
     budget: Budget
 
     @property
@@ -132,6 +132,8 @@ class Correction:
     expert_up: Float[Tensor, "E O S"] | None = None
     expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
+    salient_channels: Int[Tensor, " C"] | None = None
+    salient_columns: Float[Tensor, "O C"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if v is not None}
@@ -168,6 +170,13 @@ class Compensation(Protocol):
         ...
 
     def fit(self, problem: ErrorProblem) -> Correction: ...
+
+
+@runtime_checkable
+class TakesOver(Protocol):
+    """A compensation that takes a part of the weights over before the rest is rounded."""
+
+    def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Float[Tensor, "_ I"]]: ...
 
 
 NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
@@ -213,8 +222,11 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> QuantizedGroup:
         moved = self.transform.fit(problem)
+        weights = moved.weights
+        if isinstance(self.compensation, TakesOver):
+            weights = self.compensation.left_to_round(moved, self.budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
-        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in moved.weights.items()}
+        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
         correction = self.compensation.fit(ErrorProblem(moved, errors, self.budget))
@@ -239,6 +251,7 @@ class Recipe:
         shared_down, expert_down = _stored(c.shared_down, bits), _stored(expert_down, bits)
         sizes = [w.shape[0] for w in moved.weights.values()]
         ups = zip(_rows(c.shared_up, sizes, 0), _rows(c.expert_up, sizes, 1), strict=True)
+        salient = dict(zip(moved.weights, _rows(c.salient_columns, sizes, 0), strict=True))
         linears = {}
         for (name, weight), (shared_rows, expert_rows) in zip(moved.weights.items(), ups, strict=True):
             shared_up, expert_up = _stored(shared_rows, bits), _stored(expert_rows, bits)
@@ -252,6 +265,7 @@ class Recipe:
                 expert_columns=None
                 if c.expert_channels is None
                 else _expert_columns(weight, c.expert_channels, shared, own),
+                salient_columns=_stored(salient[name], bits),
             )
         part = GroupInput(
             input_scale=_bf16(moved.input_scale),
@@ -260,6 +274,7 @@ class Recipe:
             expert_down=expert_down,
             expert_channels=_int32(c.expert_channels),
             router=_bf16(c.router),
+            salient_channels=_int32(c.salient_channels),
         )
         return QuantizedGroup(self.scheme, part, linears)
 
@@ -351,7 +366,7 @@ def _with_report(group: QuantizedGroup, problem: GroupProblem, start: float, fal
     size = num_bytes(tensors)
     for name, linear in group.linears.items():
         y = x @ problem.weights[name].float().T
-        plain = replace(linear, shared_up=None, shared_columns=None, expert_up=None, expert_columns=None)
+        plain = QuantizedLinear(linear.codes, linear.scale)
         exact += y.square().sum(1, dtype=torch.float64).cpu()
         wrong += (y - linear_forward(linear, repaired)).square().sum(1, dtype=torch.float64).cpu()
         rounded += (y - linear_forward(plain, bare)).square().sum(1, dtype=torch.float64).cpu()

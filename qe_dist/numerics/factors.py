@@ -51,3 +51,9 @@ def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies
     spare = bits - copies * outputs * scale_bits
     rank = max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))
     return rank - rank % 2 if factor_bits == 4 else rank
+
+
+def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
+    """The largest even number of columns [outputs, C] that take at most so many bits with their 32-bit indices."""
+    spare = bits - (0 if factor_bits == 16 else 16 * outputs)
+    return 2 * max(0, int(spare / (factor_bits * outputs + 32) / 2))

@@ -147,6 +147,8 @@ def test_unknown_words_are_refused_by_name(content: Mapping[str, Any], named: st
         ({"scheme": "w4a8", "compensation": {"name": "lqer", "metric": "exact"}}, "compensation.metric.*identity"),
         ({"scheme": "w4a8", "compensation": {"name": "qera", "metric": "approx"}}, "compensation.metric.*diagonal"),
         ({"scheme": "w4a8", "compensation": {"name": "aser", "k": 0}}, "compensation.k"),
+        ({"scheme": "w4a8", "compensation": {"name": "salient", "share": 0}}, "compensation.share"),
+        ({"scheme": "w4a8", "compensation": {"name": "salient", "share": float("nan")}}, "compensation.share"),
         ({"scheme": "w4a8", "compensation": QE | {"num_experts": 0}}, "num_experts"),
         ({"scheme": "w4a8", "compensation": QE | {"refine_epochs": -1}}, "refine_epochs"),
         ({"scheme": "w4a8", "compensation": QE | {"router": "random"}}, "compensation.router"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import Factor
-from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within, store_factor
+from qe_dist.numerics.factors import FACTOR_BITS, columns_within, even_rank, rank_within, store_factor
 
 Normal = Callable[..., Tensor]
 
@@ -128,3 +128,19 @@ def test_the_rank_is_the_largest_whose_stored_bytes_fit(
     assert rank % step == 0
     assert rank == 0 or stored_bits(rank) <= bits
     assert stored_bits(rank + step) > bits
+
+
+@given(bits=st.floats(0, 20_000), outputs=st.integers(1, 40), factor_bits=st.sampled_from(FACTOR_BITS))
+def test_the_columns_are_the_most_whose_stored_bytes_fit(bits: float, outputs: int, factor_bits: int) -> None:
+    """With the indices of their channels."""
+
+    def stored_bits(count: int) -> int:
+        factor = store_factor(torch.ones(outputs, count), factor_bits)
+        indices = torch.zeros(count, dtype=torch.int32)
+        tensors = [t for t in (factor.values, factor.scale, indices) if t is not None]
+        return 8 * sum(t.numel() * t.element_size() for t in tensors)
+
+    count = columns_within(bits, outputs, factor_bits)
+    assert count % 2 == 0
+    assert count == 0 or stored_bits(count) <= bits
+    assert stored_bits(count + 2) > bits

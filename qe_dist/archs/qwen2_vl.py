@@ -18,12 +18,13 @@ from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 
-# (group, linears, how they are split over tensor-parallel ranks, group whose input the router reads)
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+# (group, linears, how they are split over tensor-parallel ranks, group whose input the router reads, producers)
 _GROUPS = (
-    ("self_attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "column", "self_attn.qkv"),
-    ("self_attn.o", ("self_attn.o_proj",), "row", "self_attn.qkv"),
-    ("mlp.gate_up", ("mlp.gate_proj", "mlp.up_proj"), "column", "mlp.gate_up"),
-    ("mlp.down", ("mlp.down_proj",), "row", "mlp.gate_up"),
+    ("self_attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "column", "self_attn.qkv", ()),
+    ("self_attn.o", ("self_attn.o_proj",), "row", "self_attn.qkv", ()),
+    ("mlp.gate_up", _GATE_UP, "column", "mlp.gate_up", ()),
+    ("mlp.down", ("mlp.down_proj",), "row", "mlp.gate_up", _GATE_UP),
 )  # fmt: skip
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
@@ -162,7 +163,7 @@ class Qwen2VL:
 
 def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], source: WeightSource) -> BlockSpec:
     groups = []
-    for name, linears, split, router_input in _GROUPS:
+    for name, linears, split, router_input, producers in _GROUPS:
         specs = []
         for linear in linears:
             out_features, in_features = shapes[linear]
@@ -173,7 +174,7 @@ def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], 
                 )
             bias = f"{prefix}{linear}.bias" in source.names()
             specs.append(LinearSpec(linear, in_features, out_features, bias, split))
-        groups.append(InputGroup(name, tuple(specs), router_input))
+        groups.append(InputGroup(name, tuple(specs), router_input, producers))
     return BlockSpec(index, prefix, tuple(groups), _NORMS)
 
 

@@ -4,9 +4,10 @@
 
 What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
 module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
-channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits.
+channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits. *Salient* channels stay in Qa, and
+their weights have a second term: `salient_columns`, which x~ meets unrounded.
 Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C channels of the shared expert,
-D of a routed one, M modalities, H router inputs.
+D of a routed one, S salient channels, M modalities, H router inputs.
 """
 
 from collections.abc import Mapping
@@ -21,16 +22,20 @@ from qe_dist.core.scheme import Scheme
 
 @dataclass(frozen=True)
 class Factor:
-    """A matrix of a low-rank pair as it is stored: bf16, or int8 with one scale per row."""
+    """A matrix of a low-rank pair, or salient columns, as stored: bf16, or integers with one scale per row: int8, or
+    two 4-bit codes + 8 in each uint8, the even column in the lower half."""
 
-    values: Shaped[Tensor, "*rows columns"]
+    values: Shaped[Tensor, "*rows stored"]
     scale: Float[Tensor, "*rows"] | None = None
 
     @property
     def dense(self) -> Float[Tensor, "*rows columns"]:
         if self.scale is None:
             return self.values.float()
-        return self.values.float() * self.scale.float()[..., None]
+        codes = self.values.float()
+        if self.values.dtype == torch.uint8:
+            codes = torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(-2).float() - 8
+        return codes * self.scale.float()[..., None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class GroupInput:
     expert_down: Factor | None = None  # [E, R, I]
     expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
+    salient_channels: Int[Tensor, " S"] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -59,6 +65,7 @@ class QuantizedLinear:
     shared_columns: Float[Tensor, "O C"] | None = None
     expert_up: Factor | None = None  # [E, O, R]
     expert_columns: Float[Tensor, "E O D"] | None = None
+    salient_columns: Factor | None = None  # [O, S]
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,13 @@ _INPUT_PLAIN = {
     "lr_shared_channels": "shared_channels",
     "lr_expert_channels": "expert_channels",
     "router": "router",
+    "lr_salient_channels": "salient_channels",
 }
-_LINEAR_FACTORS = {"lr_shared_b": "shared_up", "lr_expert_b": "expert_up"}
+_LINEAR_FACTORS = {
+    "lr_shared_b": "shared_up",
+    "lr_expert_b": "expert_up",
+    "lr_salient_columns": "salient_columns",
+}
 _LINEAR_PLAIN = {
     "bias": "bias",
     "lr_shared_columns": "shared_columns",

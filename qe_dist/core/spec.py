@@ -27,6 +27,8 @@ class InputGroup:
     router_input: str
     """Name of the group whose input the router reads. A row-parallel group reads the replicated input
     of its sublayer, so that every tensor-parallel rank picks the same expert without an all-reduce."""
+    producers: tuple[str, ...] = ()
+    """Linears of the block whose outputs make this input channel by channel, and so can absorb a permutation of it."""
 
     @property
     def in_features(self) -> int:
@@ -68,5 +70,5 @@ class ModelSpec:
 
 def per_linear(block: BlockSpec) -> BlockSpec:
     """The block with every linear in a group of its own that routes on its own input (as the paper fits)."""
-    groups = tuple(InputGroup(name=x.name, linears=(x,), router_input=x.name) for g in block.groups for x in g.linears)
+    groups = tuple(InputGroup(x.name, (x,), x.name, g.producers) for g in block.groups for x in g.linears)
     return replace(block, groups=groups)

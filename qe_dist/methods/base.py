@@ -24,7 +24,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity, InputGroup
-from qe_dist.numerics.factors import rank_within, store_factor
+from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import num_words
@@ -82,8 +82,8 @@ class Budget:
             raise ConfigError(f"budget.rank must be at least 1, found {self.rank}")
         if self.extra_bits is not None and not 0 < self.extra_bits < float("inf"):
             raise ConfigError(f"budget.extra_bits must be positive and finite, found {self.extra_bits}")
-        if self.factor_bits not in (8, 16):
-            raise ConfigError(f"budget.factor_bits must be 8 or 16, found {self.factor_bits}")
+        if self.factor_bits not in FACTOR_BITS:
+            raise ConfigError(f"budget.factor_bits must be 4, 8 or 16, found {self.factor_bits}")
 
     def rank_for(self, problem: GroupProblem) -> int:
         """The rank that one adapter for the group may have (see `capped` for narrow layers)."""
@@ -101,7 +101,7 @@ class ErrorProblem:
 
     problem: GroupProblem
     errors: Mapping[str, Float[Tensor, "_ I"]]
-    """W - Q(W), with exempted columns entirely in it."""
+    """W less what was rounded: with all of exempted columns, and whatever was taken over before."""
     budget: Budget
 
     @property
@@ -132,9 +132,16 @@ class Correction:
     expert_up: Float[Tensor, "E O S"] | None = None
     expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
+    salient_channels: Int[Tensor, " C"] | None = None
+    salient_columns: Float[Tensor, "O C"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if v is not None}
+
+    def with_even_ranks(self) -> "Correction":
+        shared_down, shared_up = even_rank(self.shared_down, self.shared_up)
+        expert_down, expert_up = even_rank(self.expert_down, self.expert_up)
+        return replace(self, shared_down=shared_down, shared_up=shared_up, expert_down=expert_down, expert_up=expert_up)
 
 
 @runtime_checkable
@@ -163,6 +170,13 @@ class Compensation(Protocol):
         ...
 
     def fit(self, problem: ErrorProblem) -> Correction: ...
+
+
+@runtime_checkable
+class TakesOver(Protocol):
+    """A compensation that takes a part of the weights over before the rest is rounded."""
+
+    def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Float[Tensor, "_ I"]]: ...
 
 
 NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
@@ -208,8 +222,11 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> QuantizedGroup:
         moved = self.transform.fit(problem)
+        weights = moved.weights
+        if isinstance(self.compensation, TakesOver):
+            weights = self.compensation.left_to_round(moved, self.budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
-        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in moved.weights.items()}
+        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
         correction = self.compensation.fit(ErrorProblem(moved, errors, self.budget))
@@ -227,12 +244,14 @@ class Recipe:
         """Rounds the factors to their stored form, then takes the columns of extracted channels, which make up
         for whatever those factors contribute there: extraction is exact up to bf16."""
         bits = self.budget.factor_bits
+        c = c.with_even_ranks() if bits == 4 else c
         expert_down = c.expert_down
         if expert_down is not None and c.shared_channels is not None:  # the shared columns are all of W there
             expert_down = expert_down.index_fill(2, c.shared_channels, 0.0)
         shared_down, expert_down = _stored(c.shared_down, bits), _stored(expert_down, bits)
         sizes = [w.shape[0] for w in moved.weights.values()]
         ups = zip(_rows(c.shared_up, sizes, 0), _rows(c.expert_up, sizes, 1), strict=True)
+        salient = dict(zip(moved.weights, _rows(c.salient_columns, sizes, 0), strict=True))
         linears = {}
         for (name, weight), (shared_rows, expert_rows) in zip(moved.weights.items(), ups, strict=True):
             shared_up, expert_up = _stored(shared_rows, bits), _stored(expert_rows, bits)
@@ -246,6 +265,7 @@ class Recipe:
                 expert_columns=None
                 if c.expert_channels is None
                 else _expert_columns(weight, c.expert_channels, shared, own),
+                salient_columns=_stored(salient[name], bits),
             )
         part = GroupInput(
             input_scale=_bf16(moved.input_scale),
@@ -254,6 +274,7 @@ class Recipe:
             expert_down=expert_down,
             expert_channels=_int32(c.expert_channels),
             router=_bf16(c.router),
+            salient_channels=_int32(c.salient_channels),
         )
         return QuantizedGroup(self.scheme, part, linears)
 
@@ -345,7 +366,7 @@ def _with_report(group: QuantizedGroup, problem: GroupProblem, start: float, fal
     size = num_bytes(tensors)
     for name, linear in group.linears.items():
         y = x @ problem.weights[name].float().T
-        plain = replace(linear, shared_up=None, shared_columns=None, expert_up=None, expert_columns=None)
+        plain = QuantizedLinear(linear.codes, linear.scale)
         exact += y.square().sum(1, dtype=torch.float64).cpu()
         wrong += (y - linear_forward(linear, repaired)).square().sum(1, dtype=torch.float64).cpu()
         rounded += (y - linear_forward(plain, bare)).square().sum(1, dtype=torch.float64).cpu()

@@ -18,9 +18,11 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Compensation, Recipe, Transform
 from qe_dist.methods.compensation.aser import ASER
+from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
+from qe_dist.methods.compensation.salient import Salient
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
@@ -36,8 +38,12 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
 METHODS: dict[str, Callable[[str], Recipe]] = {
     "rtn": lambda s: _recipe(s, NoTransform(), NoCompensation()),
     "smoothquant": lambda s: _recipe(s, SmoothQuant(), NoCompensation()),
-    "qera": lambda s: _recipe(s, NoTransform(), QERA()),
-    "aser": lambda s: _recipe(s, OutlierSmoothing(), ASER()),
+    "lqer": lambda s: _recipe(s, NoTransform(), LQER("identity")),
+    "l2qer": lambda s: _recipe(s, NoTransform(), LQER("mean_abs")),
+    "qera-approx": lambda s: _recipe(s, NoTransform(), QERA("diagonal")),
+    "qera": lambda s: _recipe(s, NoTransform(), QERA("exact")),
+    "aser": lambda s: _recipe(s, OutlierSmoothing(rank_by="mean"), ASER()),
+    "serq": lambda s: _recipe(s, SmoothQuant(alpha=1.0), Salient(), Budget(rank=128, factor_bits=4)),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
 }

@@ -1,6 +1,7 @@
 """Which channels matter together: co-occurrence, NPMI, spectral clusters (Quant Experts, step e)."""
 
 import warnings
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,6 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qe_dist.core.errors import NumericalError
+from qe_dist.numerics.lowrank import capped
+from qe_dist.numerics.stats import GroupStats
+
+RankBy = Literal["frequency", "mean"]
 
 
 def top_channels(x: Float[Tensor, "T I"], importance: Float[Tensor, " I"], k: int) -> Bool[Tensor, "T I"]:
@@ -20,9 +25,19 @@ def top_channels(x: Float[Tensor, "T I"], importance: Float[Tensor, " I"], k: in
 def split_channels(
     frequency: Float[Tensor, " I"], shared: int, routed: int
 ) -> tuple[Int[Tensor, " S"], Int[Tensor, " R"]]:
-    """Channels ranked by how often they matter: the first ones for every token, the next ones for some."""
+    """Channels ranked by how often (or how much) they matter: the first ones for every token, the next for some."""
     order = frequency.argsort(descending=True, stable=True)
     return order[:shared], order[shared : shared + routed]
+
+
+def outlier_channels(stats: GroupStats, rank_by: RankBy, k: int) -> Int[Tensor, " K"]:
+    """The k channels (fewer on narrow layers) that matter most: by how often each is among the k most important
+    ones of a token (Quant Experts, needs top_channels = k), or by mean|x| * mean|W| (ASER).
+
+    Smoothing changes neither score: what x loses, W gains.
+    """
+    score = stats.frequency(k) if rank_by == "frequency" else stats.mean_abs * stats.importance
+    return split_channels(score, capped(score.numel(), k), 0)[0]
 
 
 def npmi(occurs: Bool[Tensor, "T C"]) -> Float[Tensor, "C C"]:

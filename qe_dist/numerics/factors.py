@@ -1,24 +1,59 @@
-"""Storage of low-rank factors: bf16, or int8 with one scale per row."""
+"""Storage of low-rank factors: bf16, or 8 or 4 bits with one scale per row.
+
+A row has one scale at 4 bits as well: at equal bytes on the bundled model, scales for every 32 or 64 columns
+lower the error by 3 % at most.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
+from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import Factor
+
+FACTOR_BITS = (4, 8, 16)
 
 
 def store_factor(matrix: Float[Tensor, "*rows columns"], bits: int) -> Factor:
-    """16: bf16. 8: int8 with a bf16 scale per row, max|row| / 127."""
+    """16: bf16. 8: int8 with a bf16 scale per row, max|row| / 127. 4: two codes to a byte, max|row| / 7."""
     if bits == 16:
         return Factor(matrix.to(torch.bfloat16))
-    scale = (matrix.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    top = 2 ** (bits - 1) - 1
+    scale = (matrix.abs().amax(dim=-1) / top).to(torch.bfloat16)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = torch.round(matrix / scale.to(matrix.dtype)[..., None])
-    return Factor(codes.clamp(-127, 127).to(torch.int8), scale)
+    codes = torch.round(matrix / scale.to(matrix.dtype)[..., None]).clamp(-top, top)
+    return Factor(_pairs(codes) if bits == 4 else codes.to(torch.int8), scale)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """Two columns to a byte, see `Factor`."""
+    if codes.shape[-1] % 2:
+        raise ConfigError(
+            f"4-bit factors hold two columns to a byte and cannot hold {codes.shape[-1]}; choose factor_bits = 8"
+        )
+    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def even_rank(
+    down: Float[Tensor, "*experts R I"] | None, up: Float[Tensor, "*experts O R"] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The pair with zeros added where its rank is odd: at 4 bits, two columns of `up` share a byte."""
+    if down is None or up is None or up.shape[-1] % 2 == 0:
+        return down, up
+    return pad(down, (0, 0, 0, 1)), pad(up, (0, 1))
 
 
 def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies: int = 1) -> int:
-    """The largest rank at which `copies` pairs [outputs, R] and [R, inputs] take at most so many bits."""
-    scale_bits = 16 if factor_bits == 8 else 0
+    """The largest rank at which `copies` pairs [outputs, R] and [R, inputs] take at most so many bits (4: even)."""
+    scale_bits = 0 if factor_bits == 16 else 16
     spare = bits - copies * outputs * scale_bits
-    return max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))
+    rank = max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))
+    return rank - rank % 2 if factor_bits == 4 else rank
+
+
+def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
+    """The largest even number of columns [outputs, C] that take at most so many bits with their 32-bit indices."""
+    spare = bits - (0 if factor_bits == 16 else 16 * outputs)
+    return 2 * max(0, int(spare / (factor_bits * outputs + 32) / 2))

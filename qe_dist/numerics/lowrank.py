@@ -22,6 +22,11 @@ def gram_product(gram: Float[Tensor, "I I"]) -> Callable[[Tensor], Tensor]:
     return lambda v: gram @ v
 
 
+def diagonal_product(diagonal: Float[Tensor, " I"]) -> Callable[[Tensor], Tensor]:
+    """v -> D v: the Gram matrix as if its channels knew nothing of each other."""
+    return lambda v: diagonal[:, None] * v
+
+
 def token_product(x: Float[Tensor, "T I"]) -> Callable[[Tensor], Tensor]:
     """v -> X^T (X v): the Gram matrix of these tokens without forming it."""
     return lambda v: x.T @ (x @ v)

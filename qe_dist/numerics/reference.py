@@ -1,6 +1,7 @@
 """The formula of DESIGN section 1 in plain torch: what every kernel must compute.
 
 y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns
+    + x~[salient] salient_columns
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class PreparedInput:
     experts: Float[Tensor, "T ER"] | None
     """x~ A of all experts side by side, zero but for the token's own."""
     expert_channels: Float[Tensor, "T EC"] | None
+    salient: Float[Tensor, "T S"] | None
 
 
 def route(part: GroupInput, router_x: Float[Tensor, "T H"] | None) -> Int[Tensor, " T"] | None:
@@ -48,6 +50,7 @@ def prepare(
         per_modality = scale.shape[0] > 1
         x = x / (scale[modality.long()] if per_modality else scale[0])  # type: ignore[union-attr]
     base = x
+    salient = None if part.salient_channels is None else x[:, part.salient_channels.long()]
     shared = shared_channels = experts = expert_channels = None
     if part.shared_down is not None:
         shared = x @ part.shared_down.dense.T
@@ -63,7 +66,7 @@ def prepare(
             channels = part.expert_channels.long()
             expert_channels = _keep_own(x[:, channels.flatten()], own)
             base = base.scatter(1, channels[expert], 0.0)
-    return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels)
+    return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels, salient)
 
 
 def _keep_own(z: Tensor, own: Tensor) -> Tensor:
@@ -83,6 +86,8 @@ def linear_forward(linear: QuantizedLinear, x: PreparedInput) -> Float[Tensor, "
         y = y + x.experts @ linear.expert_up.dense.transpose(1, 2).flatten(0, 1)
     if linear.expert_columns is not None:
         y = y + x.expert_channels @ linear.expert_columns.float().transpose(1, 2).flatten(0, 1)
+    if linear.salient_columns is not None:
+        y = y + x.salient @ linear.salient_columns.dense.T
     if linear.bias is not None:
         y = y + linear.bias.float()
     return y

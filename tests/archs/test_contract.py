@@ -77,6 +77,26 @@ def test_linears_of_a_group_read_the_same_tensor(model, examples):
         assert first.shape[-1] == group.in_features
 
 
+@torch.no_grad()
+def test_producers_absorb_an_order_of_the_channels_that_they_make(model, examples):
+    """Rows of the producers and columns of the group in another order: the same block, in full precision."""
+    arch, source = model
+    spec = arch.spec(source).blocks[0]
+    block = arch.block(source, spec, "cpu", torch.float32)
+    batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
+    before = arch.run_block(block, batch)
+    for group in (g for g in spec.groups if g.producers):
+        order = torch.randperm(group.in_features, generator=torch.Generator().manual_seed(0))
+        for name in group.producers:
+            for parameter in block.get_submodule(name).parameters():
+                parameter.copy_(parameter[order])
+        for linear in group.linears:
+            weight = block.get_submodule(linear.name).weight
+            weight.copy_(weight[:, order])
+    after = arch.run_block(block, batch)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
 def test_padding_is_marked_and_images_are_told_from_text(model, examples):
     arch, source = model
     batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)

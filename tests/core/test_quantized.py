@@ -22,12 +22,14 @@ from qe_dist.core.quantized import (
 Normal = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["bf16", "int8"])
+@pytest.fixture(params=["bf16", "int8", "int4"])
 def factor(request: pytest.FixtureRequest, normal: Normal) -> Callable[..., Factor]:
     def make(seed: int, *shape: int) -> Factor:
         values = normal(seed, *shape)
         if request.param == "bf16":
             return Factor(values.bfloat16())
+        if request.param == "int4":
+            return Factor((values * 40 + 128).clamp(0, 255).to(torch.uint8), normal(seed + 100, *shape[:-1]).bfloat16())
         return Factor((values * 40).clamp(-127, 127).to(torch.int8), normal(seed + 100, *shape[:-1]).bfloat16())
 
     return make
@@ -42,6 +44,7 @@ def full_input(factor: Callable[..., Factor], normal: Normal) -> GroupInput:
         expert_down=factor(2, 5, 3, 16),
         expert_channels=torch.tensor([[0], [2], [3], [5], [6]], dtype=torch.int32),
         router=normal(3, 5, 24).bfloat16(),
+        salient_channels=torch.tensor([9, 3, 0, 8], dtype=torch.int32),
     )
 
 
@@ -55,6 +58,7 @@ def full_linear(factor: Callable[..., Factor], normal: Normal) -> QuantizedLinea
         shared_columns=normal(7, 10, 2).bfloat16(),
         expert_up=factor(8, 5, 10, 3),
         expert_columns=normal(9, 5, 10, 1).bfloat16(),
+        salient_columns=factor(11, 10, 4),
     )
 
 
@@ -69,11 +73,14 @@ def test_a_linear_survives(full_linear: QuantizedLinear, same: Callable[[Any, An
 
 def test_names_on_disk(full_input: GroupInput, full_linear: QuantizedLinear) -> None:
     """Changing one makes every checkpoint out there unreadable."""
-    scales = {"lr_shared_a_scale", "lr_expert_a_scale"} if full_input.shared_down.scale is not None else set()
-    names = {"lr_shared_a", "lr_expert_a", "input_scale", "lr_shared_channels", "lr_expert_channels", "router"}
-    assert set(input_tensors(full_input)) == names | scales
-    names = {"lr_shared_b", "lr_expert_b", "bias", "lr_shared_columns", "lr_expert_columns"}
-    assert set(repair_tensors(full_linear)) == names | {name.replace("_a_", "_b_") for name in scales}
+
+    def with_scales(*names: str) -> set[str]:
+        return {*names, *(f"{n}_scale" for n in names if full_input.shared_down.scale is not None)}
+
+    plain = {"input_scale", "lr_shared_channels", "lr_expert_channels", "lr_salient_channels", "router"}
+    assert set(input_tensors(full_input)) == with_scales("lr_shared_a", "lr_expert_a") | plain
+    plain = {"bias", "lr_shared_columns", "lr_expert_columns"}
+    assert set(repair_tensors(full_linear)) == with_scales("lr_shared_b", "lr_expert_b", "lr_salient_columns") | plain
 
 
 def test_what_is_absent_stays_absent() -> None:
@@ -82,7 +89,7 @@ def test_what_is_absent_stays_absent() -> None:
     assert repair_from_tensors({}) == {}
 
 
-@pytest.mark.parametrize("absent", ["input_scale", "shared_down", "expert_down", "expert_channels", "router"])
+@pytest.mark.parametrize("absent", ["input_scale", "shared_down", "expert_channels", "router", "salient_channels"])
 def test_any_part_may_be_absent(full_input: GroupInput, same: Callable[[Any, Any], bool], absent: str) -> None:
     part = GroupInput(**{**vars(full_input), absent: None})
     assert same(input_from_tensors(input_tensors(part)), part)
@@ -96,6 +103,7 @@ def test_foreign_tensors_of_the_module_are_left_alone(full_linear: QuantizedLine
         "shared_columns",
         "expert_up",
         "expert_columns",
+        "salient_columns",
     }
 
 
@@ -112,6 +120,11 @@ def test_the_number_of_experts_is_the_routers(full_input: GroupInput) -> None:
 def test_an_int8_factor_is_values_times_a_scale_per_row() -> None:
     factor = Factor(torch.tensor([[[1, -2], [3, 4]]], dtype=torch.int8), torch.tensor([[0.5, 2.0]]))
     assert factor.dense.tolist() == [[[0.5, -1.0], [6.0, 8.0]]]
+
+
+def test_an_int4_factor_is_two_columns_to_a_byte() -> None:
+    factor = Factor(torch.tensor([[0x98, 0x1F], [0x88, 0xA8]], dtype=torch.uint8), torch.tensor([0.5, 2.0]))
+    assert factor.dense.tolist() == [[0.0, 0.5, 3.5, -3.5], [0.0, 0.0, 0.0, 4.0]]
 
 
 def test_bytes_are_those_of_the_stored_types() -> None:

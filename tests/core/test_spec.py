@@ -10,7 +10,7 @@ def block() -> BlockSpec:
     q, k = (LinearSpec(name, 64, size, True, "column") for name, size in (("attn.q", 64), ("attn.k", 32)))
     down = LinearSpec("mlp.down", 96, 64, False, "row")
     qk = InputGroup("attn.qk", (q, k), router_input="attn.qk")
-    return BlockSpec(3, "model.layers.3.", (qk, InputGroup("mlp.down", (down,), router_input="attn.qk")), ("norm",))
+    return BlockSpec(3, "model.layers.3.", (qk, InputGroup("mlp.down", (down,), "attn.qk", ("mlp.up",))), ("norm",))
 
 
 def test_a_router_is_as_wide_as_the_input_it_reads(block: BlockSpec) -> None:
@@ -31,5 +31,6 @@ def test_per_linear_gives_every_linear_a_group_that_routes_on_its_own_input(bloc
     split = per_linear(block)
     assert [group.name for group in split.groups] == ["attn.q", "attn.k", "mlp.down"]
     assert all(group.router_input == group.name and len(group.linears) == 1 for group in split.groups)
+    assert [group.producers for group in split.groups] == [(), (), ("mlp.up",)]
     assert split.num_weights == block.num_weights
     assert (split.index, split.prefix, split.others) == (block.index, block.prefix, block.others)

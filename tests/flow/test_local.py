@@ -68,13 +68,14 @@ def test_w8a16_is_nearly_the_source(run):
     assert evaluate(load(run.output), arch, examples, load(run.model)).summary()["kl"] < 1e-3
 
 
-def test_group_and_linear_granularity_and_int8_factors_and_extraction_load(run):
+def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(run):
     from qe_dist.methods.recipes import recipe_from
 
     for i, extra in enumerate(
         (
             {"granularity": "linear"},
             {"budget": {"rank": 64, "factor_bits": 8}},
+            {"budget": {"rank": 64, "factor_bits": 4}},
             {"compensation": {"name": "quant_experts", "extract": True}},
             {"transform": {"name": "smoothquant"}},
             {"scheme": "w3a16g32"},

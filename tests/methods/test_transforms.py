@@ -14,7 +14,7 @@ from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
-from qe_dist.numerics.affinity import split_channels
+from qe_dist.numerics.affinity import RankBy
 
 WIDTH = 96
 BF16 = 2.0**-8
@@ -51,15 +51,18 @@ def test_smoothquant_leaves_channels_alone_that_are_never_used(problem_of: Build
     assert SmoothQuant().fit(problem_of(SmoothQuant(), silent)).input_scale[0, 7] == 1
 
 
-def test_outlier_smoothing(problem_of: Build, x: Tensor) -> None:
-    """The channels that are most often important shrink to the mean size of the smallest of them."""
-    transform = OutlierSmoothing(k=64)  # 64 of 1536 channels is 4 of 96
+@pytest.mark.parametrize("rank_by", ["frequency", "mean"])
+def test_outlier_smoothing(problem_of: Build, x: Tensor, rank_by: RankBy) -> None:
+    """The channels that matter most shrink to the mean size of the smallest of them."""
+    transform = OutlierSmoothing(k=64, rank_by=rank_by)  # 64 of 1536 channels is 4 of 96
     problem = problem_of(transform, x)
     scale = transform.fit(problem).input_scale[0].double()
-    often, _ = split_channels(problem.stats.frequency(64), 4, 0)
     mean = x.double().abs().mean(dim=0)
+    weight = torch.cat(list(problem.weights.values())).double().abs().mean(dim=0)
+    score = problem.stats.frequency(64) if rank_by == "frequency" else mean * weight
+    outliers = sorted(range(WIDTH), key=lambda c: -float(score[c]))[:4]
     for channel in range(WIDTH):
-        wanted = float(mean[channel] / mean[often].min()) if channel in often else 1.0
+        wanted = float(mean[channel] / mean[outliers].min()) if channel in outliers else 1.0
         assert scale[channel] == pytest.approx(wanted, rel=BF16)
 
 

@@ -1,12 +1,16 @@
-"""Low-rank factors are stored in bf16, or in int8 with a scale per row."""
+"""Low-rank factors are stored in bf16, or in 8 or 4 bits with a scale per row."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from qe_dist.numerics.factors import store_factor
+from qe_dist.core.errors import ConfigError
+from qe_dist.core.quantized import Factor
+from qe_dist.numerics.factors import FACTOR_BITS, columns_within, even_rank, rank_within, store_factor
 
 Normal = Callable[..., Tensor]
 
@@ -26,28 +30,56 @@ def test_16_bits_are_bf16(matrix: Tensor) -> None:
     assert torch.equal(factor.dense, matrix.bfloat16().float())
 
 
-def test_8_bits_are_within_half_a_step_of_each_row(matrix: Tensor) -> None:
-    factor = store_factor(matrix, 8)
-    assert factor.values.dtype == torch.int8
+def step_of(factor: Factor) -> Tensor:
+    return factor.scale.double()[..., None]
+
+
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (4, 7)])
+def test_integers_are_within_half_a_step_of_each_row(matrix: Tensor, bits: int, top: int) -> None:
+    factor = store_factor(matrix, bits)
     assert factor.scale.shape == matrix.shape[:-1]
     assert factor.scale.dtype == torch.bfloat16
-    assert factor.values.abs().max() <= 127  # symmetric: -128 is left out
-    error = (factor.values.double() * factor.scale.double()[..., None] - matrix.double()).abs()
-    assert (error <= 0.5 * (1 + 1e-4) * factor.scale.double()[..., None]).all()  # float32 quotient up to 127
+    codes = factor.dense.double() / step_of(factor)
+    assert (codes - codes.round()).abs().max() < 1e-5
+    assert codes.abs().max() < top + 1e-5  # symmetric: -128 and -8 are left out
+    error = (factor.dense.double() - matrix.double()).abs()
+    assert (error <= 0.5 * (1 + 1e-4) * step_of(factor)).all()
 
 
-def test_8_bits_use_the_whole_range(matrix: Tensor) -> None:
-    peaks = store_factor(matrix, 8).values.abs().amax(dim=-1)
+@pytest.mark.parametrize(("bits", "top"), [(8, 126), (4, 7)])
+def test_integers_use_the_whole_range(matrix: Tensor, bits: int, top: int) -> None:
+    factor = store_factor(matrix, bits)
+    peaks = (factor.dense.double() / step_of(factor)).abs().amax(dim=-1)
     rows = matrix.abs().amax(dim=-1) > 0
-    assert (peaks[rows] >= 126).all()  # the bf16 scale may be a little too large
+    assert (peaks[rows] >= top - 1e-5).all()  # the bf16 scale may be a little too large
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+def test_8_bits_are_an_int8_each(matrix: Tensor) -> None:
+    values = store_factor(matrix, 8).values
+    assert (values.dtype, values.shape) == (torch.int8, matrix.shape)
+
+
+@given(codes=st.lists(st.lists(st.integers(-7, 7), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_4_bits_are_two_columns_to_a_byte(codes: list[list[int]]) -> None:
+    """Column 2j in the lower half of byte j, as code + 8. With 7 in a row, the codes are the numbers themselves."""
+    rows = [[7, *row, -7] for row in codes]
+    factor = store_factor(torch.tensor(rows).float(), 4)
+    assert factor.values.dtype == torch.uint8
+    assert factor.values.tolist() == [[row[j] + 8 + 16 * (row[j + 1] + 8) for j in range(0, 8, 2)] for row in rows]
+    assert factor.dense.tolist() == rows
+
+
+def test_4_bits_refuse_an_odd_number_of_columns() -> None:
+    with pytest.raises(ConfigError, match=r"cannot hold 5.*factor_bits = 8"):
+        store_factor(torch.ones(3, 5), 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_a_zero_row_stays_zero(matrix: Tensor, bits: int) -> None:
     assert not store_factor(matrix, bits).dense[..., 2, :].any()
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [4, 8, 16])
 def test_float64_is_stored_as_float32_is(matrix: Tensor, bits: int) -> None:
     """The float64 step of the ladder must write the same types."""
     factor, wide = store_factor(matrix, bits), store_factor(matrix.double(), bits)
@@ -55,5 +87,60 @@ def test_float64_is_stored_as_float32_is(matrix: Tensor, bits: int) -> None:
     assert wide.dense.dtype == torch.float32
 
 
-def test_rank_zero_is_stored() -> None:
-    assert store_factor(torch.zeros(0, 8), 8).dense.shape == (0, 8)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rank_zero_is_stored(bits: int) -> None:
+    assert store_factor(torch.zeros(0, 8), bits).dense.shape == (0, 8)
+
+
+@pytest.mark.parametrize("experts", [(), (3,)])
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_an_even_rank_is_the_same_repair(normal: Normal, experts: tuple[int, ...], rank: int) -> None:
+    down, up = normal(1, *experts, rank, 8), normal(2, *experts, 6, rank)
+    even_down, even_up = even_rank(down, up)
+    assert even_up.shape[-1] == even_down.shape[-2] == rank + rank % 2
+    assert torch.allclose(even_up @ even_down, up @ down)
+
+
+def test_no_pair_stays_none() -> None:
+    assert even_rank(None, None) == (None, None)
+
+
+@given(
+    bits=st.floats(0, 60_000),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 40).map(lambda n: 2 * n),
+    factor_bits=st.sampled_from(FACTOR_BITS),
+    copies=st.integers(1, 4),
+)
+def test_the_rank_is_the_largest_whose_stored_bytes_fit(
+    bits: float, outputs: int, inputs: int, factor_bits: int, copies: int
+) -> None:
+    """Counted on factors that are really stored."""
+
+    def stored_bits(rank: int) -> int:
+        pair = (torch.ones(copies, outputs, rank), torch.ones(copies, rank, inputs))
+        factors = [store_factor(matrix, factor_bits) for matrix in pair]
+        tensors = [t for f in factors for t in (f.values, f.scale) if t is not None]
+        return 8 * sum(t.numel() * t.element_size() for t in tensors)
+
+    step = 2 if factor_bits == 4 else 1
+    rank = rank_within(bits, outputs, inputs, factor_bits, copies)
+    assert rank % step == 0
+    assert rank == 0 or stored_bits(rank) <= bits
+    assert stored_bits(rank + step) > bits
+
+
+@given(bits=st.floats(0, 20_000), outputs=st.integers(1, 40), factor_bits=st.sampled_from(FACTOR_BITS))
+def test_the_columns_are_the_most_whose_stored_bytes_fit(bits: float, outputs: int, factor_bits: int) -> None:
+    """With the indices of their channels."""
+
+    def stored_bits(count: int) -> int:
+        factor = store_factor(torch.ones(outputs, count), factor_bits)
+        indices = torch.zeros(count, dtype=torch.int32)
+        tensors = [t for t in (factor.values, factor.scale, indices) if t is not None]
+        return 8 * sum(t.numel() * t.element_size() for t in tensors)
+
+    count = columns_within(bits, outputs, factor_bits)
+    assert count % 2 == 0
+    assert count == 0 or stored_bits(count) <= bits
+    assert stored_bits(count + 2) > bits

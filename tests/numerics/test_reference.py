@@ -13,7 +13,8 @@ from qe_dist.numerics.reference import linear_forward, prepare, route
 
 Normal = Callable[..., Tensor]
 
-TOKENS, INPUTS, OUTPUTS, RANK, EXPERTS = 40, 32, 20, 3, 4
+TOKENS, INPUTS, OUTPUTS, RANK, EXPERTS = 40, 32, 20, 6, 4
+SALIENT_CHANNELS = torch.tensor([9, 2, 31, 30], dtype=torch.int32)
 SHARED_CHANNELS = torch.tensor([9, 30], dtype=torch.int32)
 EXPERT_CHANNELS = torch.tensor([[0, 5, 7], [31, 2, 11], [1, 3, 5], [8, 12, 20]], dtype=torch.int32)
 
@@ -21,13 +22,16 @@ EXPERT_CHANNELS = torch.tensor([[0, 5, 7], [31, 2, 11], [1, 3, 5], [8, 12, 20]],
 def dense(factor: Factor) -> Tensor:
     """The matrix that a factor stands for, in float64."""
     values = factor.values.double()
+    if factor.values.dtype == torch.uint8:
+        values = torch.stack([values % 16, values // 16], dim=-1).flatten(-2) - 8
     return values if factor.scale is None else values * factor.scale.double()[..., None]
 
 
 def token_output(
     linear: QuantizedLinear, part: GroupInput, token: Tensor, expert: int, modality: int, bits: int | None
 ) -> Tensor:
-    """y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns + bias."""
+    """y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns + bias
+    + x~[salient] salient_columns."""
     x = token.double()
     if part.input_scale is not None:
         x = x / part.input_scale.double()[modality if len(part.input_scale) > 1 else 0]
@@ -44,6 +48,8 @@ def token_output(
         channels = part.expert_channels[expert].tolist()
         y += linear.expert_columns[expert].double() @ x[channels]
         base[channels] = 0.0
+    if part.salient_channels is not None:
+        y += dense(linear.salient_columns) @ x[part.salient_channels.tolist()]
     if bits is not None:
         step = base.abs().max() / (2 ** (bits - 1) - 1)
         base = torch.round(base / step) * step
@@ -97,7 +103,7 @@ def assert_follows_the_formula(
 
 @pytest.mark.parametrize("bits", [None, 8, 6, 4])
 @pytest.mark.parametrize("scales", [0, 1, 2])
-@pytest.mark.parametrize("factor_bits", [16, 8])
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
 def test_all_parts_together(
     normal: Normal,
     x: Tensor,
@@ -115,6 +121,7 @@ def test_all_parts_together(
         expert_down=store_factor(normal(6, EXPERTS, RANK, INPUTS), factor_bits),
         expert_channels=EXPERT_CHANNELS,
         router=router,
+        salient_channels=SALIENT_CHANNELS,
     )
     linear = QuantizedLinear(
         **base,
@@ -123,13 +130,14 @@ def test_all_parts_together(
         shared_columns=normal(9, OUTPUTS, 2).bfloat16(),
         expert_up=store_factor(0.1 * normal(10, EXPERTS, OUTPUTS, RANK), factor_bits),
         expert_columns=normal(11, EXPERTS, OUTPUTS, 3).bfloat16(),
+        salient_columns=store_factor(normal(12, OUTPUTS, 4), factor_bits),
     )
     assert route(part, x).unique().numel() == EXPERTS  # else the test would not see them all
     assert_follows_the_formula(linear, part, x, bits, modality)
 
 
 @pytest.mark.parametrize("bits", [None, 6])
-@pytest.mark.parametrize("which", ["nothing", "shared factors", "shared channels", "factors", "channels"])
+@pytest.mark.parametrize("which", ["nothing", "shared factors", "shared channels", "factors", "channels", "salient"])
 def test_each_part_alone(
     normal: Normal, x: Tensor, modality: Tensor, router: Tensor, base: dict[str, Tensor], bits: int | None, which: str
 ) -> None:
@@ -147,6 +155,10 @@ def test_each_part_alone(
         "channels": (
             {"expert_channels": EXPERT_CHANNELS, "router": router},
             {"expert_columns": normal(10, EXPERTS, OUTPUTS, 3)},
+        ),
+        "salient": (
+            {"salient_channels": SALIENT_CHANNELS},
+            {"salient_columns": store_factor(normal(11, OUTPUTS, 4), 4)},
         ),
     }[which]
     assert_follows_the_formula(QuantizedLinear(**base, **of_linear), GroupInput(**of_input), x, bits, modality)
@@ -181,6 +193,13 @@ def test_extracted_outliers_leave_the_activation_grid(x: Tensor) -> None:
     others = [c for c in range(INPUTS) if c not in (5, 9)]
     assert not without[:, [5, 9]].any()
     assert (without - x)[:, others].abs().mean() < 0.2 * (plain - x)[:, others].abs().mean()
+
+
+def test_salient_channels_stay_in_the_activation_grid(x: Tensor) -> None:
+    """What they gain is a second term of their weights, which meets x as it is."""
+    ready = prepare(GroupInput(salient_channels=SALIENT_CHANNELS), x, None, 4)
+    assert torch.equal(ready.base, prepare(GroupInput(), x, None, 4).base)
+    assert torch.equal(ready.salient, x[:, SALIENT_CHANNELS.long()])
 
 
 def test_tokens_do_not_see_each_other(

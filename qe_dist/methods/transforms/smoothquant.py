@@ -14,7 +14,8 @@ class SmoothQuant:
     """Shares the range between input and weight, channel by channel."""
 
     alpha: float = 0.5
-    """0: all range stays in the activations, 1: all moves to the weights. The paper: 0.5."""
+    """0: the range of the weights moves to the activations. 1: that of the activations to the weights, every channel
+    of x~ is as loud (SERQ's static flattening). The paper: 0.5."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

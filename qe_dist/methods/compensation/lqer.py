@@ -1,0 +1,43 @@
+"""LQER and L2QER: one low-rank adapter by the SVD of the (scaled) error (arXiv 2402.02446, methods.md section 4.2).
+
+L = [E S]_r S^-1 with S = I (LQER), or S = diag(a), a = mean|x| of each channel (L2QER).
+
+Departures. The paper's a is the largest of the batches' means of |x|; our statistics have the mean over all
+tokens [INF]. The paper divides a by sqrt(min a * max a); a common factor of S leaves L as it is, so we do not.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.numerics.lowrank import diagonal_product, low_rank
+from qe_dist.numerics.stats import Needs
+
+SMALLEST = 1e-4
+"""Of a mean|x| (code of the paper): a channel that is never used still counts a little."""
+
+
+@dataclass(frozen=True)
+class LQER:
+    """One low-rank adapter for every token, by channel sizes at most; needs no Gram matrix."""
+
+    metric: Literal["identity", "mean_abs"] = "mean_abs"
+    """identity: LQER, the plain SVD of the error. mean_abs: L2QER."""
+
+    def needs(self) -> Needs:
+        return Needs()
+
+    def exempt(self, problem: GroupProblem) -> Tensor:
+        return NO_COLUMNS
+
+    def fit(self, problem: ErrorProblem) -> Correction:
+        error, size = problem.stacked, problem.stats.mean_abs.clamp_min(SMALLEST)
+        scale = torch.ones_like(size) if self.metric == "identity" else size
+        up, down = low_rank(error, diagonal_product(scale.to(error).square()), problem.rank)
+        return Correction(shared_up=up, shared_down=down)
+
+
+METHOD = LQER

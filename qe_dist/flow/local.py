@@ -6,13 +6,15 @@ from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.sample import Sample
+from qe_dist.core.source import WeightSource
 from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import Plan, make_plan
+from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
 from qe_dist.io.run_dir import RunDir
-from qe_dist.io.weights import SafetensorsSource
+from qe_dist.io.weights import upper_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Prepared:
     """A run that can begin: nothing is computed yet."""
 
     samples: list[list[Sample]]
-    source: SafetensorsSource
+    source: WeightSource
     plan: Plan
     store: RunDir
     identity: Mapping[str, Any]
@@ -29,11 +31,11 @@ class Prepared:
 def prepare_run(run: RunConfig) -> Prepared:
     """Reads samples and headers, makes the plan, claims the output directory."""
     samples = make_batches(run)
-    source = SafetensorsSource(run.model)
+    source = open_source(run)
     model = archs.for_config(source.config).spec(source)
     store = RunDir(run.output)
     first = store.first_block_to_run(len(model.blocks), len(samples))
-    plan = make_plan(model, run, source.bytes(model.passthrough), first)
+    plan = make_plan(model, run, upper_bytes(source, model.passthrough), first)
     identity = run.identity(image for batch in samples for sample in batch for image in sample.images)
     store.open(identity, run.resume)
     return Prepared(samples, source, plan, store, identity)

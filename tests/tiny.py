@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +14,18 @@ MODELS = Path(__file__).parent.parent / "models"
 DATA = MODELS / "data"
 
 
-def tiny_model(folder: Path, arch: str = "qwen2_vl", seed: int = 0) -> Path:
-    """Writes the model under the names that published checkpoints use."""
+def tiny_model(
+    folder: Path,
+    arch: str = "qwen2_vl",
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes the model under the names that published checkpoints use. config: the architecture's tiny one."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(archs.get(arch).tiny_config()))
+    (folder / "config.json").write_text(json.dumps(config or archs.get(arch).tiny_config()))
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
@@ -27,7 +35,7 @@ def tiny_model(folder: Path, arch: str = "qwen2_vl", seed: int = 0) -> Path:
                 parameter[3] = 20.0  # an outlier channel
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
         shutil.copyfile(MODELS / "plain" / name, folder / name)
     return folder

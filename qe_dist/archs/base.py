@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError
+from qe_dist.core.rotation import RotationSites
 from qe_dist.core.sample import Example, Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
@@ -49,6 +50,10 @@ class Arch(Protocol):
 
     def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
         """Right-padded keyword arguments of the whole Hugging Face model."""
+        ...
+
+    def rotation_sites(self, source: WeightSource) -> RotationSites:
+        """Every tensor that writes or reads the residual stream, or an attention head's values."""
         ...
 
     def tiny_config(self) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from qe_dist.archs.base import fill
 from qe_dist.archs.encoder import ChatEncoder
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.errors import CheckpointError
+from qe_dist.core.rotation import RotationSites, Space, Turned
 from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
@@ -27,6 +28,17 @@ _GROUPS = (
     ("mlp.down", ("mlp.down_proj",), "row", "mlp.gate_up", _GATE_UP),
 )  # fmt: skip
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+# linear -> (what it writes, what it reads, norm in front of it) of that which a rotation can turn: not the inner
+# dimension of the MLP (SwiGLU multiplies channel by channel), nor what q and k write (RoPE turns pairs of channels)
+_SITES: Mapping[str, tuple[Space | None, Space | None, str | None]] = {
+    "self_attn.q_proj": (None, "stream", _NORMS[0]),
+    "self_attn.k_proj": (None, "stream", _NORMS[0]),
+    "self_attn.v_proj": ("head", "stream", _NORMS[0]),
+    "self_attn.o_proj": ("stream", "head", None),
+    "mlp.gate_proj": (None, "stream", _NORMS[1]),
+    "mlp.up_proj": (None, "stream", _NORMS[1]),
+    "mlp.down_proj": ("stream", None, None),
+}
 
 
 class _Caught(Exception):
@@ -145,6 +157,31 @@ class Qwen2VL:
             inputs |= {k: torch.cat([v[k] for v in with_images]) for k in with_images[0]}
         return inputs
 
+    def rotation_sites(self, source: WeightSource) -> RotationSites:
+        config = self.hf_config(source)
+        text = config.text_config
+        norm, embeddings = (self.disk_name(f"language_model.{n}.weight", source) for n in ("norm", "embed_tokens"))
+        merger = self.disk_name("visual.merger.mlp.2.weight", source).removesuffix("weight")
+        head = "lm_head.weight"
+        tied = config.tie_word_embeddings and head not in source.names()
+        norms, tensors = (
+            {norm},
+            {
+                embeddings: Turned(embeddings, columns="stream", stored=True),
+                head: Turned(embeddings if tied else head, columns="stream", gain=norm, stored=True),
+            }
+            | {merger + n: Turned(merger + n, rows="stream", stored=True) for n in ("weight", "bias")},
+        )
+        for block in self.spec(source).blocks:
+            norms |= {block.prefix + n for n in _NORMS}
+            for linear, (rows, columns, gain) in _SITES.items():
+                weight, bias = (f"{block.prefix}{linear}.{n}" for n in ("weight", "bias"))
+                tensors[weight] = Turned(weight, rows, columns, gain and block.prefix + gain)
+                if rows and bias in source.names():
+                    tensors[bias] = Turned(bias, rows, stored=True)
+        widths: dict[Space, int] = {"stream": text.hidden_size, "head": text.hidden_size // text.num_attention_heads}
+        return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
+
     def tiny_config(self) -> Mapping[str, Any]:
         return {
             "model_type": "qwen2_vl",
@@ -159,6 +196,14 @@ class Qwen2VL:
             "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4,
             "tie_word_embeddings": False,
         }  # fmt: skip
+
+
+def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The head takes the last norm's gain, the embeddings do not. Older configs have the flag in `text_config`."""
+    untied = copy.deepcopy(dict(config)) | {"tie_word_embeddings": False}
+    if "tie_word_embeddings" in untied.get("text_config", {}):
+        untied["text_config"]["tie_word_embeddings"] = False
+    return untied
 
 
 def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], source: WeightSource) -> BlockSpec:

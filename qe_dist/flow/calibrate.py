@@ -7,9 +7,9 @@ from qe_dist.core.batch import Batch
 from qe_dist.core.determinism import pin
 from qe_dist.core.sample import Sample
 from qe_dist.flow.config import RunConfig
+from qe_dist.flow.source import open_source
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.samples import load_images, read_samples
-from qe_dist.io.weights import SafetensorsSource
 
 
 def make_batches(run: RunConfig) -> list[list[Sample]]:
@@ -36,7 +36,7 @@ class Embedder:
         if block > 0 or self.store.has_batch(block, index):
             return self.store.get_batch(block, index)
         if self.prelude is None or self.encoder is None:
-            source = SafetensorsSource(self.run.model)
+            source = open_source(self.run)
             self.encoder = self.arch.encoder(self.run.model)
             self.prelude = self.arch.prelude(source, self.run.device, self.run.dtype)
         batch = self.prelude([self.encoder(s, load_images(s)) for s in samples], index)

@@ -89,6 +89,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     for run in runs[1:]:
         if replace(run, recipe=first.recipe, output=first.output) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
+        if run.recipe.rotation != first.recipe.rotation:
+            raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
     if len({run.output for run in runs}) < len(runs):
         raise ConfigError("every recipe needs an output directory of its own")
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.sample import Sample
+from qe_dist.core.source import WeightSource
 from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig, check_siblings
 from qe_dist.flow.plan import Plan, make_plan
+from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
 from qe_dist.io.run_dir import RunDir
-from qe_dist.io.weights import SafetensorsSource
+from qe_dist.io.weights import upper_bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Prepared:
     runs: tuple[RunConfig, ...]
     """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
-    source: SafetensorsSource
+    source: WeightSource
     plan: Plan
     identities: Mapping[RunConfig, Mapping[str, Any]]
 
@@ -31,12 +33,12 @@ def prepare_run(*runs: RunConfig) -> Prepared:
     """Reads samples and headers, makes the plan, claims the output directories."""
     check_siblings(runs)
     samples = make_batches(runs[0])
-    source = SafetensorsSource(runs[0].model)
+    source = open_source(runs[0])
     model = archs.for_config(source.config).spec(source)
     images = [image for batch in samples for sample in batch for image in sample.images]
     left = tuple(run for run in runs if not RunDir(run.output).is_complete)
     first = _first_block(left, len(model.blocks), len(samples))
-    plan = make_plan(model, left or runs, source.bytes(model.passthrough), first)
+    plan = make_plan(model, left or runs, upper_bytes(source, model.passthrough), first)
     identities = {run: run.identity(images) for run in runs}
     for run, identity in identities.items():
         store = RunDir(run.output)

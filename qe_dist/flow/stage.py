@@ -17,9 +17,9 @@ from qe_dist.core.determinism import pin
 from qe_dist.core.spec import BlockSpec, Granularity, InputGroup, per_linear
 from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.flow.plan import StagePlan
+from qe_dist.flow.source import open_source
 from qe_dist.io.checkpoint import block_tensors, report_dict
 from qe_dist.io.run_dir import RunDir
-from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.base import GroupProblem
 from qe_dist.numerics.stats import GroupStats
 
@@ -37,7 +37,7 @@ class Stage:
     def load(self) -> None:
         """Reads the blocks' weights. Apart from the constructor, so that an error arrives as itself from an actor."""
         start = time.perf_counter()
-        self.source = SafetensorsSource(self.run.model)
+        self.source = open_source(self.run)
         self.blocks = [_Block(self, spec) for spec in self.part.blocks]
         self.seconds["load"] += time.perf_counter() - start
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.source import WeightSource
 
 _DTYPES = ("BF16", "F16", "F32")
 
@@ -68,10 +69,6 @@ class SafetensorsSource:
             raise CheckpointError(f"{self.folder} has no tensor {name}, which the architecture needs")
         return self._shape[name]
 
-    def bytes(self, names: Collection[str]) -> int:
-        """Upper bound of what these tensors take, without reading them."""
-        return sum(4 * math.prod(self.shape(name)) for name in names)
-
     def get(self, name: str) -> Tensor:
         self.shape(name)
         path = self.folder / self._file_of[name]
@@ -80,6 +77,11 @@ class SafetensorsSource:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} contains NaN or Inf")
         return tensor
+
+
+def upper_bytes(source: WeightSource, names: Collection[str]) -> int:
+    """Upper bound of what these tensors take, without reading them."""
+    return sum(4 * math.prod(source.shape(name)) for name in names)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

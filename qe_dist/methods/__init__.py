@@ -7,15 +7,17 @@ from typing import Any
 from qe_dist.core.errors import ConfigError
 
 AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation"}
+"""What is chosen for every input group."""
+FOLDERS = AXES | {"rotation": "rotations"}
 
 
 def names(axis: str) -> list[str]:
-    """Every method of an axis (`transform`, `quantizer` or `compensation`)."""
-    folder = importlib.import_module(f"{__name__}.{AXES[axis]}")
+    """Every method of an axis (`transform`, `quantizer`, `compensation`), or every `rotation`."""
+    folder = importlib.import_module(f"{__name__}.{FOLDERS[axis]}")
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 
 
 def get(axis: str, name: str) -> type[Any]:
     if name not in names(axis):
         raise ConfigError(f"there is no {axis} {name!r}; there are: {', '.join(names(axis))}")
-    return importlib.import_module(f"{__name__}.{AXES[axis]}.{name}").METHOD
+    return importlib.import_module(f"{__name__}.{FOLDERS[axis]}.{name}").METHOD

@@ -22,10 +22,12 @@ from qe_dist.core.quantized import (
     num_bytes,
     repair_tensors,
 )
+from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity, InputGroup
 from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
+from qe_dist.numerics.hadamard import Orthogonal
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import num_words
 from qe_dist.numerics.reference import linear_forward, prepare, route
@@ -179,6 +181,15 @@ class TakesOver(Protocol):
     def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Float[Tensor, "_ I"]]: ...
 
 
+@runtime_checkable
+class Rotation(Protocol):
+    """Rewrites the whole model, before anything is measured, into one that computes the same."""
+
+    def bases(self, widths: Mapping[Space, int], gains: Float[Tensor, "L N"]) -> Mapping[Space, Orthogonal]:
+        """The orthogonal matrix of every space, to be fused into the weights. gains: of all norms of the stream."""
+        ...
+
+
 NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
 
 # The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
@@ -199,6 +210,7 @@ class Recipe:
     compensation: Compensation
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
+    rotation: Rotation | None = None
 
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
@@ -280,8 +292,10 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data: what identifies a run, and what goes into the manifest."""
-        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation")}
-        axes = {a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in members.items()}
+        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation", "rotation")}
+        axes = {
+            a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in members.items() if m is not None
+        }
         return {
             "scheme": str(self.scheme),
             **axes,

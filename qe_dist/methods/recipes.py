@@ -10,6 +10,7 @@ import dataclasses
 import tomllib
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.compensation.salient import Salient
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.rotations.hadamard import Hadamard
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -38,6 +40,7 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
 METHODS: dict[str, Callable[[str], Recipe]] = {
     "rtn": lambda s: _recipe(s, NoTransform(), NoCompensation()),
     "smoothquant": lambda s: _recipe(s, SmoothQuant(), NoCompensation()),
+    "hadamard": lambda s: replace(_recipe(s, NoTransform(), NoCompensation()), rotation=Hadamard()),
     "lqer": lambda s: _recipe(s, NoTransform(), LQER("identity")),
     "l2qer": lambda s: _recipe(s, NoTransform(), LQER("mean_abs")),
     "qera-approx": lambda s: _recipe(s, NoTransform(), QERA("diagonal")),
@@ -69,8 +72,8 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def recipe_from(content: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.describe`; members that are left out are `none`, `rtn` and `none`."""
-    known = {"scheme", "transform", "quantizer", "compensation", "budget", "granularity"}
+    """The inverse of `Recipe.describe`; members that are left out are `none`, `rtn` and `none`, without rotation."""
+    known = {"scheme", "transform", "quantizer", "compensation", "budget", "granularity", "rotation"}
     _refuse_unknown("recipe", content, known)
     if "scheme" not in content:
         raise ConfigError('a recipe needs a scheme, such as scheme = "w4a6"')
@@ -79,6 +82,8 @@ def recipe_from(content: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"granularity must be group or linear, found {granularity!r}")
     defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none"}
     members = {axis: _member(axis, content.get(axis, {}), name) for axis, name in defaults.items()}
+    if "rotation" in content:
+        members["rotation"] = _member("rotation", content["rotation"], "hadamard")
     budget = _build(Budget, "budget", content.get("budget", {"rank": 64}))
     return Recipe(Scheme.parse(str(content["scheme"])), **members, budget=budget, granularity=granularity)
 

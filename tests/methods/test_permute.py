@@ -47,9 +47,7 @@ def output(groups: Groups, block: BlockSpec, x: Tensor) -> Tensor:
     def run(group: InputGroup, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fitted = groups[group.name]
         own = inputs[group.name]
-        ready = prepare(
-            fitted.input, own, route(fitted.input, inputs[group.router_input]), fitted.scheme.act_bits, None
-        )
+        ready = prepare(fitted.input, own, route(fitted.input, inputs[group.router_input]), fitted.scheme, None)
         return {name: linear_forward(linear, ready) for name, linear in fitted.linears.items()}
 
     *first, last = block.groups

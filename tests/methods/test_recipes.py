@@ -16,6 +16,7 @@ from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipes import RECIPES, load_recipe, recipe_from
+from qe_dist.methods.rotations.hadamard import Hadamard
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -58,6 +59,7 @@ def test_settings_that_are_not_the_defaults_survive() -> None:
         QuantExperts(k=16, num_experts=4, router="mean_residual", refine_epochs=2),
         Budget(extra_bits=1.5, factor_bits=8),
         granularity="linear",
+        rotation=Hadamard(seed=3, octaves=0.0),
     )
     assert recipe_from(json.loads(json.dumps(recipe.describe()))) == recipe
 
@@ -70,6 +72,8 @@ def test_what_is_left_out_is_plain_rounding() -> None:
         NoCompensation(),
     )
     assert recipe.granularity == "group"
+    assert recipe.rotation is None
+    assert "rotation" not in recipe.describe()
 
 
 def test_a_file_of_the_users_own(tmp_path: Path) -> None:
@@ -88,6 +92,9 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         num_experts = 4
         extract = true
 
+        [rotation]
+        octaves = 1
+
         [budget]
         extra_bits = 1
         factor_bits = 8
@@ -101,6 +108,7 @@ def test_a_file_of_the_users_own(tmp_path: Path) -> None:
         QuantExperts(num_experts=4, extract=True),
         Budget(extra_bits=1.0, factor_bits=8),
         granularity="linear",
+        rotation=Hadamard(octaves=1.0),
     )
 
 
@@ -118,6 +126,9 @@ QE = {"name": "quant_experts"}
         ({"scheme": "w4a8", "budget": {"ranks": 4}}, "budget has no 'ranks'.*extra_bits.*rank"),
         ({"scheme": "w4a8", "compensation": {"name": "qe"}}, "no compensation 'qe'.*quant_experts"),
         ({"scheme": "w4a8", "quantizer": {"name": "magic"}}, "no quantizer 'magic'.*rtn"),
+        ({"scheme": "w4a8", "rotation": {"name": "learned"}}, "no rotation 'learned'.*hadamard"),
+        ({"scheme": "w4a8", "rotation": {"angle": 1}}, "rotation has no 'angle'.*seed"),
+        ({"scheme": "w4a8", "rotation": {"seed": -1}}, r"rotation\.seed must lie in"),
         ({"scheme": "w4a8", "granularity": "tensor"}, "granularity.*'tensor'"),
     ],
 )

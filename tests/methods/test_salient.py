@@ -105,7 +105,7 @@ def test_the_second_term_meets_the_input_unrounded(fitted: QuantizedGroup, probl
     moved = x.double() / scale
     step = moved.abs().amax(dim=1, keepdim=True) / 7
     rounded = torch.round(moved / step) * step
-    ready = prepare(fitted.input, x, None, 4)
+    ready = prepare(fitted.input, x, None, Scheme(4, 4))
     for name, linear in fitted.linears.items():
         term, rest = two_terms(problem.weights[name] * scale.float(), channels)
         wanted = rounded @ rest.T + moved[:, channels] @ term.T

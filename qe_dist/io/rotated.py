@@ -1,0 +1,47 @@
+"""A model rewritten into another one that computes the same, tensor by tensor, when asked for."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from qe_dist.core.rotation import RotationSites, Space
+from qe_dist.core.source import WeightSource
+from qe_dist.numerics.hadamard import Orthogonal, fused
+
+
+class RotatedSource:
+    """What is quantized comes in float32, so that it is rounded once; all else in the source's dtype."""
+
+    def __init__(self, source: WeightSource, sites: RotationSites, bases: Mapping[Space, Orthogonal]) -> None:
+        self.source, self.sites, self.bases = source, sites, bases
+        self.folder, self.config = source.folder, sites.config
+        for name in self.names():
+            self.shape(name)  # what is missing is missed now
+
+    def names(self) -> Collection[str]:
+        return {*self.source.names(), *self.sites.tensors}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        site = self.sites.tensors.get(name)
+        return self.source.shape(name if site is None else site.source)
+
+    def get(self, name: str) -> Tensor:
+        if name in self.sites.norms:
+            return self._kept_gain(name)
+        if name not in self.sites.tensors:
+            return self.source.get(name)
+        site = self.sites.tensors[name]
+        tensor = self.source.get(site.source)
+        turned = fused(
+            tensor.reshape(len(tensor), -1),  # a bias is a column
+            rows=None if site.rows is None else self.bases[site.rows],
+            columns=None if site.columns is None else self.bases[site.columns],
+            gain=None if site.gain is None else self.source.get(site.gain).double() / self._kept_gain(site.gain),
+            dtype=tensor.dtype if site.stored else torch.float32,
+        )
+        return turned.reshape(tensor.shape)
+
+    def _kept_gain(self, norm: str) -> Tensor:
+        gain = self.source.get(norm)
+        return self.bases["stream"].common_gain(gain).to(gain.dtype)

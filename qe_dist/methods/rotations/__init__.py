@@ -1,0 +1,1 @@
+"""Rotations of the whole model, one file each, found by name."""

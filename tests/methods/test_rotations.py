@@ -1,0 +1,50 @@
+"""Every file of methods/rotations: a choice of orthogonal matrices, and nothing else."""
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from qe_dist import methods
+from qe_dist.core.errors import ConfigError
+from qe_dist.methods.base import Rotation
+from qe_dist.methods.rotations.hadamard import Hadamard
+
+WIDTHS = {"stream": 96, "head": 24}
+GAINS = torch.rand(5, 96, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+@pytest.mark.parametrize("name", methods.names("rotation"))
+def test_a_rotation_is_a_frozen_dataclass_that_gives_an_orthogonal_matrix_for_every_space(name):
+    kind = methods.get("rotation", name)
+    rotation = kind()
+    assert isinstance(rotation, Rotation)
+    assert dataclasses.is_dataclass(kind)
+    assert kind.__dataclass_params__.frozen
+    assert pickle.loads(pickle.dumps(rotation)) == rotation
+    bases, again = (rotation.bases(WIDTHS, GAINS) for _ in range(2))
+    assert bases.keys() == WIDTHS.keys()
+    for space, width in WIDTHS.items():
+        eye = torch.eye(width, dtype=torch.float64)
+        matrix = bases[space](eye)
+        assert torch.allclose(matrix @ matrix.T, eye, atol=1e-12)
+        assert torch.equal(matrix, again[space](eye))
+
+
+def test_channels_of_unlike_gain_stay_apart_unless_all_are_to_be_mixed():
+    gains = GAINS.clone()
+    gains[:, [3, 70]] *= 40.0
+    eye = torch.eye(96, dtype=torch.float64)
+    apart, mixed = (Hadamard(octaves=o).bases(WIDTHS, gains)["stream"](eye) for o in (2.0, 0.0))
+    assert (apart[3] != 0).nonzero().flatten().tolist() == [3, 70]
+    assert torch.allclose(mixed.abs(), torch.full_like(mixed, 96**-0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"seed": -1}, r"rotation\.seed"), ({"octaves": -1.0}, r"rotation\.octaves"), ({"octaves": float("inf")}, "inf")],
+)
+def test_settings_that_cannot_be(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        Hadamard(**settings)

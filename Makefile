@@ -5,9 +5,10 @@ PYTHON ?= python3
 TESTS ?= not (gpu or slow)
 BIN := .venv/bin
 READY := .venv/.ready
+PEER := .venv-peer/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench peer clean
 
 demo: $(READY)
 	@$(BIN)/qe-dist demo
@@ -23,9 +24,13 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/pipeline.py
 
+# llm-compressor, which benchmarks/quality/peers.py compares with. It wants another transformers than
+# we do, so it lives in an environment of its own.
+peer: $(PEER)
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that the package index (and not the lock) chooses between its CPU
 # and CUDA builds. Build isolation is off because the lock already holds setuptools and wheel.
@@ -39,4 +44,11 @@ $(READY): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(PEER): benchmarks/quality/requirements-peer.lock
+	@echo "setting up .venv-peer (minutes the first time: torch is large)"
+	@$(PYTHON) -m venv .venv-peer
+	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -1,0 +1,35 @@
+"""qe_dist in one process, measured; `peer.py` is the other side.
+
+    python benchmarks/quality/ours.py MODEL OUTPUT --recipe smoothquant-w4a8 --calibration FILE
+
+A recipe is a named one, or the name of a method and any number format (rtn-w4a16g128).
+"""
+
+import json
+
+from measured import Arguments, Cost
+
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.local import quantize
+from qe_dist.io.checkpoint import MANIFEST
+from qe_dist.methods.base import Recipe
+from qe_dist.methods.recipes import METHODS, RECIPES
+
+
+def recipe_of(name: str) -> Recipe:
+    method, _, scheme = name.rpartition("-")
+    return RECIPES[name] if name in RECIPES else METHODS[method](scheme)
+
+
+def main() -> None:
+    asked = Arguments.parse(__doc__)
+    run = RunConfig(asked.model, recipe_of(asked.recipe), asked.calibration, asked.output, threads=asked.threads)
+    cost = Cost()
+    with cost.of("quantize"):
+        quantize(run)
+    manifest = json.loads((asked.output / MANIFEST).read_text())
+    cost.print(manifest["bits_per_weight"], ("qe-dist", "torch", "transformers"))
+
+
+if __name__ == "__main__":
+    main()

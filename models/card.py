@@ -10,12 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from qe_pipelines.evaluate import measure as evaluate
+from qe_pipelines.evaluate import encode
 from qe_pipelines.results import write_result
 
 from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
+from qe_dist.flow.evaluate import evaluate
 from qe_dist.flow.local import prepare_run
 from qe_dist.flow.stage import Stage
 from qe_dist.methods.recipes import load_recipe
@@ -63,7 +64,7 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
 
 def quality(model: Path) -> dict[str, float]:
     """Accuracy in all and by kind, and perplexity, on the evaluation set."""
-    summary = evaluate(load_model(model), model, HERE / "data" / "evaluation.jsonl")
+    summary = evaluate(load_model(model), *encode(model, HERE / "data" / "evaluation.jsonl")).summary()
     kinds = {kind: row["accuracy"] for kind, row in summary["kinds"].items() if kind != "text"}
     return {"accuracy": summary["accuracy"], **kinds, "perplexity": summary["perplexity"]}
 

@@ -12,7 +12,7 @@ from measured import Arguments, Cost
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.io.checkpoint import MANIFEST
-from qe_dist.methods.base import Recipe
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import METHODS, RECIPES
 
 

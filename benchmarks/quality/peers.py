@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qe_dist.flow.evaluate import evaluate
+from qe_dist.flow.evaluate import evaluate, predictions
 from qe_dist.serve.loading import load_model
 
 HERE = Path(__file__).parent
@@ -66,8 +66,8 @@ class Bench:
     def __init__(self, model: Path, peer: Path, calibration: Path, evaluation: Path, output: Path, threads: int):
         self.model, self.peer, self.output, self.threads = model, peer, output, threads
         self.calibration = calibration
-        self.reference = load_model(model)
         self.arch, self.examples = encode(model, evaluation)
+        self.reference = predictions(load_model(model), self.arch, self.examples)
         self.rows: list[dict[str, Any]] = []
 
     def run(self, recipes: dict[str, tuple[str, ...]]) -> None:
@@ -79,7 +79,7 @@ class Bench:
                     self._row("qe_dist", Path(sys.executable), "ours.py", name, self.calibration)
 
     def full_precision(self) -> dict[str, Any]:
-        return evaluate(self.reference, self.arch, self.examples).summary()
+        return evaluate(load_model(self.model), self.arch, self.examples, self.reference).summary()
 
     def _encode(self) -> Path:
         """The calibration samples as our encoder sees them, in a file that needs none of our code."""

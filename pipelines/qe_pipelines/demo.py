@@ -90,14 +90,17 @@ class Bench:
     """Quantizes and measures one model."""
 
     def __init__(self, model: Path, data: Path, output: Path, workers: int) -> None:
+        from qe_dist.flow.evaluate import predictions
         from qe_dist.serve.loading import load_model
 
         self.folder, self.data, self.output, self.workers = model, data, output, workers
-        self.reference = load_model(model)
         self.arch, self.examples = encode(model, data / "evaluation.jsonl")
+        self.reference = predictions(load_model(model), self.arch, self.examples)
 
     def full_precision(self) -> Case:
-        return self._case("bf16", "full precision", 16.0, self.reference, 0.0)
+        from qe_dist.serve.loading import load_model
+
+        return self._case("bf16", "full precision", 16.0, load_model(self.folder), 0.0)
 
     def methods(self, bits: str) -> list[Case]:
         """All methods to be compared, at one number format. The rivals get what Quant Experts takes: one adapter

@@ -19,9 +19,13 @@ def evaluate(
 ) -> None:
     """Measure MODEL on questions with known answers and on plain text."""
     set_up_logging(None)
+    from qe_dist.flow.evaluate import evaluate as quality
+    from qe_dist.flow.evaluate import predictions
     from qe_dist.serve.loading import load_model
 
-    result = measure(load_model(model), model, data, None if reference is None else load_model(reference))
+    arch, examples = encode(model, data)
+    full = None if reference is None else predictions(load_model(reference), arch, examples)
+    result = quality(load_model(model), arch, examples, full).summary()
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
@@ -32,19 +36,14 @@ def evaluate(
     Console().print(table)
 
 
-def measure(model: Any, folder: Path, data: Path, reference: Any = None) -> dict[str, Any]:
-    """`Quality.summary` of a loaded model on a file of samples."""
-    from qe_dist.flow.evaluate import evaluate as quality
-
-    arch, examples = encode(folder, data)
-    return quality(model, arch, examples, reference).summary()
-
-
 def encode(folder: Path, data: Path) -> tuple[Any, list[Any]]:
     """The samples of a file as the model's own tokenizer and image processor see them."""
     from qe_dist import archs
+    from qe_dist.core.errors import ConfigError
     from qe_dist.io.samples import load_images, read_samples
 
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
     config = json.loads((folder / "config.json").read_text())
     config.pop("quantization_config", None)
     arch = archs.for_config(config)

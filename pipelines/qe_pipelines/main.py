@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qe_dist.core.errors import QEError
+from qe_pipelines.compare import compare
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
 from qe_pipelines.progress import log
@@ -15,6 +16,7 @@ from qe_pipelines.quantize import quantize
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
+app.command()(compare)
 app.command()(demo)
 
 

@@ -29,6 +29,12 @@ class Factor:
     scale: Float[Tensor, "*rows"] | None = None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix, not of its packed form."""
+        *rows, stored = self.values.shape
+        return (*rows, 2 * stored if self.values.dtype == torch.uint8 else stored)
+
+    @property
     def dense(self) -> Float[Tensor, "*rows columns"]:
         if self.scale is None:
             return self.values.float()
@@ -78,6 +84,11 @@ class FitReport:
     rounding_error: float | None
     """Of the same codes without compensation."""
     bytes: int
+    """Stored: codes, scales, factors, columns, router."""
+    active_bytes: int
+    """Of these, what one token needs: all but the experts that it does not use."""
+    macs: int
+    """Multiplications for one token."""
     seconds: float
     fallbacks: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import Recipe
+from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]

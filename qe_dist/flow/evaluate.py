@@ -6,7 +6,7 @@ answer, every one of its tokens (and the end mark) is the arg max. A test holds 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,17 +63,39 @@ class Quality:
         return row
 
 
-@torch.no_grad()
-def evaluate(model: Any, arch: Arch, examples: Sequence[Example], reference: Any = None, batch: int = 32) -> Quality:
-    """Quality of a loaded model on encoded samples; with a reference model, its KL divergence from it too."""
+Predictions = Mapping[int, Tensor]
+"""Log-probabilities wherever an example (by its index) predicts something. [P, V]"""
+
+
+def evaluate(
+    model: Any, arch: Arch, examples: Sequence[Example], reference: Predictions | None = None, batch: int = 32
+) -> Quality:
+    """Quality of a loaded model on encoded samples; with another model's predictions, its KL divergence from them too.
+
+    Give `predictions` of the reference once to as many models as there are: the two need not fit into memory together.
+    """
     quality = Quality(has_reference=reference is not None)
-    for part in _batches(examples, batch):
-        inputs = arch.model_inputs(part, pad=0)
-        logp = _log_probabilities(model, inputs)
-        ref = None if reference is None else _log_probabilities(reference, inputs)
-        for row, example in enumerate(part):
-            _count(quality.kinds[example.kind], example, logp[row], None if ref is None else ref[row])
+    for example, mine in _predicted(model, arch, examples, batch):
+        _count(quality.kinds[example.kind], example, mine, None if reference is None else reference[example.index])
     return quality
+
+
+def predictions(model: Any, arch: Arch, examples: Sequence[Example], batch: int = 32) -> Predictions:
+    """What a model predicts, on CPU."""
+    return {example.index: mine.cpu() for example, mine in _predicted(model, arch, examples, batch)}
+
+
+@torch.no_grad()
+def _predicted(model: Any, arch: Arch, examples: Sequence[Example], batch: int) -> Iterator[tuple[Example, Tensor]]:
+    for part in _batches(examples, batch):
+        logp = _log_probabilities(model, arch.model_inputs(part, pad=0))
+        for row, example in enumerate(part):
+            yield example, logp[row][_places(example).to(logp.device)]
+
+
+def _places(example: Example) -> Tensor:
+    """Position t predicts token t + 1."""
+    return (example.labels[1:] != -100).nonzero().squeeze(1)
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
@@ -89,14 +111,12 @@ def _log_probabilities(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return F.log_softmax(model(**inputs, use_cache=False).logits.float(), dim=-1)
 
 
-def _count(tally: Tally, example: Example, logp: Tensor, reference: Tensor | None) -> None:
-    labels = example.labels[1:].to(logp.device)
-    places = (labels != -100).nonzero().squeeze(1)  # position t predicts token t + 1
-    mine, wanted = logp[places], labels[places]
+def _count(tally: Tally, example: Example, mine: Tensor, reference: Tensor | None) -> None:
+    wanted = example.labels[1:][_places(example)].to(mine.device)
     tally.samples += 1
-    tally.tokens += places.numel()
+    tally.tokens += len(wanted)
     tally.exact += int((mine.argmax(dim=-1) == wanted).all())
     tally.nll -= float(mine.gather(1, wanted[:, None]).sum())
     if reference is not None:
-        other = reference[places]
+        other = reference.to(mine.device)
         tally.kl += float((other.exp() * (other - mine)).sum())

@@ -66,7 +66,7 @@ class Stage:
             store = RunDir(run.output)
             if not store.has_block(index):
                 view = block.views[run.recipe.granularity]
-                groups = {g.name: run.recipe.fit(block.problem(g, run)) for g in view.groups}
+                groups = run.recipe.fit_block({g.name: block.problem(g, run) for g in view.groups})
                 store.put_block(index, block_tensors(view, groups, self.source), report_dict(index, groups, view))
         block.stats.clear()
         self.seconds["fit"] += time.perf_counter() - start

@@ -115,7 +115,7 @@ def assemble(
         "recipe": recipe,
         "run": run_info,
         "files": files,
-        "bits_per_weight": bits_per_weight(spec, reports),
+        **cost_per_weight(spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
         "blocks": [{k: r[k] for k in ("index", "groups")} for r in reports],
     }
@@ -125,10 +125,16 @@ def assemble(
     publish_json(run.output / "config.json", config)
 
 
-def bits_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> float:
-    """Everything stored for the quantized linears (factors, scales, routers) over their number of weights."""
-    stored = sum(g["bytes"] for r in reports for g in r["groups"].values())
-    return 8 * stored / sum(b.num_weights for b in spec.blocks)
+def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Everything stored for the quantized linears, what one token reads of it, and its multiplications, over the
+    number of weights."""
+    groups = [group for report in reports for group in report["groups"].values()]
+    weights = sum(block.num_weights for block in spec.blocks)
+    return {
+        "bits_per_weight": 8 * sum(g["bytes"] for g in groups) / weights,
+        "active_bits_per_weight": 8 * sum(g["active_bytes"] for g in groups) / weights,
+        "macs_per_weight": sum(g["macs"] for g in groups) / weights,
+    }
 
 
 def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,13 +156,14 @@ def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]
 
 
 def report_dict(index: int, groups: Mapping[str, QuantizedGroup], spec: BlockSpec) -> dict[str, Any]:
-    """A block's line in the manifest."""
+    """A block's line in the manifest, and what only its own report has: layout and seconds, which differ every time."""
     reports = {name: group.report for name, group in groups.items()}
     return {
         "index": index,
         "groups": {n: {k: v for k, v in asdict(r).items() if k != "seconds"} for n, r in reports.items() if r},
         "fallbacks": {f"{spec.prefix}{n}": list(r.fallbacks) for n, r in reports.items() if r and r.fallbacks},
         "layout": layout(spec, groups),
+        "fit_seconds": sum(r.seconds for r in reports.values() if r),
     }
 
 

@@ -9,7 +9,7 @@ extracted instead of smoothed, and factors are int8.
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, Compensation, Recipe, Transform
+from qe_dist.methods.base import Budget, Compensation, Transform
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.none import NoCompensation
@@ -25,6 +25,7 @@ from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.compensation.salient import Salient
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.rotations.hadamard import Hadamard
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
@@ -50,17 +51,22 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
 }
-SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w3a16": "w3a16g128"}
+SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
+"""By the name that the field uses: weights alone are rounded in groups of 128."""
 RECIPES: dict[str, Recipe] = {f"{m}-{s}": make(scheme) for m, make in METHODS.items() for s, scheme in SCHEMES.items()}
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A named recipe, or one read from a TOML file."""
-    if name_or_path in RECIPES:
-        return RECIPES[name_or_path]
+    """A recipe by name, or one read from a TOML file.
+
+    A name is PARTS-FORMAT or PARTS-FORMAT@BITS: a recipe of METHODS, members of any axes, or both, joined by +; the
+    number format; the bits per weight that the repair may take. `aser+gptq-w4a6@0.5` is ASER over GPTQ with half a bit.
+    """
+    if not name_or_path.endswith(".toml"):
+        return _named(name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
-        raise ConfigError(f"there is no recipe {name_or_path!r} and no such file; named recipes: {', '.join(RECIPES)}")
+        raise ConfigError(f"the recipe {path} does not exist; expected a TOML file or a name such as qe-w4a6")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -69,6 +75,39 @@ def load_recipe(name_or_path: str) -> Recipe:
         return recipe_from(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _named(name: str) -> Recipe:
+    main, at, bits = name.partition("@")
+    parts, _, scheme = main.rpartition("-")
+    try:
+        first, *others = parts.split("+")
+        recipe = METHODS["rtn" if first not in METHODS else first](SCHEMES.get(scheme, scheme))
+        recipe = _with_members(recipe, others if first in METHODS else [first, *others])
+        if not at:
+            return recipe
+        factor_bits = min(8, recipe.budget.factor_bits)  # int8 costs nothing (docs/methods.md)
+        return replace(recipe, budget=Budget(extra_bits=float(bits), factor_bits=factor_bits))
+    except ValueError as error:
+        raise ConfigError(
+            f"there is no recipe {name!r}: {error}. A recipe is a .toml file or a name such as qe-w4a6, "
+            f"smoothquant+gptq-w4a8 or qera-w3a16@0.5, of {', '.join(METHODS)} and what `qe-dist compare --list` shows"
+        ) from None
+
+
+def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
+    """The recipe with members on the axes that it leaves open."""
+    default = METHODS["rtn"](str(recipe.scheme))
+    taken = {a: type(getattr(recipe, a)).__name__ for a in methods.FOLDERS if getattr(recipe, a) != getattr(default, a)}
+    for member in members:
+        axis = next((a for a in methods.FOLDERS if member in methods.names(a)), None)
+        if axis is None:
+            raise ConfigError(f"nothing is called {member!r}")
+        if axis in taken:
+            raise ConfigError(f"{taken[axis]} and {member} are both a {axis}; a recipe has one")
+        taken[axis] = member
+        recipe = replace(recipe, **{axis: methods.get(axis, member)()})
+    return recipe
 
 
 def recipe_from(content: Mapping[str, Any]) -> Recipe:

@@ -9,7 +9,7 @@ import torch
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate
+from qe_dist.flow.evaluate import evaluate, predictions
 from qe_dist.flow.local import quantize
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import read_manifest
@@ -54,7 +54,7 @@ def test_every_kind_of_recipe_gives_a_checkpoint_that_loads_and_answers(run, nam
     quantize(replace(run, recipe=load_recipe(name)))
     quantized, source = load(run.output), load(run.model)
     arch, examples = encoded(run.model)
-    kl = evaluate(quantized, arch, examples, source).summary()["kl"]
+    kl = evaluate(quantized, arch, examples, predictions(source, arch, examples)).summary()["kl"]
     assert 0 < kl < 0.5
     out = quantized.generate(input_ids=examples[-1].input_ids[None, :8], max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 12)
@@ -65,7 +65,8 @@ def test_w8a16_is_nearly_the_source(run):
 
     quantize(replace(run, recipe=recipe_from({"scheme": "w8a16"})))
     arch, examples = encoded(run.model)
-    assert evaluate(load(run.output), arch, examples, load(run.model)).summary()["kl"] < 1e-3
+    full = predictions(load(run.model), arch, examples)
+    assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 1e-3
 
 
 def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(run):
@@ -85,7 +86,8 @@ def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(ru
         one = replace(run, recipe=recipe_from(recipe), output=run.output / str(i))
         quantize(one)
         arch, examples = encoded(run.model)
-        assert evaluate(load(one.output), arch, examples, load(run.model)).summary()["kl"] < 0.5
+        full = predictions(load(run.model), arch, examples)
+        assert evaluate(load(one.output), arch, examples, full).summary()["kl"] < 0.5
 
 
 def test_the_report_of_a_group_is_what_its_module_does(run):

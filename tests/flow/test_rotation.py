@@ -9,7 +9,7 @@ import torch
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate
+from qe_dist.flow.evaluate import evaluate, predictions
 from qe_dist.flow.local import quantize
 from qe_dist.flow.source import open_source
 from qe_dist.io.checkpoint import read_manifest
@@ -43,7 +43,8 @@ def kl(run):
     encoder = arch.encoder(run.model)
     samples = read_samples(DATA / "evaluation.jsonl")
     examples = [encoder(s, load_images(s)) for s in (*samples[:4], samples[-1])]
-    return evaluate(load_model(run.output), arch, examples, load_model(run.model)).summary()["kl"]
+    full = predictions(load_model(run.model), arch, examples)
+    return evaluate(load_model(run.output), arch, examples, full).summary()["kl"]
 
 
 def test_at_eight_bits_it_is_nearly_the_source_and_the_tied_head_is_stored(run):

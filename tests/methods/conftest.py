@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.core.spec import InputGroup, LinearSpec
-from qe_dist.methods.base import GroupProblem, Recipe
+from qe_dist.methods.base import GroupProblem
+from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.stats import GroupStats
 
 

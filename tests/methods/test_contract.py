@@ -28,9 +28,9 @@ from qe_dist.methods.base import (
     ErrorProblem,
     GroupProblem,
     Quantizer,
-    Recipe,
     Transform,
 )
+from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.packing import pack
 from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.stats import Needs

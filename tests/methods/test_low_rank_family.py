@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, Compensation, ErrorProblem, GroupProblem, Recipe
+from qe_dist.methods.base import Budget, Compensation, ErrorProblem, GroupProblem
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.numerics.grid import dequantize

@@ -12,8 +12,9 @@ from torch.nn.functional import silu
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup, input_tensors, repair_tensors
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, per_linear
-from qe_dist.methods.base import GroupProblem, Recipe
+from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.permute import permuted, salient_first
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import recipe_from
 from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.stats import GroupStats

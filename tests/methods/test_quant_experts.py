@@ -11,11 +11,12 @@ from torch import Tensor
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, Correction, ErrorProblem, GroupProblem, Recipe
+from qe_dist.methods.base import Budget, Correction, ErrorProblem, GroupProblem
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts, expert_errors
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.numerics.grid import dequantize

@@ -10,11 +10,12 @@ import pytest
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, Recipe
+from qe_dist.methods.base import Budget
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import RECIPES, load_recipe, recipe_from
 from qe_dist.methods.rotations.hadamard import Hadamard
 from qe_dist.methods.transforms.none import NoTransform
@@ -199,8 +200,8 @@ def test_values_of_the_wrong_type_are_refused_by_name(content: Mapping[str, Any]
 
 
 def test_a_word_that_is_neither_name_nor_file_is_refused_with_all_names() -> None:
-    with pytest.raises(ConfigError, match=r"'qe-w4a7'.*qe-w4a6"):
-        load_recipe("qe-w4a7")
+    with pytest.raises(ConfigError, match=r"'qed-w4a6'.*nothing is called 'qed'.*qe-w4a6"):
+        load_recipe("qed-w4a6")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="there is no recipe"):
         load_recipe(str(tmp_path))
 
 
@@ -222,3 +223,28 @@ def test_what_is_described_cannot_change_the_recipe() -> None:
     recipe = replace(RECIPES["qera-w4a8"], compensation=QERA())
     recipe.describe()["budget"]["rank"] = 1
     assert recipe.budget == Budget(rank=64)
+
+
+def test_a_name_is_parts_and_a_number_format_and_a_budget() -> None:
+    recipe = load_recipe("smoothquant+qera-w4a6k64@0.5")
+    assert str(recipe.scheme) == "w4a6k64"
+    assert (recipe.transform, recipe.compensation) == (SmoothQuant(), QERA())
+    assert recipe.budget == Budget(extra_bits=0.5, factor_bits=8)
+    assert load_recipe("smoothquant-w4a16").scheme == Scheme(4, None, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smoothquant+outlier_smoothing-w4a6", "SmoothQuant and outlier_smoothing are both a transform"),
+        ("rtn+lqer+aser-w4a6", "lqer and aser are both a compensation"),
+        ("qe-w4a6x", "not of the form"),
+        ("qe-w4a6@much", "could not convert"),
+        ("qe-w4a6@-1", "extra_bits must be positive"),
+        ("qe", "not of the form"),
+        ("missing.toml", "does not exist"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused_with_the_reason(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(name)

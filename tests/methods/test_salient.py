@@ -10,10 +10,11 @@ from torch import Tensor
 
 from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, GroupProblem, Recipe
+from qe_dist.methods.base import Budget, GroupProblem
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.salient import Salient
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.smoothquant import SmoothQuant

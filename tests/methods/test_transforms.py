@@ -9,9 +9,10 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import GroupProblem, Recipe
+from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
 from qe_dist.numerics.affinity import RankBy

@@ -31,8 +31,9 @@ class QERA:
         error = problem.stacked
         gram = problem.stats.total_gram.to(error.dtype)
         metric = gram_product(gram) if self.metric == "exact" else diagonal_product(gram.diagonal())
-        up, down = low_rank(error, metric, problem.rank)
-        return Correction(shared_up=up, shared_down=down)
+        up, down = low_rank(error, metric, problem.most_rank)
+        gains = None if problem.budget.extra_bits is None else problem.gains(down)
+        return Correction(shared_up=up, shared_down=down, gains=gains)
 
 
 METHOD = QERA

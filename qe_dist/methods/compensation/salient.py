@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import (
+    NO_COLUMNS,
+    Budget,
+    Correction,
+    ErrorProblem,
+    GroupProblem,
+)
 from qe_dist.numerics.factors import columns_within, rank_within, store_factor
 from qe_dist.numerics.lowrank import gram_product, low_rank
 from qe_dist.numerics.stats import Needs

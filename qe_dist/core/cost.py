@@ -1,0 +1,49 @@
+"""What a quantized group costs: bytes on disk, and bytes and multiplications for one token."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qe_dist.core.quantized import Factor, GroupInput, QuantizedGroup, QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Cost:
+    stored: int
+    """Bytes of codes, scales, factors, columns and router."""
+    active: int
+    """Those of them that one token needs: all but the experts that it does not use."""
+    macs: int
+    """Multiplications for one token: of the codes, of factors and columns, and of the router. Scaling, choosing and
+    rounding activations is not counted."""
+
+
+def cost_of(group: QuantizedGroup, kept: int) -> Cost:
+    """kept: channels of each token that stay in 16 bits; their columns of the codes are counted twice."""
+    stored = active = macs = 0
+    for linear in group.linears.values():
+        outputs, inputs = linear.codes.shape
+        words = -(-inputs * group.scheme.weight_bits // 32)  # of a packed row
+        base = 4 * outputs * words + linear.scale.nbytes
+        stored, active = stored + base, active + base + outputs * kept * group.scheme.weight_bits // 8
+        macs += outputs * (inputs + kept)
+    for part in (group.input, *group.linears.values()):
+        for name, matrix in _repairs(part):
+            share = matrix.shape[0] if name.startswith("expert_") else 1
+            stored, active = stored + _bytes(matrix), active + _bytes(matrix) // share
+            if name.endswith(("_down", "_up", "_columns", "router")):
+                macs += math.prod(matrix.shape) // share
+    return Cost(stored, active, macs)
+
+
+def _repairs(part: GroupInput | QuantizedLinear) -> list[tuple[str, Any]]:
+    own = ("codes", "scale", "bias")
+    return [(name, value) for name, value in vars(part).items() if value is not None and name not in own]
+
+
+def _bytes(matrix: Factor | Tensor) -> int:
+    if isinstance(matrix, Factor):
+        return matrix.values.nbytes + (0 if matrix.scale is None else matrix.scale.nbytes)
+    return matrix.nbytes

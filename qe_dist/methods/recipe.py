@@ -1,0 +1,170 @@
+"""How the three choices of a recipe meet: transform x weight quantizer x compensation (DESIGN section 2)."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from qe_dist.core.errors import NumericalError
+from qe_dist.core.quantized import QuantizedGroup, all_finite
+from qe_dist.core.scheme import Scheme
+from qe_dist.core.spec import Granularity
+from qe_dist.methods.base import (
+    Budget,
+    Codes,
+    Compensation,
+    Correction,
+    ErrorProblem,
+    GroupProblem,
+    Quantizer,
+    Rotation,
+    TakesOver,
+    Transform,
+)
+from qe_dist.methods.report import with_report
+from qe_dist.methods.store import stored
+from qe_dist.numerics.allot import allot
+from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
+from qe_dist.numerics.stats import Needs
+
+# The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
+LADDER: tuple[tuple[str, Callable[[GroupProblem], GroupProblem]], ...] = (
+    ("as asked", lambda p: p),
+    ("float64", lambda p: _in_float64(p)),
+    ("float64 and 1% damping", lambda p: _in_float64(_damped(p))),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete method: number formats, and one choice on each axis."""
+
+    scheme: Scheme
+    transform: Transform
+    quantizer: Quantizer
+    compensation: Compensation
+    budget: Budget = field(default_factory=lambda: Budget(rank=32))
+    granularity: Granularity = "group"
+    rotation: Rotation | None = None
+
+    def needs(self) -> Needs:
+        return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
+
+    def fit(self, problem: GroupProblem) -> QuantizedGroup:
+        """Transform, round, repair one group."""
+        return self.fit_block({problem.group.name: problem})[problem.group.name]
+
+    def fit_block(self, problems: Mapping[str, GroupProblem]) -> dict[str, QuantizedGroup]:
+        """All groups of a block. Under a byte budget they share it: what can be cut is cut where it does least."""
+        problems = {name: replace(problem, scheme=self.scheme) for name, problem in problems.items()}
+        drafts = {name: self._climb(problem) for name, problem in problems.items()}
+        if any(draft.correction.gains is not None for draft in drafts.values()):
+            drafts = _allotted(drafts, self.budget)
+        return {name: self._finished(draft, problems[name]) for name, draft in drafts.items()}
+
+    def _climb(self, problem: GroupProblem) -> "Draft":
+        """Climbs the ladder where the mathematics fails, and says so."""
+        start = time.perf_counter()
+        fallbacks = _missing_tokens(problem)
+        if problem.stats.num_tokens:
+            for name, change in LADDER:
+                try:
+                    draft = self._attempt(change(problem))
+                except (NumericalError, torch.linalg.LinAlgError) as error:
+                    fallbacks.append(f"step '{name}' of the ladder failed: {error}")
+                    continue
+                if name != LADDER[0][0]:
+                    fallbacks.append(f"solved by '{name}'")
+                return replace(draft, seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
+        fallbacks.append("plain rounding without transform and compensation")
+        return replace(_plain(problem), seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
+
+    def _attempt(self, problem: GroupProblem) -> "Draft":
+        moved = self.transform.fit(problem)
+        weights = moved.weights
+        if isinstance(self.compensation, TakesOver):
+            weights = self.compensation.left_to_round(moved, self.budget)
+        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
+        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
+        codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
+        errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
+        correction = self.compensation.fit(ErrorProblem(moved, errors, self.budget))
+        if not all_finite(correction.tensors()):
+            raise NumericalError("the compensation has a NaN or Inf")
+        return Draft(moved, codes, correction)
+
+    def _finished(self, draft: "Draft", problem: GroupProblem) -> QuantizedGroup:
+        start = time.perf_counter()
+        group = stored(draft.moved, draft.codes, draft.correction, self.budget.factor_bits)
+        return with_report(group, problem, draft.seconds + time.perf_counter() - start, draft.fallbacks)
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain data: what identifies a run, and what goes into the manifest."""
+        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation", "rotation")}
+        axes = {
+            a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in members.items() if m is not None
+        }
+        return {
+            "scheme": str(self.scheme),
+            **axes,
+            "budget": dict(vars(self.budget)),
+            "granularity": self.granularity,
+        }
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A group that is rounded and repaired, but not yet stored: its budget may still change."""
+
+    moved: GroupProblem
+    codes: Mapping[str, Codes]
+    correction: Correction
+    seconds: float = 0.0
+    fallbacks: tuple[str, ...] = ()
+
+
+def _plain(problem: GroupProblem) -> Draft:
+    bits, size = problem.scheme.weight_bits, problem.scheme.group_size
+    scales = {n: weight_scale(w, bits, size) for n, w in problem.weights.items()}
+    codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
+    return Draft(problem, codes, Correction())
+
+
+def _allotted(drafts: Mapping[str, Draft], budget: Budget) -> dict[str, Draft]:
+    """Cuts the adapters of a block to what its budget allows, by marginal error per bit (`numerics.allot`)."""
+    assert budget.extra_bits is not None, "only a byte budget can be shared"
+    flexible = {name: draft for name, draft in drafts.items() if draft.correction.gains is not None}
+    problems = [draft.moved for draft in flexible.values()]
+    scale_bits = 0 if budget.factor_bits == 16 else 16  # of every row of a factor
+    spare = sum(budget.extra_bits * p.num_weights - scale_bits * p.num_outputs for p in problems)
+    costs = [float(budget.factor_bits * (p.num_outputs + p.group.in_features) + scale_bits) for p in problems]
+    ranks = allot([d.correction.gains for d in flexible.values()], costs, spare)
+    cut = {n: replace(d, correction=d.correction.cut(r)) for (n, d), r in zip(flexible.items(), ranks, strict=True)}
+    return {**drafts, **cut}
+
+
+def _missing_tokens(problem: GroupProblem) -> list[str]:
+    bad = problem.stats.nonfinite
+    if not bad:
+        return []
+    total = bad + problem.stats.num_tokens
+    return [f"{bad} of {total} tokens have a NaN or Inf at this input and were left out"]
+
+
+def _in_float64(problem: GroupProblem) -> GroupProblem:
+    stats = problem.stats
+    sample = replace(stats.sample, x=stats.sample.x.double())
+    gram = None if stats.gram is None else stats.gram.double()
+    weights = {n: w.double() for n, w in problem.weights.items()}
+    return replace(problem, weights=weights, stats=replace(stats, gram=gram, sample=sample))
+
+
+def _damped(problem: GroupProblem) -> GroupProblem:
+    gram = problem.stats.gram
+    if gram is None:
+        return problem
+    ridge = 0.01 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return replace(problem, stats=replace(problem.stats, gram=gram + ridge[:, None, None] * eye))

@@ -1,0 +1,165 @@
+"""GPTQ: channels that are still to be rounded make up for the error so far (arXiv 2210.17323; methods.md section 6).
+
+It looks for codes with a small e H e^T in every row: e = w - Q(w), and H is X^T X with some damping.
+
+GPTQ is published with the upper Cholesky factor of H^-1. This is its other form (QuIP, arXiv 2307.13304, theorem 6),
+which inverts nothing. With H = L L^T
+
+    e H e^T = sum over j of (e_j L_jj + sum over i > j of e_i L_ij)^2,
+
+so channels go from the last to the first, and channel j is rounded to the point nearest to
+
+    w_j + sum over i > j of e_i L_ij / L_jj.
+
+The sums are taken by halves: the error of one half goes into the other as one matrix product, and so on within each
+half. A weight [O, I] costs I^3 / 3 + O I^2 FLOP, nearly all of it in LAPACK and GEMM.
+
+Beyond the paper: each row may choose among several multiples of its scales the one that leaves it the least error
+after all. That is clipping, judged by what GPTQ makes of it; another O I^2 for each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor
+
+from qe_dist.core.errors import NumericalError
+from qe_dist.numerics.clipping import scaled
+from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
+
+
+def gptq(
+    weight: Float[Tensor, "O I"],
+    gram: Float[Tensor, "I I"],
+    bits: int,
+    group_size: int | None,
+    *,
+    scale: Float[Tensor, "O G"] | None = None,
+    factors: Sequence[float] = (1.0,),
+    damping: float = 0.01,
+    act_order: bool = True,
+) -> tuple[Int8[Tensor, "O I"], Float[Tensor, "O G"]]:
+    """Codes and bf16 scales.
+
+    With `act_order` the loudest channels go first, and the scales are those of the weight as it came. Without,
+    channels go as they lie, and a group's scale is taken when its turn comes, from what the groups before it have made
+    of it. A scale that is given is not taken anew. Each row keeps that of the `factors`, times which its scales are
+    used, with the least error. `damping` is relative to the mean of the Gram matrix's diagonal.
+    A channel that is not live leaves the problem: its codes are 0, it takes no error and passes none on.
+    """
+    live = live_channels(weight, gram)
+    late = scale is None and group_size is not None and not act_order
+    start = weight_scale(weight * live, bits, group_size) if scale is None else scale
+    order = live.nonzero().squeeze(1)
+    if order.numel() == 0:
+        return torch.zeros_like(weight, dtype=torch.int8), start.to(torch.bfloat16)
+    if act_order:
+        order = order[gram.diagonal()[order].argsort(descending=True, stable=True)]
+    order = order.flip(0)  # what goes first lies last
+    group = (order // (weight.shape[1] // start.shape[1])).tolist()
+    feedback, pivot = _feedback(gram.index_select(0, order).index_select(1, order).to(weight.dtype), damping)
+    layer = _Layer(weight.index_select(1, order).T.contiguous(), group, feedback, pivot, bits)
+    best = layer.round(scaled(start, factors[0]), factors[0] if late else None)
+    for factor in factors[1:]:
+        best = best.or_better(layer.round(scaled(start, factor), factor if late else None))
+    if not torch.isfinite(best.loss).all():
+        raise NumericalError("the error of GPTQ is a NaN or Inf")
+    codes = torch.zeros_like(weight.T, dtype=torch.int8).index_copy(0, order, best.codes)
+    return codes.T.contiguous(), best.scale
+
+
+def live_channels(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"]) -> Bool[Tensor, " I"]:
+    """Channels that fire and that some row reads. A compensation zeroes the columns that it carries itself."""
+    return weight.any(dim=0) & (gram.diagonal() != 0)
+
+
+def _feedback(gram: Float[Tensor, "L L"], damping: float) -> tuple[Float[Tensor, "L L"], Float[Tensor, " L"]]:
+    """L_ij / L_jj of the damped Gram matrix, and L_jj up to a common factor."""
+    size = torch.linalg.vector_norm(gram, torch.inf)  # one number scales the problem, as in `low_rank`
+    if not torch.isfinite(size):
+        raise NumericalError("the Gram matrix has a NaN or Inf")
+    gram = gram / size
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise NumericalError(f"the Gram matrix of {len(gram)} channels is not positive definite at damping {damping}")
+    pivot = factor.diagonal().clone()
+    return factor.div_(pivot), pivot
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    codes: Int8[Tensor, "L O"]
+    scale: Float[Tensor, "O G"]
+    loss: Float[Tensor, " O"]
+
+    def or_better(self, other: "_Rounded") -> "_Rounded":
+        """In each row, `other` where its loss is smaller."""
+        wins = other.loss < self.loss
+        return _Rounded(
+            torch.where(wins, other.codes, self.codes),
+            torch.where(wins[:, None], other.scale, self.scale),
+            torch.where(wins, other.loss, self.loss),
+        )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The live channels of a weight, a row each; what goes first lies last."""
+
+    weight: Float[Tensor, "L O"]
+    group: list[int]
+    """Of each channel."""
+    feedback: Float[Tensor, "L L"]
+    pivot: Float[Tensor, " L"]
+    bits: int
+
+    def round(self, scale: Float[Tensor, "O G"], late: float | None) -> _Rounded:
+        """With `late` every scale is overwritten: by this multiple of plain rounding's, once its group is due."""
+        work = self.weight.clone()  # of a channel: what is to be rounded, and later its error
+        codes = torch.empty_like(work, dtype=torch.int8)
+        loss = torch.zeros_like(work[0])
+
+        def settle(low: int, high: int) -> None:
+            """Rounds the channels high - 1 .. low, which the error of all those from `high` on has reached."""
+            if high - low == 1:
+                step = scale[:, self.group[low], None]
+                found = round_to_grid(work[low, :, None], step, self.bits)
+                point = dequantize(found, step, work.dtype)[:, 0]
+                codes[low] = found[:, 0]
+                loss.add_(((work[low] - point) * self.pivot[low]).square())
+                torch.sub(self.weight[low], point, out=work[low])
+                return
+            middle = (low + high) // 2
+            settle(middle, high)
+            work[low:middle].addmm_(self.feedback[middle:high, low:middle].T, work[middle:high])
+            settle(low, middle)
+
+        for low, high in [(0, len(work))] if late is None else _spans(self.group):
+            if late is not None:
+                due = weight_scale(self.expected(work, low, high), self.bits, None)
+                scale[:, self.group[low], None] = scaled(due, late)
+            settle(low, high)
+            work[:low].addmm_(self.feedback[low:high, :low].T, work[low:high])
+        return _Rounded(codes, scale, loss)
+
+    def expected(self, work: Float[Tensor, "L O"], low: int, high: int) -> Float[Tensor, "O _"]:
+        """The weights of the channels high - 1 .. low that would best make up for the error so far.
+
+        In `work` each of them stands as if it had to do so alone.
+        """
+        exact = self.weight[low:high]
+        within = self.feedback[low:high, low:high].T
+        return (exact + torch.linalg.solve_triangular(within, work[low:high] - exact, upper=True)).T
+
+
+def _spans(group: list[int]) -> Iterator[tuple[int, int]]:
+    """[low, high) of equal neighbours, from the last to the first."""
+    high = len(group)
+    for _, same in groupby(reversed(group)):
+        low = high - len(list(same))
+        yield low, high
+        high = low

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.methods.base import Budget, GroupProblem, Quantizer, Recipe
+from qe_dist.methods.base import Budget, GroupProblem, Quantizer
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.quantizers.gptq import GPTQ
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import recipe_from
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.clipping import clipped_scale

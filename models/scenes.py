@@ -213,10 +213,12 @@ def converse(scene: Scene, rng: random.Random, questions: int) -> list[tuple[str
     return turns
 
 
-def write_sets(folder: Path, calibration: int = 128, evaluation: int = 210, texts: int = 40) -> None:
+def write_sets(
+    folder: Path, calibration: int = 128, evaluation: int = 210, texts: int = 40, calibration_seed: int = 11
+) -> None:
     """Writes calibration.jsonl and evaluation.jsonl with their images; the two use disjoint seeds."""
     for name, seed, count, held_out in (
-        ("calibration", 11, calibration, False),
+        ("calibration", calibration_seed, calibration, False),
         ("evaluation", 22, evaluation, True),
     ):
         images = folder / name

@@ -37,9 +37,9 @@ def token_output(
         channels = part.shared_channels.tolist()
         y += linear.shared_columns.double() @ x[channels]
         base[channels] = 0.0
-    if part.expert_down is not None:
+    if part.expert_down is not None and expert >= 0:
         y += dense(linear.expert_up)[expert] @ (dense(part.expert_down)[expert] @ x)
-    if part.expert_channels is not None:
+    if part.expert_channels is not None and expert >= 0:
         channels = part.expert_channels[expert].tolist()
         y += linear.expert_columns[expert].double() @ x[channels]
         base[channels] = 0.0
@@ -84,10 +84,10 @@ def base(normal: Normal) -> dict[str, Tensor]:
 def assert_follows_the_formula(
     linear: QuantizedLinear, part: GroupInput, x: Tensor, bits: int | None, modality: Tensor
 ) -> None:
-    expert = route(part, x)
+    expert = route(part, x, modality)
     y = linear_forward(linear, prepare(part, x, expert, bits, modality))
     assert y.dtype == torch.float32
-    chosen = [0] * len(x) if expert is None else expert.tolist()
+    chosen = [-1] * len(x) if expert is None else expert.tolist()
     wanted = torch.stack(
         [token_output(linear, part, t, e, m, bits) for t, e, m in zip(x, chosen, modality.tolist(), strict=True)]
     )
@@ -154,6 +154,34 @@ def test_each_part_alone(
 def test_without_a_router_there_is_no_route(x: Tensor) -> None:
     assert route(GroupInput(), x) is None
     assert route(GroupInput(), None) is None
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("scales", [1, 3])
+@pytest.mark.parametrize("channels", [False, True])
+def test_without_a_router_the_modality_is_the_expert_and_text_has_none(
+    normal: Normal, x: Tensor, base: dict[str, Tensor], bits: int | None, scales: int, channels: bool
+) -> None:
+    modality = (torch.arange(TOKENS) % 3).to(torch.int8)  # text, and two other modalities
+    part = GroupInput(
+        input_scale=(normal(4, scales, INPUTS).abs() + 0.5).bfloat16(),
+        expert_down=Factor(normal(5, 2, RANK, INPUTS).bfloat16()),
+        expert_channels=EXPERT_CHANNELS[:2] if channels else None,
+    )
+    linear = QuantizedLinear(
+        **base,
+        expert_up=Factor(normal(6, 2, OUTPUTS, RANK).bfloat16()),
+        expert_columns=normal(7, 2, OUTPUTS, 3).bfloat16() if channels else None,
+    )
+    assert route(part, None, modality).tolist() == [m - 1 for m in modality.tolist()]
+    assert_follows_the_formula(linear, part, x, bits, modality)
+
+
+def test_whoever_forgets_the_modality_makes_our_own_mistake(normal: Normal, x: Tensor) -> None:
+    with pytest.raises(AssertionError, match="modality"):
+        route(GroupInput(expert_down=Factor(normal(5, 1, RANK, INPUTS))), x)
+    with pytest.raises(AssertionError, match="modality"):
+        prepare(GroupInput(input_scale=torch.ones(2, INPUTS)), x, None, None)
 
 
 def test_a_router_may_read_another_tensor(normal: Normal, x: Tensor, modality: Tensor, base: dict[str, Tensor]) -> None:

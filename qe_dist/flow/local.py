@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qe_dist import archs
+from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig
@@ -13,6 +14,7 @@ from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import SafetensorsSource
+from qe_dist.methods import AXES
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,25 @@ def prepare_run(run: RunConfig) -> Prepared:
     samples = make_batches(run)
     source = SafetensorsSource(run.model)
     model = archs.for_config(source.config).spec(source)
+    _check_images(run, samples, source)
     store = RunDir(run.output)
     first = store.first_block_to_run(len(model.blocks), len(samples))
     plan = make_plan(model, run, source.bytes(model.passthrough), first)
     identity = run.identity(image for batch in samples for sample in batch for image in sample.images)
     store.open(identity, run.resume)
     return Prepared(samples, source, plan, store, identity)
+
+
+def _check_images(run: RunConfig, samples: list[list[Sample]], source: SafetensorsSource) -> None:
+    """Refuses a recipe for images where there are none."""
+    if not run.recipe.needs().images:
+        return
+    described = run.recipe.describe()
+    names = " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
+    if "vision_config" not in source.config:
+        raise ConfigError(f"{run.model} is a model of text only, but {names} are made for images")
+    if not any(sample.images for batch in samples for sample in batch):
+        raise ConfigError(f"{run.calibration} has no image, but {names} must see some; add samples with images")
 
 
 def quantize(run: RunConfig) -> None:

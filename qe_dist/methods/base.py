@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from qe_dist.core.batch import MODALITIES
+from qe_dist.core.batch import MODALITIES, TEXT
 from qe_dist.core.errors import ConfigError, NumericalError
 from qe_dist.core.quantized import (
     Factor,
@@ -43,17 +43,19 @@ class GroupProblem:
     seed: int = 0
     input_scale: Float[Tensor, "M I"] | None = None
 
-    def rescaled(self, scale: Float[Tensor, " I"]) -> "GroupProblem":
+    def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupProblem":
         """The same function in new coordinates: inputs divided by `scale`, weights multiplied by it.
 
-        The scale is rounded to the bf16 in which it is stored before anything uses it.
+        With a scale per modality the weights take that of text: the function is the same for text only, and
+        `ErrorProblem.error_of` counts what the others miss. The scale is rounded to the bf16 in which it is stored
+        before anything uses it.
         """
-        scale = scale.bfloat16().float()
+        scale = scale.bfloat16().float().view(-1, scale.shape[-1])
         return replace(
             self,
-            weights={n: w * scale.to(w) for n, w in self.weights.items()},
+            weights={n: w * scale[TEXT].to(w) for n, w in self.weights.items()},
             stats=self.stats.rescaled(scale),
-            input_scale=scale[None],
+            input_scale=scale,
         )
 
     @property
@@ -120,6 +122,14 @@ class ErrorProblem:
     def output_sizes(self) -> list[int]:
         return [e.shape[0] for e in self.errors.values()]
 
+    def error_of(self, modality: int) -> Float[Tensor, "O I"]:
+        """What Q(W) misses for tokens of one modality: `stacked`, but where these have a scale of their own."""
+        scale = self.problem.input_scale
+        if scale is None or len(scale) == 1:
+            return self.stacked
+        weight = torch.cat(list(self.problem.weights.values()))
+        return self.stacked + weight * (scale[modality] / scale[TEXT] - 1).to(weight)
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -165,6 +175,15 @@ class Compensation(Protocol):
     def fit(self, problem: ErrorProblem) -> Correction: ...
 
 
+@runtime_checkable
+class Choosy(Protocol):
+    """A member of any axis that does not go with all of the others."""
+
+    def check(self, recipe: "Recipe") -> None:
+        """Raises ConfigError that names the two parts that clash, and what would work."""
+        ...
+
+
 NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
 
 # The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
@@ -185,6 +204,11 @@ class Recipe:
     compensation: Compensation
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
+
+    def __post_init__(self) -> None:
+        for member in (self.transform, self.quantizer, self.compensation):
+            if isinstance(member, Choosy):
+                member.check(self)
 
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
@@ -337,7 +361,8 @@ def _with_report(group: QuantizedGroup, problem: GroupProblem, start: float, fal
     """Measures the stored group on the token sample against the full-precision linears."""
     sample = problem.stats.sample
     x, modality = sample.x.float(), sample.modality
-    repaired = prepare(group.input, x, route(group.input, sample.router_x), group.scheme.act_bits, modality)
+    expert = route(group.input, sample.router_x, modality)
+    repaired = prepare(group.input, x, expert, group.scheme.act_bits, modality)
     bare_input = GroupInput(input_scale=group.input.input_scale)
     bare = prepare(bare_input, x, None, group.scheme.act_bits, modality)
     exact, wrong, rounded = (torch.zeros(x.shape[0], dtype=torch.float64) for _ in range(3))

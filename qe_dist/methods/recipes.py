@@ -18,10 +18,14 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Compensation, Recipe, Transform
 from qe_dist.methods.compensation.aser import ASER
+from qe_dist.methods.compensation.cross_modal import CrossModal
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.quantizers.rtn import RoundToNearest
+from qe_dist.methods.transforms.awq import AWQ
+from qe_dist.methods.transforms.masquant import MASQuant
+from qe_dist.methods.transforms.mbq import MBQ
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -37,6 +41,9 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "rtn": lambda s: _recipe(s, NoTransform(), NoCompensation()),
     "smoothquant": lambda s: _recipe(s, SmoothQuant(), NoCompensation()),
     "qera": lambda s: _recipe(s, NoTransform(), QERA()),
+    "awq": lambda s: _recipe(s, AWQ(), NoCompensation()),
+    "mbq": lambda s: _recipe(s, MBQ(), NoCompensation()),
+    "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
     "aser": lambda s: _recipe(s, OutlierSmoothing(), ASER()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),

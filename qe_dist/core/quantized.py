@@ -2,6 +2,8 @@
 
     y = Qa(x~) W^T + (x~ A_s) B_s + (x~ A_e) B_e,    x~ = x / input_scale,    e = argmin_i (router |x|)_i
 
+Where there are experts and no router, the token's modality is its expert: none for text, the first for images.
+
 What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
 module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
 channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits. *Salient* channels stay in Qa, and
@@ -59,7 +61,14 @@ class GroupInput:
 
     @property
     def num_experts(self) -> int:
-        return 0 if self.router is None else self.router.shape[0]
+        down = None if self.expert_down is None else self.expert_down.values
+        return next((len(t) for t in (self.router, down, self.expert_channels) if t is not None), 0)
+
+    @property
+    def by_modality(self) -> bool:
+        """Whether a token's modality decides its scale or, without a router, its expert."""
+        own_scales = self.input_scale is not None and len(self.input_scale) > 1
+        return own_scales or (self.router is None and self.num_experts > 0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qe_dist import archs
+from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.flow.calibrate import Embedder, make_batches
@@ -15,6 +16,7 @@ from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
+from qe_dist.methods import AXES
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ def prepare_run(*runs: RunConfig) -> Prepared:
     samples = make_batches(runs[0])
     source = open_source(runs[0])
     model = archs.for_config(source.config).spec(source)
+    for run in runs:
+        _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
     left = tuple(run for run in runs if not RunDir(run.output).is_complete)
     first = _first_block(left, len(model.blocks), len(samples))
@@ -52,6 +56,18 @@ def _first_block(left: Sequence[RunConfig], num_blocks: int, num_batches: int) -
     """Where to continue; activations are spooled in the directory of the first run."""
     unfinished = min((RunDir(run.output).first_unfinished(num_blocks) for run in left), default=num_blocks)
     return num_blocks if unfinished == num_blocks else RunDir(left[0].output).last_spooled(unfinished, num_batches)
+
+
+def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
+    """Refuses a recipe for images where there are none."""
+    if not run.recipe.needs().images:
+        return
+    described = run.recipe.describe()
+    names = " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
+    if "vision_config" not in source.config:
+        raise ConfigError(f"{run.model} is a model of text only, but {names} are made for images")
+    if not any(sample.images for batch in samples for sample in batch):
+        raise ConfigError(f"{run.calibration} has no image, but {names} must see some; add samples with images")
 
 
 def quantize(*runs: RunConfig) -> None:

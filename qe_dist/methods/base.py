@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from qe_dist.core.batch import TEXT
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
@@ -29,17 +30,19 @@ class GroupProblem:
     seed: int = 0
     input_scale: Float[Tensor, "M I"] | None = None
 
-    def rescaled(self, scale: Float[Tensor, " I"]) -> "GroupProblem":
+    def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupProblem":
         """The same function in new coordinates: inputs divided by `scale`, weights multiplied by it.
 
-        The scale is rounded to the bf16 in which it is stored before anything uses it.
+        With a scale per modality the weights take that of text: the function is the same for text only, and
+        `ErrorProblem.error_of` counts what the others miss. The scale is rounded to the bf16 in which it is stored
+        before anything uses it.
         """
-        scale = scale.bfloat16().float()
+        scale = scale.bfloat16().float().view(-1, scale.shape[-1])
         return replace(
             self,
-            weights={n: w * scale.to(w) for n, w in self.weights.items()},
+            weights={n: w * scale[TEXT].to(w) for n, w in self.weights.items()},
             stats=self.stats.rescaled(scale),
-            input_scale=scale[None],
+            input_scale=scale,
         )
 
     @property
@@ -125,6 +128,14 @@ class ErrorProblem:
     def output_sizes(self) -> list[int]:
         return [e.shape[0] for e in self.errors.values()]
 
+    def error_of(self, modality: int) -> Float[Tensor, "O I"]:
+        """What Q(W) misses for tokens of one modality: `stacked`, but where these have a scale of their own."""
+        scale = self.problem.input_scale
+        if scale is None or len(scale) == 1:
+            return self.stacked
+        weight = torch.cat(list(self.problem.weights.values()))
+        return self.stacked + weight * (scale[modality] / scale[TEXT] - 1).to(weight)
+
 
 def _energy(rows: Tensor, gram: Tensor) -> Tensor:
     """Of what each row makes of the inputs. [R]"""
@@ -203,6 +214,15 @@ class Rotation(Protocol):
 
     def bases(self, widths: Mapping[Space, int], gains: Float[Tensor, "L N"]) -> Mapping[Space, Orthogonal]:
         """The orthogonal matrix of every space, to be fused into the weights. gains: of all norms of the stream."""
+        ...
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A member of any axis that does not go with all of the others."""
+
+    def check(self, recipe: Any) -> None:
+        """Raises ConfigError that names the two parts that clash, and what would work. recipe: a `Recipe`."""
         ...
 
 

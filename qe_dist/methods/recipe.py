@@ -13,6 +13,7 @@ from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity
 from qe_dist.methods.base import (
     Budget,
+    Choosy,
     Codes,
     Compensation,
     Correction,
@@ -48,6 +49,11 @@ class Recipe:
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
     rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        for member in (self.transform, self.quantizer, self.compensation):
+            if isinstance(member, Choosy):
+                member.check(self)
 
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()

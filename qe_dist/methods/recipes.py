@@ -19,6 +19,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Compensation, Transform
 from qe_dist.methods.compensation.aser import ASER
+from qe_dist.methods.compensation.cross_modal import CrossModal
 from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
@@ -27,6 +28,9 @@ from qe_dist.methods.compensation.salient import Salient
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.rotations.hadamard import Hadamard
+from qe_dist.methods.transforms.awq import AWQ
+from qe_dist.methods.transforms.masquant import MASQuant
+from qe_dist.methods.transforms.mbq import MBQ
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -48,6 +52,9 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "qera": lambda s: _recipe(s, NoTransform(), QERA("exact")),
     "aser": lambda s: _recipe(s, OutlierSmoothing(rank_by="mean"), ASER()),
     "serq": lambda s: _recipe(s, SmoothQuant(alpha=1.0), Salient(), Budget(rank=128, factor_bits=4)),
+    "awq": lambda s: _recipe(s, AWQ(), NoCompensation()),
+    "mbq": lambda s: _recipe(s, MBQ(), NoCompensation()),
+    "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
 }

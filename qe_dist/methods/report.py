@@ -22,7 +22,8 @@ def with_report(
     start = time.perf_counter()
     sample = problem.stats.sample
     x, modality = sample.x.float(), sample.modality
-    repaired = prepare(group.input, x, route(group.input, sample.router_x), group.scheme, modality)
+    expert = route(group.input, sample.router_x, modality)
+    repaired = prepare(group.input, x, expert, group.scheme, modality)
     bare_input = GroupInput(input_scale=group.input.input_scale)
     bare = prepare(bare_input, x, None, group.scheme, modality)
     exact, wrong, rounded = (torch.zeros(x.shape[0], dtype=torch.float64) for _ in range(3))

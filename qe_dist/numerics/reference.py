@@ -30,11 +30,17 @@ class PreparedInput:
     salient: Float[Tensor, "T S"] | None
 
 
-def route(part: GroupInput, router_x: Float[Tensor, "T H"] | None) -> Int[Tensor, " T"] | None:
-    if part.router is None:
-        return None
-    assert router_x is not None, "a group with a router needs the router's input"
-    return choose_experts(router_x, part.router)
+def route(
+    part: GroupInput, router_x: Float[Tensor, "T H"] | None, modality: Int8[Tensor, " T"] | None = None
+) -> Int[Tensor, " T"] | None:
+    """The expert of every token, -1 for none; None where there are no experts."""
+    if part.router is not None:
+        assert router_x is not None, "a group with a router needs the router's input"
+        return choose_experts(router_x, part.router)
+    if part.num_experts:
+        assert modality is not None, "experts without a router need the tokens' modality"
+        return modality.long() - 1
+    return None
 
 
 def prepare(
@@ -47,8 +53,11 @@ def prepare(
     x = x.float()
     if part.input_scale is not None:
         scale = part.input_scale.float()
-        per_modality = scale.shape[0] > 1
-        x = x / (scale[modality.long()] if per_modality else scale[0])  # type: ignore[union-attr]
+        if scale.shape[0] == 1:
+            x = x / scale
+        else:
+            assert modality is not None, "scales by modality need the tokens' modality"
+            x = x / scale[modality.long()]
     base = x
     salient = None if part.salient_channels is None else x[:, part.salient_channels.long()]
     shared = shared_channels = experts = expert_channels = None
@@ -57,20 +66,20 @@ def prepare(
     if part.shared_channels is not None:
         shared_channels = x[:, part.shared_channels.long()]
         base = base.index_fill(1, part.shared_channels.long(), 0.0)
-    if expert is not None and part.router is not None:
-        own = torch.nn.functional.one_hot(expert, part.num_experts).to(x)
+    if expert is not None:
+        own = (expert[:, None] == torch.arange(part.num_experts, device=expert.device)).to(x)
         if part.expert_down is not None:
             down = part.expert_down.dense
             experts = _keep_own(x @ down.flatten(0, 1).T, own)
         if part.expert_channels is not None:
             channels = part.expert_channels.long()
             expert_channels = _keep_own(x[:, channels.flatten()], own)
-            base = base.scatter(1, channels[expert], 0.0)
+            base = torch.where(expert[:, None] < 0, base, base.scatter(1, channels[expert], 0.0))
     return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels, salient)
 
 
 def _keep_own(z: Tensor, own: Tensor) -> Tensor:
-    """[T, E*R], one-hot [T, E] -> the same with the other experts' columns zero."""
+    """[T, E*R], one-hot or zero [T, E] -> the same with the other experts' columns zero."""
     tokens, experts = own.shape
     return (z.view(tokens, experts, -1) * own[..., None]).flatten(1)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from qe_dist.core.batch import MODALITIES
+from qe_dist.core.batch import MODALITIES, TEXT
 from qe_dist.numerics.lowrank import capped
 
 M = len(MODALITIES)
@@ -24,9 +24,12 @@ class Needs:
     gram: bool = False
     top_channels: frozenset[int] = frozenset()
     """Every k for which is asked how often a channel is among the k most important ones of a token."""
+    images: bool = False
+    """Tokens of images: samples without any are refused before the run begins."""
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(self.gram or other.gram, self.top_channels | other.top_channels)
+        top = self.top_channels | other.top_channels
+        return Needs(self.gram or other.gram, top, self.images or other.images)
 
 
 @dataclass(frozen=True)
@@ -167,15 +170,16 @@ class GroupStats:
         assert k in self.top_count, f"the recipe did not ask for top_channels {k} in needs()"
         return self.top_count[k].sum(dim=0).double() / max(1, self.num_tokens)
 
-    def rescaled(self, scale: Float[Tensor, " I"]) -> "GroupStats":
-        """The statistics of x / scale, with weights that are multiplied by scale."""
-        sample = replace(self.sample, x=self.sample.x / scale)
-        gram = None if self.gram is None else self.gram / scale / scale[:, None]
+    def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupStats":
+        """The statistics of x / scale, one scale or one per modality, with weights that are multiplied by text's."""
+        scale = scale.view(-1, scale.shape[-1])
+        of_token = scale if len(scale) == 1 else scale[self.sample.modality.long()]
+        gram = None if self.gram is None else self.gram / scale[:, None] / scale[:, :, None]
         return replace(
             self,
             abs_sum=self.abs_sum / scale,
             abs_max=self.abs_max / scale,
             gram=gram,
-            sample=sample,
-            importance=self.importance * scale,
+            sample=replace(self.sample, x=self.sample.x / of_token),
+            importance=self.importance * scale[TEXT],
         )

@@ -14,6 +14,7 @@ from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_f
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.packing import unpack
 from qe_dist.numerics.reference import PreparedInput, linear_forward, prepare, route
+from qe_dist.serve.modality import TokenModality
 
 
 def _add_parameters(module: nn.Module, shapes: Mapping[str, Sequence[Any]]) -> None:
@@ -29,15 +30,18 @@ class QEInput(nn.Module):
     router reads this input.
     """
 
-    def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], num_linears: int) -> None:
+    def __init__(
+        self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], num_linears: int, modality: TokenModality
+    ) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.modality = scheme, modality
         self.num_linears, self.num_routers = num_linears, 0
         self._router_source: tuple[QEInput, ...] = ()  # in a tuple, so that it is no submodule
         self._seen: Tensor | None = None
         self._prepared: PreparedInput | None = None
         self._linears_left = self._routers_left = 0
         _add_parameters(self, shapes)
+        self.by_modality = input_from_tensors(dict(self.named_parameters())).by_modality
 
     def route_on(self, other: "QEInput") -> None:
         """Lets the router read the input of another group (the replicated one, DESIGN section 6)."""
@@ -51,8 +55,9 @@ class QEInput(nn.Module):
             part = input_from_tensors(dict(self.named_parameters()))
             rows = x.flatten(0, -2)
             router_rows = self._router_source[0].for_router() if self._router_source else rows
-            expert = route(part, router_rows)
-            self._prepared = prepare(part, rows, expert, self.scheme)
+            modality = self.modality.of(rows) if self.by_modality else None
+            expert = route(part, router_rows, modality)
+            self._prepared = prepare(part, rows, expert, self.scheme, modality)
             self._seen, self._linears_left, self._routers_left = x, self.num_linears, self.num_routers
         prepared = self._prepared
         self._linears_left -= 1

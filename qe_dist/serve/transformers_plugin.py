@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
 from qe_dist.serve.linear import QEInput, QELinear
+from qe_dist.serve.modality import TokenModality
 
 METHOD = "qe"
 VERSION = 1
@@ -52,8 +53,11 @@ class QEQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"config.json describes {len(config.block_layouts)} quantized blocks, the model has {len(blocks)}"
             )
+        modality = TokenModality(model.config)
         for block, index in zip(blocks, config.block_layouts, strict=True):
-            replace_linears(block, config.layouts[index], Scheme.parse(config.scheme))
+            replace_linears(block, config.layouts[index], Scheme.parse(config.scheme), modality)
+        if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
+            modality.follow(model.base_model)
 
     def is_serializable(self, **_: Any) -> bool:
         return True
@@ -63,9 +67,9 @@ class QEQuantizer(HfQuantizer):
         return False
 
 
-def replace_linears(block: nn.Module, layout: dict[str, Any], scheme: Scheme) -> None:
+def replace_linears(block: nn.Module, layout: dict[str, Any], scheme: Scheme, modality: TokenModality) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
-    inputs = {name: QEInput(scheme, group["input"], len(group["linears"])) for name, group in layout.items()}
+    inputs = {name: QEInput(scheme, group["input"], len(group["linears"]), modality) for name, group in layout.items()}
     for name, group in layout.items():
         inputs[name].route_on(inputs[group["router_input"]])
         block.set_submodule(f"{name}_input", inputs[name])

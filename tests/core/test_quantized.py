@@ -1,6 +1,7 @@
 """Everything that a recipe can produce goes to named tensors and comes back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,9 +113,30 @@ def test_tensors_are_contiguous_for_the_file(normal: Normal) -> None:
     assert all(tensor.is_contiguous() for tensor in input_tensors(part).values())
 
 
-def test_the_number_of_experts_is_the_routers(full_input: GroupInput) -> None:
-    assert full_input.num_experts == 5
+@pytest.mark.parametrize("counted", ["router", "expert_down", "expert_channels"])
+def test_any_part_of_the_experts_tells_their_number(full_input: GroupInput, counted: str) -> None:
+    others = {"router", "expert_down", "expert_channels"} - {counted}
+    assert replace(full_input, **dict.fromkeys(others)).num_experts == 5
     assert GroupInput().num_experts == 0
+
+
+@pytest.mark.parametrize(
+    ("absent", "rows", "by_modality"),
+    [
+        ([], 2, True),  # scales of their own
+        ([], 1, False),
+        (["router"], 1, True),  # experts that nobody else can choose
+        (["router", "expert_down"], 1, True),
+        (["router", "expert_down", "expert_channels"], 1, False),
+        (["router", "expert_down", "expert_channels"], 2, True),
+        (["router", "expert_down", "expert_channels", "input_scale"], 1, False),
+    ],
+)
+def test_what_must_know_the_modality_of_a_token(
+    full_input: GroupInput, absent: list[str], rows: int, by_modality: bool
+) -> None:
+    part = replace(full_input, input_scale=full_input.input_scale[:rows])
+    assert replace(part, **dict.fromkeys(absent)).by_modality is by_modality
 
 
 def test_an_int8_factor_is_values_times_a_scale_per_row() -> None:

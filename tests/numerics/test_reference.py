@@ -42,9 +42,9 @@ def token_output(
         channels = part.shared_channels.tolist()
         y += linear.shared_columns.double() @ x[channels]
         base[channels] = 0.0
-    if part.expert_down is not None:
+    if part.expert_down is not None and expert >= 0:
         y += dense(linear.expert_up)[expert] @ (dense(part.expert_down)[expert] @ x)
-    if part.expert_channels is not None:
+    if part.expert_channels is not None and expert >= 0:
         channels = part.expert_channels[expert].tolist()
         y += linear.expert_columns[expert].double() @ x[channels]
         base[channels] = 0.0
@@ -91,10 +91,10 @@ def base(normal: Normal) -> dict[str, Tensor]:
 def assert_follows_the_formula(
     linear: QuantizedLinear, part: GroupInput, x: Tensor, bits: int | None, modality: Tensor
 ) -> None:
-    expert = route(part, x)
+    expert = route(part, x, modality)
     y = linear_forward(linear, prepare(part, x, expert, Scheme(4, bits), modality))
     assert y.dtype == torch.float32
-    chosen = [0] * len(x) if expert is None else expert.tolist()
+    chosen = [-1] * len(x) if expert is None else expert.tolist()
     wanted = torch.stack(
         [token_output(linear, part, t, e, m, bits) for t, e, m in zip(x, chosen, modality.tolist(), strict=True)]
     )
@@ -169,6 +169,34 @@ def test_without_a_router_there_is_no_route(x: Tensor) -> None:
     assert route(GroupInput(), None) is None
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("scales", [1, 3])
+@pytest.mark.parametrize("channels", [False, True])
+def test_without_a_router_the_modality_is_the_expert_and_text_has_none(
+    normal: Normal, x: Tensor, base: dict[str, Tensor], bits: int | None, scales: int, channels: bool
+) -> None:
+    modality = (torch.arange(TOKENS) % 3).to(torch.int8)  # text, and two other modalities
+    part = GroupInput(
+        input_scale=(normal(4, scales, INPUTS).abs() + 0.5).bfloat16(),
+        expert_down=Factor(normal(5, 2, RANK, INPUTS).bfloat16()),
+        expert_channels=EXPERT_CHANNELS[:2] if channels else None,
+    )
+    linear = QuantizedLinear(
+        **base,
+        expert_up=Factor(normal(6, 2, OUTPUTS, RANK).bfloat16()),
+        expert_columns=normal(7, 2, OUTPUTS, 3).bfloat16() if channels else None,
+    )
+    assert route(part, None, modality).tolist() == [m - 1 for m in modality.tolist()]
+    assert_follows_the_formula(linear, part, x, bits, modality)
+
+
+def test_whoever_forgets_the_modality_makes_our_own_mistake(normal: Normal, x: Tensor) -> None:
+    with pytest.raises(AssertionError, match="modality"):
+        route(GroupInput(expert_down=Factor(normal(5, 1, RANK, INPUTS))), x)
+    with pytest.raises(AssertionError, match="modality"):
+        prepare(GroupInput(input_scale=torch.ones(2, INPUTS)), x, None, Scheme(4))
+
+
 def test_a_router_may_read_another_tensor(normal: Normal, x: Tensor, modality: Tensor, base: dict[str, Tensor]) -> None:
     """Row-parallel groups route on the replicated input of their sublayer."""
     part = GroupInput(
@@ -197,8 +225,8 @@ def test_extracted_outliers_leave_the_activation_grid(x: Tensor) -> None:
 
 def test_salient_channels_stay_in_the_activation_grid(x: Tensor) -> None:
     """What they gain is a second term of their weights, which meets x as it is."""
-    ready = prepare(GroupInput(salient_channels=SALIENT_CHANNELS), x, None, 4)
-    assert torch.equal(ready.base, prepare(GroupInput(), x, None, 4).base)
+    ready = prepare(GroupInput(salient_channels=SALIENT_CHANNELS), x, None, Scheme(4, 4))
+    assert torch.equal(ready.base, prepare(GroupInput(), x, None, Scheme(4, 4)).base)
     assert torch.equal(ready.salient, x[:, SALIENT_CHANNELS.long()])
 
 

@@ -225,6 +225,17 @@ def test_rescaled_statistics_are_those_of_the_rescaled_data(
     assert same(gathered(tokens).rescaled(scale), moved)
 
 
+def test_a_scale_per_modality_moves_each_modality_by_its_own(
+    tokens: TokenSample, weights: dict[str, Tensor], gathered: Callable[..., GroupStats], same: Same
+) -> None:
+    """Only text's is moved into the weights."""
+    scale = 2.0 ** torch.randint(-6, 7, (2, WIDTH), generator=torch.Generator().manual_seed(5))
+    needs = Needs(gram=True)  # counting top channels again would need both modalities in one metric
+    moved = GroupStats.empty({n: w * scale[TEXT] for n, w in weights.items()}, ROUTER_WIDTH, needs, SAMPLE)
+    moved.update(tokens.x / scale[tokens.modality.long()], tokens.router_x, tokens.modality, tokens.keys)
+    assert same(gathered(tokens, needs=needs).rescaled(scale), moved)
+
+
 def test_any_scale_moves_all_statistics(
     tokens: TokenSample, gathered: Callable[..., GroupStats], normal: Callable[..., Tensor]
 ) -> None:

@@ -115,6 +115,13 @@ def test_unknown_architecture(quantize, model):
     assert "model_type 'gpt9'; supported are: qwen2_vl" in quantize(model=model)
 
 
+def test_a_recipe_for_images_with_a_model_of_text(quantize, model):
+    config = json.loads((model / "config.json").read_text())
+    del config["vision_config"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert "is a model of text only, but transform masquant" in quantize(model=model, recipe="masquant-w4a6")
+
+
 def test_config_that_is_not_json(quantize, model):
     (model / "config.json").write_text("{")
     assert "config.json is not JSON" in quantize(model=model)
@@ -138,6 +145,7 @@ def test_unknown_recipe_lists_the_names(quantize):
         ('scheme = "w4a8g60"', "group size must be a positive multiple of 8, found 60"),
         ('scheme = "w4a8g48"', "group size 48 does not divide the 64 inputs of model.layers.0.self_attn.qkv"),
         ('scheme = "w4a6"\n[compensation]\nname = "magic"', "no compensation 'magic'; there are: aser, "),
+        ('scheme = "w4a6"\n[transform]\nname = "masquant"', "transform masquant and compensation none do not go"),
         ('scheme = "w4a6"\n[budget]\nrank = "many"', "budget.rank must be int, found 'many'"),
         ("scheme = ", "not TOML"),
     ],
@@ -150,6 +158,12 @@ def test_recipe_files(quantize, tmp_path, content, says):
 
 
 # -- the calibration file
+
+
+def test_a_recipe_for_images_with_no_image(quantize, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "The sun is warm."}\n')
+    message = quantize(recipe="masquant-w4a6", calibration=tmp_path / "text.jsonl")
+    assert "text.jsonl has no image, but transform masquant and compensation cross_modal" in message
 
 
 def test_no_calibration_file(quantize, tmp_path):

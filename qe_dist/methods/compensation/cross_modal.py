@@ -1,0 +1,40 @@
+"""MASQuant's cross-modal compensation: an adapter that only image tokens see (arXiv 2603.04800, Theorem 2).
+
+E_image = S_image W - Q(S_text W) is what the stored weight misses for them: that the weight was smoothed for text, and
+its rounding error. The best rank-r repair in the metric of the smoothed image tokens is the paper's L1 L2. Text tokens
+get nothing, so decoding costs nothing. With a transform that has one scale, E_image is the rounding error.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qe_dist.core.batch import IMAGE
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.numerics.stats import Needs
+
+
+@dataclass(frozen=True)
+class CrossModal:
+    """One whitened low-rank adapter for image tokens."""
+
+    repairs_modalities: ClassVar[bool] = True
+
+    def needs(self) -> Needs:
+        return Needs(gram=True, images=True)
+
+    def exempt(self, problem: GroupProblem) -> Tensor:
+        return NO_COLUMNS
+
+    def fit(self, problem: ErrorProblem) -> Correction:
+        stats = problem.stats
+        if stats.gram is None or stats.count[IMAGE] == 0:  # none that could be measured: all had a NaN
+            return Correction()
+        error = problem.error_of(IMAGE)
+        up, down = low_rank(error, gram_product(stats.gram[IMAGE].to(error.dtype)), problem.rank)
+        return Correction(expert_up=up[None], expert_down=down[None])
+
+
+METHOD = CrossModal

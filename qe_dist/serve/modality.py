@@ -1,0 +1,58 @@
+"""The modality of the tokens that a model is working on, for the groups that treat text and images differently.
+
+Only the call of the whole model sees token ids; its blocks see hidden states. Hooks on the model keep the modality
+while the call runs. Right in `generate` too: every decoding step is a call with the ids of its own tokens.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qe_dist.core.batch import IMAGE, TEXT
+from qe_dist.core.errors import ConfigError
+
+
+class TokenModality:
+    def __init__(self, config: Any) -> None:
+        names = ("image_token_id", "video_token_id")
+        self.image_tokens = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+        self._current: Tensor | None = None
+
+    def follow(self, model: nn.Module) -> None:
+        """Listens to the calls of this model."""
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave, always_call=True)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Of every row of a tensor that holds all tokens of the running call. [T]"""
+        if self._current is None:
+            raise ConfigError(
+                "this checkpoint treats text and image tokens differently, so its blocks run only inside the model"
+            )
+        if self._current.numel() != len(rows):
+            raise ConfigError(
+                f"input_ids or mm_token_type_ids tell of {self._current.numel()} tokens, the model works on {len(rows)}"
+            )
+        return self._current.flatten().to(rows.device)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        given = given | given.get("kwargs", {})
+        self._current = self._told_by(given.get("input_ids"), given.get("mm_token_type_ids"))
+
+    def _leave(self, *_: Any) -> None:
+        self._current = None
+
+    def _told_by(self, input_ids: Tensor | None, type_ids: Tensor | None) -> Tensor:
+        if input_ids is not None and self.image_tokens:
+            image = torch.stack([input_ids == token for token in self.image_tokens]).any(dim=0)
+        elif type_ids is not None:
+            image = type_ids != 0
+        else:
+            raise ConfigError(
+                "this checkpoint treats text and image tokens differently: call the model with input_ids, "
+                "or with mm_token_type_ids beside inputs_embeds"
+            )
+        return torch.where(image, IMAGE, TEXT).to(torch.int8)

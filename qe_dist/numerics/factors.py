@@ -4,6 +4,8 @@ A row has one scale at 4 bits as well: at equal bytes on the bundled model, scal
 lower the error by 3 % at most.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn.functional import pad
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import Factor
+from qe_dist.numerics.lowrank import fit_up, low_rank
 
 FACTOR_BITS = (4, 8, 16)
 
@@ -34,6 +37,17 @@ def _pairs(codes: Tensor) -> Tensor:
         )
     low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return low | (high << 4)
+
+
+def adapter(
+    error: Float[Tensor, "O I"], times_gram: Callable[[Tensor], Tensor], rank: int, bits: int
+) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+    """(up, down) of the best repair that will be stored in so many bits: at 4, rounding `down` costs much, and `up`
+    makes up for a part of it."""
+    up, down = low_rank(error, times_gram, rank)
+    if bits == 4 and down.numel():
+        up = fit_up(error, times_gram, store_factor(down, bits).dense.to(down))
+    return up, down
 
 
 def even_rank(

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.lowrank import diagonal_product, gram_product, low_rank
+from qe_dist.numerics.factors import adapter
+from qe_dist.numerics.lowrank import diagonal_product, gram_product
 from qe_dist.numerics.stats import Needs
 
 
@@ -31,7 +32,7 @@ class QERA:
         error = problem.stacked
         gram = problem.stats.total_gram.to(error.dtype)
         metric = gram_product(gram) if self.metric == "exact" else diagonal_product(gram.diagonal())
-        up, down = low_rank(error, metric, problem.rank)
+        up, down = adapter(error, metric, problem.rank, problem.budget.factor_bits)
         return Correction(shared_up=up, shared_down=down)
 
 

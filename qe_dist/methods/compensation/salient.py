@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.factors import columns_within, rank_within, store_factor
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.numerics.factors import adapter, columns_within, rank_within, store_factor
+from qe_dist.numerics.lowrank import gram_product
 from qe_dist.numerics.stats import Needs
 
 
@@ -45,11 +45,11 @@ class Salient:
 
     def fit(self, problem: ErrorProblem) -> Correction:
         channels, rank = self._sizes(problem.problem, problem.budget)
-        weight = torch.cat(list(problem.problem.weights.values()))
+        weight, bits = torch.cat(list(problem.problem.weights.values())), problem.budget.factor_bits
         up = down = None
         if rank:
-            error = _without_term(problem.stacked, weight, channels, problem.budget.factor_bits)
-            up, down = low_rank(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank)
+            error = _without_term(problem.stacked, weight, channels, bits)
+            up, down = adapter(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank, bits)
         if not channels.numel():
             return Correction(shared_up=up, shared_down=down)
         return Correction(

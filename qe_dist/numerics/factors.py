@@ -68,6 +68,11 @@ def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies
 
 
 def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
-    """The largest even number of columns [outputs, C] that take at most so many bits with their 32-bit indices."""
-    spare = bits - (0 if factor_bits == 16 else 16 * outputs)
-    return 2 * max(0, int(spare / (factor_bits * outputs + 32) / 2))
+    """The largest even number of columns [outputs, C] that take at most so many bits, see `column_bits`."""
+    empty, two = column_bits(0, outputs, factor_bits), column_bits(2, outputs, factor_bits)
+    return 2 * max(0, int((bits - empty) / (two - empty)))
+
+
+def column_bits(count: int, outputs: int, factor_bits: int) -> int:
+    """Stored bits of so many columns: codes, scales, and 32-bit indices of their channels."""
+    return count * (factor_bits * outputs + 32) + (0 if factor_bits == 16 else 16 * outputs)

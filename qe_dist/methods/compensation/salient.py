@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.factors import adapter, columns_within, rank_within, store_factor
+from qe_dist.numerics.factors import adapter, column_bits, columns_within, rank_within, store_factor
 from qe_dist.numerics.lowrank import gram_product
 from qe_dist.numerics.stats import Needs
 
@@ -65,9 +65,10 @@ class Salient:
             rank = max(0, total - count)
         else:
             bits = budget.extra_bits * problem.num_weights
-            outputs = problem.num_weights // width
-            count = columns_within(self.share * bits, outputs, budget.factor_bits)
-            rank = rank_within((1 - self.share) * bits, outputs, width, budget.factor_bits)
+            outputs, factor_bits = problem.num_weights // width, budget.factor_bits
+            count = min(columns_within(self.share * bits, outputs, factor_bits), width)
+            left = bits - column_bits(count, outputs, factor_bits)
+            rank = rank_within(left, outputs, width, factor_bits) if self.share < 1 else 0
         peak = problem.stats.abs_max
         if problem.input_scale is not None:  # how loud they came in
             peak = peak * problem.input_scale

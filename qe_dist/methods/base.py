@@ -100,6 +100,8 @@ class ErrorProblem:
     errors: Mapping[str, Float[Tensor, "_ I"]]
     """W less what was rounded: with all of exempted columns, and whatever was taken over before."""
     budget: Budget
+    granted: int | None = None
+    """The rank that a group got of what its block shares."""
 
     @property
     def stats(self) -> GroupStats:
@@ -107,12 +109,12 @@ class ErrorProblem:
 
     @property
     def rank(self) -> int:
-        return self.budget.rank_for(self.problem)
+        return self.budget.rank_for(self.problem) if self.granted is None else self.granted
 
     @property
     def most_rank(self) -> int:
-        """Of an adapter that may be cut: under a byte budget the block gives some groups more, some less."""
-        return self.rank if self.budget.rank is not None else SPREAD * self.rank
+        """That a group may be granted."""
+        return SPREAD * self.rank
 
     def gains(self, down: Float[Tensor, "R I"]) -> Float[Tensor, " R"]:
         """What each direction of an adapter with orthonormal `up` takes off the error, relative to the output."""
@@ -155,17 +157,9 @@ class Correction:
     router: Float[Tensor, "E H"] | None = None
     salient_channels: Int[Tensor, " C"] | None = None
     salient_columns: Float[Tensor, "O C"] | None = None
-    gains: Float[Tensor, " R"] | None = None
-    """Of a shared pair that may be cut: what each direction takes off the error, relative to the output, descending."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if v is not None}
-
-    def cut(self, rank: int) -> "Correction":
-        """With the first directions of the shared pair only."""
-        assert self.shared_down is not None
-        assert self.shared_up is not None
-        return replace(self, shared_down=self.shared_down[:rank], shared_up=self.shared_up[:, :rank])
 
     def with_even_ranks(self) -> "Correction":
         shared_down, shared_up = even_rank(self.shared_down, self.shared_up)
@@ -199,6 +193,15 @@ class Compensation(Protocol):
         ...
 
     def fit(self, problem: ErrorProblem) -> Correction: ...
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """A compensation of any rank: under a byte budget it goes to the groups of a block where it does most good."""
+
+    def gains(self, problem: ErrorProblem) -> Float[Tensor, " R"]:
+        """What each direction takes off the error, relative to the output, in descending order."""
+        ...
 
 
 @runtime_checkable

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from qe_dist.core.errors import NumericalError
 from qe_dist.core.quantized import QuantizedGroup, all_finite
@@ -21,6 +23,7 @@ from qe_dist.methods.base import (
     GroupProblem,
     Quantizer,
     Rotation,
+    Shares,
     TakesOver,
     Transform,
 )
@@ -66,8 +69,7 @@ class Recipe:
         """All groups of a block. Under a byte budget they share it: what can be cut is cut where it does least."""
         problems = {name: replace(problem, scheme=self.scheme) for name, problem in problems.items()}
         drafts = {name: self._climb(problem) for name, problem in problems.items()}
-        if any(draft.correction.gains is not None for draft in drafts.values()):
-            drafts = _allotted(drafts, self.budget)
+        drafts |= self._shared({name: draft for name, draft in drafts.items() if draft.gains is not None})
         return {name: self._finished(draft, problems[name]) for name, draft in drafts.items()}
 
     def _climb(self, problem: GroupProblem) -> "Draft":
@@ -85,7 +87,7 @@ class Recipe:
                     fallbacks.append(f"solved by '{name}'")
                 return replace(draft, seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
         fallbacks.append("plain rounding without transform and compensation")
-        return replace(_plain(problem), seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
+        return replace(self._plain(problem), seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
         moved = self.transform.fit(problem)
@@ -96,14 +98,43 @@ class Recipe:
         weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
-        correction = self.compensation.fit(ErrorProblem(moved, errors, self.budget))
+        repair = ErrorProblem(moved, errors, self.budget)
+        if self.budget.extra_bits is not None and isinstance(self.compensation, Shares):
+            return Draft(repair, codes, gains=self.compensation.gains(repair))
+        return Draft(repair, codes, self._repaired(repair))
+
+    def _plain(self, problem: GroupProblem) -> "Draft":
+        bits, size = self.scheme.weight_bits, self.scheme.group_size
+        scales = {n: weight_scale(w, bits, size) for n, w in problem.weights.items()}
+        codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
+        return Draft(ErrorProblem(problem, {}, self.budget), codes)
+
+    def _repaired(self, repair: ErrorProblem) -> Correction:
+        correction = self.compensation.fit(repair)
         if not all_finite(correction.tensors()):
             raise NumericalError("the compensation has a NaN or Inf")
-        return Draft(moved, codes, correction)
+        return correction
+
+    def _shared(self, drafts: Mapping[str, "Draft"]) -> dict[str, "Draft"]:
+        """Repairs the groups of a block with what its budget allows them, by marginal error per bit."""
+        problems = [draft.repair.problem for draft in drafts.values()]
+        factor_bits = self.budget.factor_bits
+        scale_bits = 0 if factor_bits == 16 else 16  # of every row of a factor
+        spare = sum((self.budget.extra_bits or 0.0) * p.num_weights - scale_bits * p.num_outputs for p in problems)
+        costs = [float(factor_bits * (p.num_outputs + p.group.in_features) + scale_bits) for p in problems]
+        ranks = allot([draft.gains for draft in drafts.values() if draft.gains is not None], costs, float(spare))
+        done = {}
+        for (name, draft), rank in zip(drafts.items(), ranks, strict=True):
+            try:
+                repaired = replace(draft, correction=self._repaired(replace(draft.repair, granted=rank)))
+            except (NumericalError, torch.linalg.LinAlgError) as error:
+                repaired = replace(draft, fallbacks=(*draft.fallbacks, f"no repair of rank {rank}: {error}"))
+            done[name] = repaired
+        return done
 
     def _finished(self, draft: "Draft", problem: GroupProblem) -> QuantizedGroup:
         start = time.perf_counter()
-        group = stored(draft.moved, draft.codes, draft.correction, self.budget.factor_bits)
+        group = stored(draft.repair.problem, draft.codes, draft.correction, self.budget.factor_bits)
         return with_report(group, problem, draft.seconds + time.perf_counter() - start, draft.fallbacks)
 
     def describe(self) -> dict[str, Any]:
@@ -122,33 +153,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Draft:
-    """A group that is rounded and repaired, but not yet stored: its budget may still change."""
+    """A group that is rounded, but not yet stored: its repair may wait for what the block grants it."""
 
-    moved: GroupProblem
+    repair: ErrorProblem
     codes: Mapping[str, Codes]
-    correction: Correction
+    correction: Correction = field(default_factory=Correction)
+    gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
-
-
-def _plain(problem: GroupProblem) -> Draft:
-    bits, size = problem.scheme.weight_bits, problem.scheme.group_size
-    scales = {n: weight_scale(w, bits, size) for n, w in problem.weights.items()}
-    codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
-    return Draft(problem, codes, Correction())
-
-
-def _allotted(drafts: Mapping[str, Draft], budget: Budget) -> dict[str, Draft]:
-    """Cuts the adapters of a block to what its budget allows, by marginal error per bit (`numerics.allot`)."""
-    assert budget.extra_bits is not None, "only a byte budget can be shared"
-    flexible = {name: draft for name, draft in drafts.items() if draft.correction.gains is not None}
-    problems = [draft.moved for draft in flexible.values()]
-    scale_bits = 0 if budget.factor_bits == 16 else 16  # of every row of a factor
-    spare = sum(budget.extra_bits * p.num_weights - scale_bits * p.num_outputs for p in problems)
-    costs = [float(budget.factor_bits * (p.num_outputs + p.group.in_features) + scale_bits) for p in problems]
-    ranks = allot([d.correction.gains for d in flexible.values()], costs, spare)
-    cut = {n: replace(d, correction=d.correction.cut(r)) for (n, d), r in zip(flexible.items(), ranks, strict=True)}
-    return {**drafts, **cut}
 
 
 def _missing_tokens(problem: GroupProblem) -> list[str]:

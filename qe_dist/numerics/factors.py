@@ -4,6 +4,8 @@ A row has one scale at 4 bits as well: at equal bytes on the bundled model, scal
 lower the error by 3 % at most.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn.functional import pad
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import Factor
+from qe_dist.numerics.lowrank import fit_up, low_rank
 
 FACTOR_BITS = (4, 8, 16)
 
@@ -36,6 +39,17 @@ def _pairs(codes: Tensor) -> Tensor:
     return low | (high << 4)
 
 
+def adapter(
+    error: Float[Tensor, "O I"], times_gram: Callable[[Tensor], Tensor], rank: int, bits: int
+) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
+    """(up, down) of the best repair that will be stored in so many bits: at 4, rounding `down` costs much, and `up`
+    makes up for a part of it."""
+    up, down = low_rank(error, times_gram, rank)
+    if bits == 4 and down.numel():
+        up = fit_up(error, times_gram, store_factor(down, bits).dense.to(down))
+    return up, down
+
+
 def even_rank(
     down: Float[Tensor, "*experts R I"] | None, up: Float[Tensor, "*experts O R"] | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -54,6 +68,11 @@ def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies
 
 
 def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
-    """The largest even number of columns [outputs, C] that take at most so many bits with their 32-bit indices."""
-    spare = bits - (0 if factor_bits == 16 else 16 * outputs)
-    return 2 * max(0, int(spare / (factor_bits * outputs + 32) / 2))
+    """The largest even number of columns [outputs, C] that take at most so many bits, see `column_bits`."""
+    empty, two = column_bits(0, outputs, factor_bits), column_bits(2, outputs, factor_bits)
+    return 2 * max(0, int((bits - empty) / (two - empty)))
+
+
+def column_bits(count: int, outputs: int, factor_bits: int) -> int:
+    """Stored bits of so many columns: codes, scales, and 32-bit indices of their channels."""
+    return count * (factor_bits * outputs + 32) + (0 if factor_bits == 16 else 16 * outputs)

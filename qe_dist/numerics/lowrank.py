@@ -73,6 +73,23 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns).Q
 
 
+def fit_up(
+    error: Float[Tensor, "O I"], times_gram: Callable[[Tensor], Tensor], down: Float[Tensor, "R I"]
+) -> Float[Tensor, "O R"]:
+    """The up matrix that goes best with a given down matrix: U = E G D^T (D G D^T)^-1 minimises ||(E - U D) X||_F.
+
+    After D was rounded to its stored form, this U makes up for a part of what rounding lost.
+    """
+    seen = times_gram(down.T)
+    product, target = (down @ seen).double(), (error @ seen).double()
+    size = product.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    ridge = 1e-6 * torch.eye(len(down), dtype=product.dtype, device=product.device)
+    up = torch.linalg.solve(product / size / size[:, None] + ridge, target / size, left=False) / size
+    if not torch.isfinite(up).all():
+        raise NumericalError("fitting the up matrix met a NaN or Inf")
+    return up.to(error)
+
+
 def low_rank_group(
     errors: Mapping[str, Float[Tensor, "_ I"]],
     times_gram: Callable[[Tensor], Tensor],

@@ -1,6 +1,7 @@
 """Low-rank factors are stored in bf16, or in 8 or 4 bits with a scale per row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import Factor
-from qe_dist.numerics.factors import FACTOR_BITS, columns_within, even_rank, rank_within, store_factor
+from qe_dist.numerics.factors import FACTOR_BITS, adapter, columns_within, even_rank, rank_within, store_factor
+from qe_dist.numerics.lowrank import low_rank, token_product
 
 Normal = Callable[..., Tensor]
 
@@ -144,3 +146,24 @@ def test_the_columns_are_the_most_whose_stored_bytes_fit(bits: float, outputs: i
     assert count % 2 == 0
     assert count == 0 or stored_bits(count) <= bits
     assert stored_bits(count + 2) > bits
+
+
+def test_at_4_bits_the_up_matrix_makes_up_for_a_part_of_what_rounding_the_down_matrix_lost(normal: Normal) -> None:
+    x = normal(3, 300, 64) @ (torch.logspace(0, -2, 64)[:, None] * normal(4, 64, 64))
+    error = normal(5, 48, 64)
+
+    def lost(up: Tensor, down: Tensor) -> float:
+        stored = store_factor(up, 4).dense @ store_factor(down, 4).dense
+        return float(((error - stored) @ x.T).norm())
+
+    plain, fitted = low_rank(error, token_product(x), 16), adapter(error, token_product(x), 16, 4)
+    assert torch.equal(fitted[1], plain[1])
+    assert lost(*fitted) < 0.95 * lost(*plain)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_above_4_bits_an_adapter_is_the_best_repair_as_it_is(
+    normal: Normal, bits: int, same: Callable[[Any, Any], bool]
+) -> None:
+    error, x = normal(6, 12, 20), normal(7, 50, 20)
+    assert same(adapter(error, token_product(x), 3, bits), low_rank(error, token_product(x), 3))

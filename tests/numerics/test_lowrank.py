@@ -15,6 +15,7 @@ from qe_dist.core.errors import NumericalError
 from qe_dist.numerics.lowrank import (
     PAPER_WIDTH,
     capped,
+    fit_up,
     gram_product,
     low_rank,
     low_rank_group,
@@ -167,6 +168,38 @@ def test_a_bad_gram_matrix_is_a_numerical_error(normal: Normal, bad: float) -> N
 def test_the_two_products_are_the_same_map(normal: Normal) -> None:
     x, v = normal(21, 30, 20).double(), normal(22, 20, 5).double()
     assert torch.allclose(token_product(x)(v), gram_product(x.T @ x)(v))
+
+
+def test_an_up_matrix_is_the_least_squares_fit_on_the_inputs(normal: Normal, inputs: Callable[..., Tensor]) -> None:
+    """Of (X E^T) on (X D^T), by LAPACK."""
+    error, x, down = normal(27, 24, 32), inputs(28, 200, 32), normal(29, 5, 32)
+    wanted = torch.linalg.lstsq(x.double() @ down.double().T, x.double() @ error.double().T).solution.T
+    best = error_of(error, x, wanted, down)
+    for times_gram in (token_product(x), gram_product(x.T @ x)):
+        assert error_of(error, x, fit_up(error, times_gram, down), down) < (1 + 1e-4) * best
+
+
+def test_an_up_matrix_fitted_to_the_best_down_matrix_is_the_best_one(normal: Normal) -> None:
+    error, x = normal(30, 24, 32), normal(31, 200, 32)
+    up, down = low_rank(error, token_product(x), 4)
+    assert error_of(error, x, fit_up(error, token_product(x), down), down) == pytest.approx(
+        error_of(error, x, up, down), rel=1e-3
+    )
+
+
+def test_a_rank_that_sees_nothing_repairs_nothing(normal: Normal) -> None:
+    down = normal(32, 4, 20)
+    down[2] = 0.0
+    up = fit_up(normal(33, 6, 20), gram_product(torch.eye(20)), down)
+    assert torch.isfinite(up).all()
+    assert not up[:, 2].any()
+
+
+def test_a_bad_gram_matrix_is_a_numerical_error_of_an_up_matrix_too(normal: Normal) -> None:
+    gram = torch.eye(20)
+    gram[3, 4] = math.nan
+    with pytest.raises(NumericalError):
+        fit_up(normal(34, 12, 20), gram_product(gram), normal(35, 3, 20))
 
 
 def test_the_linears_of_a_group_share_the_down_matrix(normal: Normal) -> None:

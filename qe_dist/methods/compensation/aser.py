@@ -11,7 +11,8 @@ from torch import Tensor
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
 from qe_dist.numerics.affinity import RankBy, outlier_channels
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.numerics.factors import adapter
+from qe_dist.numerics.lowrank import gram_product
 from qe_dist.numerics.stats import Needs
 
 
@@ -38,7 +39,7 @@ class ASER:
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked
         gram = problem.stats.total_gram.to(error.dtype)
-        up, down = low_rank(error, gram_product(gram), problem.rank)
+        up, down = adapter(error, gram_product(gram), problem.rank, problem.budget.factor_bits)
         return Correction(shared_up=up, shared_down=down)
 
 

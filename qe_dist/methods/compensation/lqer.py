@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
-from qe_dist.numerics.lowrank import diagonal_product, low_rank
+from qe_dist.numerics.factors import adapter
+from qe_dist.numerics.lowrank import diagonal_product
 from qe_dist.numerics.stats import Needs
 
 SMALLEST = 1e-4
@@ -36,7 +37,7 @@ class LQER:
     def fit(self, problem: ErrorProblem) -> Correction:
         error, size = problem.stacked, problem.stats.mean_abs.clamp_min(SMALLEST)
         scale = torch.ones_like(size) if self.metric == "identity" else size
-        up, down = low_rank(error, diagonal_product(scale.to(error).square()), problem.rank)
+        up, down = adapter(error, diagonal_product(scale.to(error).square()), problem.rank, problem.budget.factor_bits)
         return Correction(shared_up=up, shared_down=down)
 
 

@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import (
-    NO_COLUMNS,
-    Budget,
-    Correction,
-    ErrorProblem,
-    GroupProblem,
-)
-from qe_dist.numerics.factors import columns_within, rank_within, store_factor
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem
+from qe_dist.numerics.factors import adapter, column_bits, columns_within, rank_within, store_factor
+from qe_dist.numerics.lowrank import gram_product
 from qe_dist.numerics.stats import Needs
 
 
@@ -51,11 +45,11 @@ class Salient:
 
     def fit(self, problem: ErrorProblem) -> Correction:
         channels, rank = self._sizes(problem.problem, problem.budget)
-        weight = torch.cat(list(problem.problem.weights.values()))
+        weight, bits = torch.cat(list(problem.problem.weights.values())), problem.budget.factor_bits
         up = down = None
         if rank:
-            error = _without_term(problem.stacked, weight, channels, problem.budget.factor_bits)
-            up, down = low_rank(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank)
+            error = _without_term(problem.stacked, weight, channels, bits)
+            up, down = adapter(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank, bits)
         if not channels.numel():
             return Correction(shared_up=up, shared_down=down)
         return Correction(
@@ -71,9 +65,10 @@ class Salient:
             rank = max(0, total - count)
         else:
             bits = budget.extra_bits * problem.num_weights
-            outputs = problem.num_weights // width
-            count = columns_within(self.share * bits, outputs, budget.factor_bits)
-            rank = rank_within((1 - self.share) * bits, outputs, width, budget.factor_bits)
+            outputs, factor_bits = problem.num_weights // width, budget.factor_bits
+            count = min(columns_within(self.share * bits, outputs, factor_bits), width)
+            left = bits - column_bits(count, outputs, factor_bits)
+            rank = rank_within(left, outputs, width, factor_bits) if self.share < 1 else 0
         peak = problem.stats.abs_max
         if problem.input_scale is not None:  # how loud they came in
             peak = peak * problem.input_scale

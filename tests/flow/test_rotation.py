@@ -100,6 +100,6 @@ def test_the_plan_counts_the_head_that_was_tied(run):
 def test_a_model_that_nobody_knows_is_refused(run, tmp_path):
     folder = tiny_model(tmp_path / "unknown")
     (folder / "config.json").write_text(json.dumps(tiny_config() | {"model_type": "gpt9"}))
-    with pytest.raises(ConfigError, match="model_type 'gpt9'; supported are: .*qwen2_vl"):
+    with pytest.raises(ConfigError, match=r"model_type 'gpt9'; supported are: .*qwen2_vl"):
         quantize(replace(run, model=folder))
     assert not run.output.exists()

@@ -164,12 +164,11 @@ def peaks(source):
     for spec in ARCH.spec(source).blocks:
         block = ARCH.block(source, spec, "cpu", torch.float32)
         seen = {}
-
-        def catcher(name, seen=seen):
-            return lambda module, args: seen.__setitem__(name, args[0])
-
         for group in spec.groups:
-            block.get_submodule(group.linears[0].name).register_forward_pre_hook(catcher(group.name))
+            reader = block.get_submodule(group.linears[0].name)
+            reader.register_forward_pre_hook(
+                lambda module, args, name=group.name, seen=seen: seen.__setitem__(name, args[0])
+            )
         batch = batch.with_hidden(ARCH.run_block(block, batch))
         for name, x in seen.items():
             channels = x[batch.modality != PADDING].abs().amax(dim=0)

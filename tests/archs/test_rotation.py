@@ -48,13 +48,15 @@ SIZES = {
 
 
 def model(folder, config, dtype=torch.float32):
-    """On disk; tied embeddings once; every bias is something."""
+    """On disk; tied embeddings once; every bias and every gain is something."""
     tiny_model(folder, config=config, dtype=dtype)
     weights = load_file(folder / "model.safetensors")
     random = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
         if name.endswith("bias"):
             tensor.normal_(0, 0.5, generator=random)
+        elif name == "model.norm.weight":
+            tensor.uniform_(0.5, 2.0, generator=random)
     if config in TIED_CONFIGS.values():
         weights.pop("lm_head.weight", None)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

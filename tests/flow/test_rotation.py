@@ -8,6 +8,7 @@ import torch
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
+from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.evaluate import evaluate, predictions
 from qe_dist.flow.local import quantize
@@ -66,13 +67,13 @@ def test_it_combines_with_transforms_and_compensations(run, transform):
 
 
 def test_what_the_blocks_are_calibrated_on_is_what_the_checkpoint_computes(run):
-    """The first block's input, from the run's spool and from the loaded checkpoint, to the bit."""
-    source = open_source(run)
+    """The first block's input, of a run and of its loaded checkpoint, to the bit."""
     sample = read_samples(run.calibration)[0]
+    batch = Embedder(replace(run, output=run.output / "apart"), "qwen2_vl").input_of(0, 0, [sample])
+    run = replace(run, output=run.output / "run")
+    quantize(run)
     arch = archs.get("qwen2_vl")
     example = arch.encoder(run.model)(sample, load_images(sample))
-    batch = arch.prelude(source, "cpu", torch.float32)([example], 0)
-    quantize(run)
     seen = []
     loaded = load_model(run.output)
     loaded.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -2,8 +2,9 @@
 
 Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
-(with bf16 factors); `qe` differs where measurements said so (docs/experiments.md): the experts' channels are
-extracted instead of smoothed, and factors are int8.
+(with bf16 factors). `qe` is what measurements made of it (docs/methods.md): a token's important channels are its own
+largest ones and leave its grid, scales are searched, GPTQ rounds, and the shared expert is an adapter with 4-bit factors
+that gets a quarter of a bit per weight, shared in each block by marginal error. `qe-extract` has the extracting experts.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
 from qe_dist.methods.compensation.salient import Salient
+from qe_dist.methods.quantizers.gptq import GPTQ
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.rotations.hadamard import Hadamard
@@ -42,6 +44,15 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
     return Recipe(Scheme.parse(scheme), transform, RoundToNearest(), compensation, budget)
 
 
+KEPT = 64
+"""Channels of every token that `qe` keeps off the grid; on layers narrower than any published one fewer."""
+
+
+def _keeping(scheme: str) -> Scheme:
+    asked = Scheme.parse(scheme)
+    return asked if asked.act_bits is None or asked.kept is not None else replace(asked, kept=KEPT)
+
+
 METHODS: dict[str, Callable[[str], Recipe]] = {
     "rtn": lambda s: _recipe(s, NoTransform(), NoCompensation()),
     "smoothquant": lambda s: _recipe(s, SmoothQuant(), NoCompensation()),
@@ -56,7 +67,8 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "mbq": lambda s: _recipe(s, MBQ(), NoCompensation()),
     "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
-    "qe": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
+    "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
+    "qe": lambda s: Recipe(_keeping(s), AWQ(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
 """By the name that the field uses: weights alone are rounded in groups of 128."""
@@ -67,7 +79,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     """A recipe by name, or one read from a TOML file.
 
     A name is PARTS-FORMAT or PARTS-FORMAT@BITS: a recipe of METHODS, members of any axes, or both, joined by +; the
-    number format; the bits per weight that the repair may take. `aser+gptq-w4a6@0.5` is ASER over GPTQ with half a bit.
+    number format; the bits per weight that the repair may take, in int8, or in another size (@0.5f4, @0.5f16).
+    `aser+gptq-w4a6@0.5` is ASER over GPTQ with half a bit.
     """
     if not name_or_path.endswith(".toml"):
         return _named(name_or_path)
@@ -93,8 +106,9 @@ def _named(name: str) -> Recipe:
         recipe = _with_members(recipe, others if first in METHODS else [first, *others])
         if not at:
             return recipe
-        factor_bits = min(8, recipe.budget.factor_bits)  # int8 costs nothing (docs/methods.md)
-        return replace(recipe, budget=Budget(extra_bits=float(bits), factor_bits=factor_bits))
+        extra, _, factor_bits = bits.partition("f")
+        factor_bits = int(factor_bits or min(8, recipe.budget.factor_bits))
+        return replace(recipe, budget=Budget(extra_bits=float(extra), factor_bits=factor_bits))
     except ValueError as error:
         raise ConfigError(
             f"there is no recipe {name!r}: {error}. A recipe is a .toml file or a name such as qe-w4a6, "

@@ -3,8 +3,9 @@
 Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
 (with bf16 factors). `qe` is what measurements made of it (docs/methods.md): a token's important channels are its own
-largest ones and leave its grid, scales are searched, GPTQ rounds, and the shared expert is an adapter with 4-bit factors
-that gets a quarter of a bit per weight, shared in each block by marginal error. `qe-extract` has the extracting experts.
+largest ones and leave its grid, scales are searched, GPTQ rounds, and the shared expert is an adapter with 4-bit
+factors and a quarter of a bit per weight, given in each block where it does most good. `qe-extract` has extracting
+experts.
 """
 
 import dataclasses

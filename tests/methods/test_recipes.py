@@ -14,10 +14,12 @@ from qe_dist.methods.base import Budget
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
+from qe_dist.methods.quantizers.gptq import GPTQ
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import RECIPES, load_recipe, recipe_from
 from qe_dist.methods.rotations.hadamard import Hadamard
+from qe_dist.methods.transforms.awq import AWQ
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -35,11 +37,13 @@ def test_a_name_says_the_bits(name: str) -> None:
     assert str(RECIPES[name].scheme).startswith(name.rsplit("-", 1)[1])
 
 
-def test_ours_extracts_and_stores_int8() -> None:
+def test_ours_keeps_the_channels_of_each_token_and_shares_a_quarter_of_a_bit() -> None:
     recipe = RECIPES["qe-w4a6"]
-    assert recipe.transform == NoTransform()
-    assert recipe.compensation == QuantExperts(k=32, num_experts=8, extract=True)
-    assert recipe.budget == Budget(rank=64, factor_bits=8)
+    assert recipe.scheme == Scheme(4, 6, kept=64)
+    assert (recipe.transform, recipe.quantizer, recipe.compensation) == (AWQ(), GPTQ(), QERA())
+    assert recipe.budget == Budget(extra_bits=0.25, factor_bits=4)
+    assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)  # nothing to keep channels from
+    assert load_recipe("qe-w4a4k8").scheme.kept == 8
 
 
 def test_quant_experts_are_those_of_the_paper() -> None:

@@ -91,7 +91,7 @@ def test_winners_are_the_steps_of_the_plots(tables):
 def test_an_ablation_keeps_its_order(tables):
     result = {"environment": ENVIRONMENT, "models": {"outlier": {"full": FULL, "entries": ENTRIES[:3]}}}
     assert [row[0] for row in rows_of(tables.ablation(result, "outlier"))[2:]] == [
-        "**big-w4a6**", "**small-w4a6**", "lost-w4a6",
+        "**big-w4a6**", "**small-w4a6**", "**lost-w4a6**",
     ]  # fmt: skip
 
 

@@ -1,22 +1,31 @@
-"""Writes the tables of README.md and docs from benchmarks/results/*.json, so that no number is typed.
+"""Writes the tables of README.md and docs from benchmarks/results/*.json, and the code that docs quote from the code.
 
-python benchmarks/tables.py            rewrites what stands between `<!-- table: NAME -->` and `<!-- end -->`
-python benchmarks/tables.py --check    fails where a table is stale
+python benchmarks/tables.py            rewrites what stands between `<!-- table: NAME -->` or `<!-- file: PATH -->`
+                                       and `<!-- end -->`
+python benchmarks/tables.py --check    fails where anything of it is stale
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from qe_pipelines import compare
+from qe_pipelines.compare import Entry, front
 from qe_pipelines.demo import HEADER, Case, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "models/README.md")
+DOCUMENTS = ("README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+MODELS = ("plain", "outlier")
+SCHEMES = ("w4a16", "w3a16", "w4a8", "w4a6", "w4a4")
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -67,24 +76,181 @@ def training(result: dict[str, Any]) -> str:
     return "\n" + markdown(("model", *first), rows) + source(result, "models")
 
 
+Seeds = dict[str, list[Entry]]
+"""Of each recipe, what was measured with every calibration set."""
+
+
+def measured(result: dict[str, Any], model: str) -> dict[str, Seeds]:
+    """By number format, the recipes of league.json or ablation.json in their order."""
+    found: dict[str, Seeds] = defaultdict(lambda: defaultdict(list))
+    for one in result["models"].get(model, {}).get("entries", []):
+        entry = Entry(**{k: v for k, v in one.items() if k != "seed"})
+        found[entry.scheme][entry.recipe].append(entry)
+    return found
+
+
+def averaged(seeds: Iterable[Sequence[Entry]]) -> list[Entry]:
+    """One entry for each recipe, all its numbers means over the seeds."""
+    return [replace(own[0], **_mean([vars(e) for e in own])) for own in seeds]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of numbers, or of tables of numbers, whatever else there is as in the first."""
+    if isinstance(values[0], dict):
+        return {key: _mean([v[key] for v in values]) for key in values[0]}
+    return mean(values) if isinstance(values[0], int | float) else values[0]
+
+
+def by_kind(kinds: dict[str, Any]) -> str:
+    return "/".join(f"{100 * k['accuracy']:.0f}" for k in kinds.values() if "accuracy" in k)
+
+
+def league_header(full: dict[str, Any]) -> tuple[str, ...]:
+    names = "/".join(name for name, kind in full["kinds"].items() if "accuracy" in kind)
+    return (*compare.HEADER[:5], names, *compare.HEADER[5:7], "KL of the seeds", *compare.HEADER[7:])
+
+
+def league_rows(seeds: Seeds, full: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What is left of the model; a recipe is bold where no other one is as good for as few stored bytes."""
+    means = averaged(seeds.values())
+    losses = {recipe: [e.kl for e in own] for recipe, own in seeds.items()}
+    best = {e.recipe for e in front(means, "bits")}
+    exact = (f"{full['accuracy']:.1%}", by_kind(full["kinds"]), f"{full['perplexity']:.3f}")
+    rows = [("full precision", "16.00", "16.00", "1.000", *exact, "0.00000", "", "", "")]
+    for entry in means:
+        name, *numbers = compare.cells(entry, means)
+        spread = "-".join(f"{kl:.5f}" for kl in (min(losses[name]), max(losses[name])))
+        shown = f"**{name}**" if name in best else name
+        rows.append((shown, *numbers[:4], by_kind(entry.kinds), *numbers[4:6], spread, *numbers[6:]))
+    return rows
+
+
+def fallen_back(seeds: Seeds) -> str:
+    """Groups that a recipe could not fit are part of its result."""
+    found = {recipe: max(e.fallbacks for e in own) for recipe, own in seeds.items()}
+    told = ", ".join(f"{recipe} {count}" for recipe, count in found.items() if count)
+    return f"\nGroups with a fall-back, of the worst seed: {told}.\n" if told else ""
+
+
+NOT_MEASURED = "\nNot measured yet.\n"
+
+
+def league(result: dict[str, Any], model: str, scheme: str) -> str:
+    found = measured(result, model).get(scheme)
+    if not found:
+        return NOT_MEASURED
+    ordered = {e.recipe: found[e.recipe] for e in sorted(averaged(found.values()), key=lambda e: e.kl)}
+    full, picture = result["models"][model]["full"], f"{model}-{scheme}.png"
+    plot = f"\n![{model} model, {scheme}: stored bits against KL](league/{picture})\n"
+    table = markdown(league_header(full), league_rows(ordered, full))
+    return f"\n{table}{fallen_back(ordered)}{plot}" + source(result, "league")
+
+
+def winners(result: dict[str, Any]) -> str:
+    """The steps of the lines in the plots: what wins from this size on."""
+    rows = []
+    for model in MODELS:
+        for scheme, seeds in measured(result, model).items():
+            means = averaged(seeds.values())
+            steps = (
+                "; ".join(f"{getattr(e, size):.{digits}f} {e.recipe} ({e.kl:.5f})" for e in front(means, size))
+                for size, digits in (("bits", 2), ("active_bits", 2), ("macs", 3))
+            )
+            rows.append((model, scheme, *steps))
+    header = ("model", "format", "from so many stored bits", "active bits", "multiplications")
+    return "\n" + markdown(header, rows) + source(result, "league")
+
+
+def ablation(result: dict[str, Any], model: str) -> str:
+    """In the order of the file: each row differs from another one in one choice."""
+    found = measured(result, model)
+    if not found:
+        return NOT_MEASURED
+    full = result["models"][model]["full"]
+    tables = (
+        f"\n{scheme}:\n\n{markdown(league_header(full), league_rows(seeds, full))}{fallen_back(seeds)}"
+        for scheme, seeds in found.items()
+    )
+    return "".join(tables) + source(result, "ablation")
+
+
+def peers(result: dict[str, Any], model: str) -> str:
+    header = ("side", "recipe", "bits/weight", "accuracy", "perplexity", "KL", "seconds", "CPU seconds", "peak MiB")
+    full = result["full_precision"][model]
+    rows = [
+        ("", "full precision", "16.00", f"{full['accuracy']:.1%}", f"{full['perplexity']:.3f}", "0.00000", *[""] * 3)
+    ]
+    for row in (r for r in result["rows"] if r["model"] == model):
+        quality = row["quality"]
+        rows.append((
+            row["side"], row["recipe"], f"{row['bits_per_weight']:.2f}", f"{quality['accuracy']:.1%}",
+            f"{quality['perplexity']:.3f}", f"{quality['kl']:.5f}", f"{sum(row['seconds'].values()):.1f}",
+            f"{sum(row['cpu_seconds'].values()):.1f}", f"{row['peak_mib']:.0f}",
+        ))  # fmt: skip
+    versions = {k: v for r in result["rows"] if r["side"] != "qe_dist" for k, v in r["versions"].items()}
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"\nThe {model} model, {result['threads']} thread; the peer has {told}.\n\n" + (
+        markdown(header, rows) + source(result, "peers")
+    )
+
+
+def gptq_peer(result: dict[str, Any]) -> str:
+    """Errors are relative to the output; the floor is the FLOPs of the factor and of the updates at GEMM's rate."""
+    errors = ("plain_rounding", "ours", "peer")
+    header = ("weight", "bits", "group", "order", "plain rounding", "ours", "peer", "ratio", "CPU s", "peer's", "floor")
+    rows = [
+        (
+            f"{c['outputs']} x {c['inputs']}",
+            str(c["bits"]),
+            str(c["group_size"] or "row"),
+            "by size" if c["act_order"] else "as they lie",
+            *(f"{c[name]:.4f}" for name in errors),
+            f"{c['ours'] / c['peer']:.4f}",
+            f"{c['seconds']:.2f}",
+            f"{c['peer_seconds']:.2f}",
+            f"{c['gflop'] / result['gflop_per_second']:.2f}",
+        )
+        for c in result["cases"]
+    ]
+    return "\n" + markdown(header, rows) + source(result, "gptq_peer")
+
+
+def sensitivity(result: dict[str, Any]) -> str:
+    rows = [
+        (model, str(found["samples"]), *(f"{ratio:.2f}" for ratio in found["median"].values()))
+        for model, found in result["models"].items()
+    ]
+    first = next(iter(result["models"].values()))
+    return "\n" + markdown(("model", "samples", *first["median"]), rows) + source(result, "sensitivity")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
     "pipeline": ("pipeline", pipeline, ()),
     "channels": ("channels", channels, ()),
     "models": ("models", training, ()),
+    "league winners": ("league", winners, ()),
+    "gptq_peer": ("gptq_peer", gptq_peer, ()),
+    "sensitivity": ("sensitivity", sensitivity, ()),
+    **{f"league {m} {s}": ("league", league, (m, s)) for m in MODELS for s in SCHEMES},
+    **{f"ablation {m}": ("ablation", ablation, (m,)) for m in MODELS},
+    **{f"peers {m}": ("peers", peers, (m,)) for m in MODELS},
 }
 
 
 def rendered(text: str) -> str:
-    def replace(match: re.Match[str]) -> str:
+    def table(match: re.Match[str]) -> str:
         file, render, arguments = TABLES[match["name"]]
         path = RESULTS / f"{file}.json"
         if not path.exists():
             return match[0]
         return match[1] + render(json.loads(path.read_text()), *arguments) + "\n" + match[4]
 
-    return MARK.sub(replace, text)
+    def quote(match: re.Match[str]) -> str:
+        return f"{match[1]}\n```python\n{(ROOT / match['path']).read_text()}```\n\n{match[4]}"
+
+    return QUOTE.sub(quote, MARK.sub(table, text))
 
 
 def main() -> None:

@@ -1,8 +1,14 @@
-"""No number in the README is typed: its tables are what benchmarks/tables.py makes of the results."""
+"""No number in the README and docs is typed: their tables are what benchmarks/tables.py makes of the results."""
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,5 +20,132 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_table_has_its_result():
-    for name in ("demo", "pipeline", "channels", "models"):
+    for name in ("demo", "pipeline", "channels", "models", "peers", "gptq_peer", "sensitivity"):
         assert (ROOT / "benchmarks" / "results" / f"{name}.json").exists()
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("tables")
+
+
+FULL = {"accuracy": 0.9, "perplexity": 1.25, "kinds": {"color": {"accuracy": 1.0}, "text": {"perplexity": 1.25}}}
+ENVIRONMENT = {"command": "league.py", "commit": "abc", "date": "today", "machine": "one", "versions": {"torch": "2"}}
+
+
+def entry(recipe: str, seed: int, kl: float, bits: float = 4.0, active: float = 4.0, **others: Any) -> dict[str, Any]:
+    measured = {
+        "seed": seed, "recipe": recipe, "scheme": "w4a6", "bits": bits, "active_bits": active, "macs": 1.0,
+        "accuracy": 0.5 + 0.1 * seed, "perplexity": 2.0, "kl": kl, "fit_seconds": 3.0 + seed, "fallbacks": 0,
+        "kinds": {"color": {"accuracy": 0.25 * seed, "kl": kl}, "text": {"perplexity": 2.0, "kl": kl}},
+    }  # fmt: skip
+    return measured | others
+
+
+ENTRIES = [
+    entry("big-w4a6", 0, 0.001, bits=5.0),
+    entry("small-w4a6", 0, 0.02, active=4.5),
+    entry("lost-w4a6", 0, 0.01, bits=4.5, active=4.5, fallbacks=2),
+    entry("big-w4a6", 1, 0.003, bits=5.0),
+    entry("small-w4a6", 1, 0.04, active=4.5),
+    entry("lost-w4a6", 1, 0.07, bits=4.5, active=4.5),
+    entry("big-w4a4", 0, 0.5, scheme="w4a4"),
+]
+RESULT = {"environment": ENVIRONMENT, "models": {"outlier": {"full": FULL, "entries": ENTRIES}}}
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Of the table in it, header first."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_league_is_sorted_by_the_mean_over_the_seeds(tables):
+    text = tables.league(RESULT, "outlier", "w4a6")
+    header, full, *rows = rows_of(text)
+    assert [row[0] for row in rows] == ["**big-w4a6**", "**small-w4a6**", "lost-w4a6"]
+    assert all(len(row) == len(header) for row in (full, *rows))
+    best = dict(zip(header, rows[0], strict=True))
+    assert best == {
+        "recipe": "**big-w4a6**", "bits/weight": "5.00", "active bits": "4.00", "multiplications": "1.000",
+        "accuracy": "55.0%", "color": "12", "perplexity": "2.000", "KL": "0.00200",
+        "KL of the seeds": "0.00100-0.00300", "fit s": "3.5", "wins at": "bytes, active bytes, multiplications",
+    }  # fmt: skip
+    assert [row[-1] for row in rows[1:]] == ["bytes", ""]
+    assert full[:1] + full[4:8] == ["full precision", "90.0%", "100", "1.250", "0.00000"]
+    assert "Groups with a fall-back, of the worst seed: lost-w4a6 2." in text
+    assert "(league/outlier-w4a6.png)" in text
+    assert "w4a4" not in text
+
+
+def test_winners_are_the_steps_of_the_plots(tables):
+    _, w4a6, w4a4 = rows_of(tables.winners(RESULT))
+    assert w4a6 == [
+        "outlier", "w4a6", "4.00 small-w4a6 (0.03000); 5.00 big-w4a6 (0.00200)", "4.00 big-w4a6 (0.00200)",
+        "1.000 big-w4a6 (0.00200)",
+    ]  # fmt: skip
+    assert w4a4[:3] == ["outlier", "w4a4", "4.00 big-w4a4 (0.50000)"]
+
+
+def test_an_ablation_keeps_its_order(tables):
+    result = {"environment": ENVIRONMENT, "models": {"outlier": {"full": FULL, "entries": ENTRIES[:3]}}}
+    assert [row[0] for row in rows_of(tables.ablation(result, "outlier"))[2:]] == [
+        "**big-w4a6**", "**small-w4a6**", "**lost-w4a6**",
+    ]  # fmt: skip
+
+
+def test_what_was_not_measured_is_said(tables):
+    for text in (
+        tables.league(RESULT, "plain", "w4a6"),
+        tables.league(RESULT, "outlier", "w3a16"),
+        tables.ablation(RESULT, "plain"),
+    ):
+        assert text.strip() == "Not measured yet."
+
+
+def test_a_table_without_a_result_stays_as_it_is(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = "<!-- table: league outlier w4a6 -->\nas it was\n<!-- end -->\n"
+    assert tables.rendered(text) == text
+    (tmp_path / "league.json").write_text(json.dumps(RESULT))
+    assert "**big-w4a6**" in tables.rendered(text)
+    assert tables.rendered(tables.rendered(text)) == tables.rendered(text)
+
+
+def test_both_sides_of_the_peer_are_a_row_each(tables):
+    quality = {"accuracy": 0.5, "perplexity": 2.0, "kl": 0.25}
+    row = {
+        "model": "plain", "recipe": "rtn", "bits_per_weight": 4.125, "peak_mib": 512.4, "quality": quality,
+        "seconds": {"load": 1.0, "oneshot": 2.0}, "cpu_seconds": {"load": 0.5},
+    }  # fmt: skip
+    theirs, ours = ({**row, "side": side, "versions": {side: "1"}} for side in ("llm-compressor", "qe_dist"))
+    other = {**theirs, "model": "outlier"}
+    result = {
+        "environment": ENVIRONMENT,
+        "threads": 1,
+        "full_precision": {"plain": FULL},
+        "rows": [theirs, ours, other],
+    }
+    text = tables.peers(result, "plain")
+    _, full, first, second = rows_of(text)
+    assert full[:5] == ["", "full precision", "16.00", "90.0%", "1.250"]
+    assert first == ["llm-compressor", "rtn", "4.12", "50.0%", "2.000", "0.25000", "3.0", "0.5", "512"]
+    assert second[0] == "qe_dist"
+    assert "the peer has llm-compressor 1." in text
+
+
+def test_gptq_beside_the_peers(tables):
+    case = {
+        "outputs": 8, "inputs": 16, "bits": 4, "group_size": None, "act_order": True, "plain_rounding": 0.2,
+        "ours": 0.1, "peer": 0.125, "seconds": 1.0, "peer_seconds": 2.0, "gflop": 5.0,
+    }  # fmt: skip
+    result = {"environment": ENVIRONMENT, "gflop_per_second": 10.0, "cases": [case]}
+    assert rows_of(tables.gptq_peer(result))[1] == [
+        "8 x 16", "4", "row", "by size", "0.2000", "0.1000", "0.1250", "0.8000", "1.00", "2.00", "0.50",
+    ]  # fmt: skip
+
+
+def test_code_is_quoted_as_it_is(tables):
+    text = "<!-- file: tests/core/test_errors.py -->\n<!-- end -->"
+    assert (ROOT / "tests/core/test_errors.py").read_text() in tables.rendered(text)

@@ -1,0 +1,103 @@
+"""What docs/ says of the code is so: quoted files, the names of all methods, and that a method is one file."""
+
+import importlib
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from qe_pipelines import main
+
+from qe_dist import methods
+from qe_dist.methods import compensation
+from qe_dist.methods.recipes import METHODS, load_recipe, recipe_from
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted(ROOT.glob("docs/*.md"))
+ADDING, ALL = ROOT / "docs" / "adding-a-method.md", ROOT / "docs" / "methods.md"
+QUOTED = re.compile(r"<!-- file: (\S+) -->\n+```python\n(.*?)```\n", re.DOTALL)
+QUOTATIONS = [(doc, *quoted) for doc in DOCS for quoted in QUOTED.findall(doc.read_text(encoding="utf-8"))]
+LONGEST = 80
+RECIPE = re.compile(r"[a-z0-9_+-]+-w\d+a\d+[\w@.]*")
+EXAMPLES = [
+    (doc.name, name)
+    for doc in (ROOT / "README.md", *DOCS)
+    for line in doc.read_text(encoding="utf-8").splitlines()
+    if line.startswith("    ")
+    for name in RECIPE.findall(line)
+    if "mine" not in name
+]
+
+
+def test_the_guide_shows_a_method() -> None:
+    assert [path for doc, path, _ in QUOTATIONS if doc == ADDING] == ["qe_dist/methods/compensation/qera.py"]
+
+
+@pytest.mark.parametrize(("doc", "path", "code"), QUOTATIONS, ids=lambda x: x.name if isinstance(x, Path) else "")
+def test_quoted_code_is_the_file(doc: Path, path: str, code: str) -> None:
+    assert code == (ROOT / path).read_text(encoding="utf-8"), f"stale {doc}: run python benchmarks/tables.py"
+
+
+def test_the_method_that_is_shown_is_short() -> None:
+    assert all(len(code.splitlines()) < LONGEST for doc, _, code in QUOTATIONS if doc == ADDING)
+
+
+@pytest.mark.parametrize("doc", [*DOCS, ROOT / "README.md"], ids=lambda path: path.name)
+def test_links_lead_to_files(doc: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://)([^)#\s]+)\)", doc.read_text(encoding="utf-8"))
+    assert [t for t in targets if not (doc.parent / t).exists()] == []
+
+
+def test_every_method_and_recipe_is_described() -> None:
+    text = ALL.read_text(encoding="utf-8")
+    names = {*METHODS, *(name for axis in methods.FOLDERS for name in methods.names(axis))}
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+@pytest.mark.parametrize(("doc", "name"), sorted(set(EXAMPLES)))
+def test_the_recipes_of_examples_exist(doc: str, name: str) -> None:
+    load_recipe(name)
+
+
+def test_the_file_in_the_readme_is_the_recipe_that_it_says(tmp_path: Path) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("    scheme = "))
+    block = itertools.takewhile(lambda line: line.startswith("    "), lines[start:])
+    path = tmp_path / "readme.toml"
+    path.write_text("\n".join(block), encoding="utf-8")
+    assert load_recipe(str(path)) == load_recipe("qe-w4a6")
+
+
+@pytest.fixture
+def newone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The method that the guide shows, as a file of another name that nothing else knows of."""
+    code = next(code for doc, _, code in QUOTATIONS if doc == ADDING)
+    (tmp_path / "newone.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(compensation, "__path__", [*compensation.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("qe_dist.methods.compensation.newone", None)
+    vars(compensation).pop("newone", None)
+
+
+@pytest.mark.usefixtures("newone")
+def test_a_new_file_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["qe-dist", "compare", "--list"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 0
+    assert "newone" in re.split(r"\W+", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("newone")
+@pytest.mark.parametrize("name", ["newone-w4a6", "smoothquant+newone+gptq-w4a6@0.5"])
+def test_a_new_file_is_a_part_of_recipes(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.describe()["compensation"] == {"name": "newone", "metric": "exact"}
+    assert recipe_from(recipe.describe()) == recipe
+
+
+def test_without_the_file_there_is_no_such_recipe() -> None:
+    """Else the tests above would pass on anything."""
+    assert "newone" not in methods.names("compensation")

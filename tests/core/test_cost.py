@@ -127,9 +127,7 @@ def multiplied(group: QuantizedGroup, kept: int) -> int:
     group_size=st.sampled_from([None, 8]),
     kept=st.integers(0, 7),
 )
-def test_every_part_is_counted(
-    parts: set[str], kept: int, **sizes: int | tuple[int, ...] | None
-) -> None:
+def test_every_part_is_counted(parts: set[str], kept: int, **sizes: int | tuple[int, ...] | None) -> None:
     group = group_of(parts, **sizes)
     assert cost_of(group, kept) == counted(group, kept)
     without_kept = cost_of(group, 0)

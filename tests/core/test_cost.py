@@ -1,7 +1,6 @@
 """What a group costs, against a count that knows nothing of the container's classes but the names on disk."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,6 @@
 """`qe-dist compare`: any set of recipes over one pass of statistics; who wins at which size."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -56,7 +57,8 @@ def compare(
         return
     from qe_dist.core.errors import ConfigError
 
-    given = {"MODEL": model, "--recipes": recipes, "--calibration": calibration, "--data": data, "--output": output}
+    names = list(dict.fromkeys(part.strip() for part in recipes.split(",") if part.strip()))
+    given = {"MODEL": model, "--recipes": names, "--calibration": calibration, "--data": data, "--output": output}
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise ConfigError(f"compare needs {', '.join(missing)} (or --list alone)")
@@ -65,23 +67,24 @@ def compare(
     from qe_dist.flow.config import RunConfig
     from qe_dist.methods.recipes import load_recipe
 
+    loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}
+    encoded = encode(model, data)  # what is wrong with them shall be said before any work
     here = launch.resources(ray_address)
     runs = [
         RunConfig(
-            model, load_recipe(name), calibration, output / _folder(name), workers or here.workers(1),
-            device=here.device, seed=seed,
+            model, recipe, calibration, output / folder, workers or here.workers(1), device=here.device, seed=seed
         )
-        for name in dict.fromkeys(part.strip() for part in recipes.split(",") if part.strip())
-    ]  # fmt: skip
-    console = Console()
+        for folder, recipe in loaded.items()
+    ]
+    console = _console()
     with launch.ray_cluster(ray_address, max(run.workers for run in runs)):
         fit(runs)
-        entries = measure(runs, data)
+        entries = measure(runs, *encoded)
     write_result(output / "compare.json", {"model": str(model), "entries": [vars(e) for e in entries]})
     for scheme, group in by_scheme(entries):
         console.print(table_of(scheme, group))
         plot(group, f"{model.name}, {scheme}", output / f"{scheme}.png")
-    console.print(f"numbers and plots are in {output}", highlight=False)
+    console.print(f"numbers and plots are in {output}", highlight=False, soft_wrap=True)
 
 
 def fit(runs: Sequence[Any]) -> None:
@@ -96,38 +99,34 @@ def fit(runs: Sequence[Any]) -> None:
             driver.quantize(*together, listen=view.without_lines())
 
 
-def measure(runs: Sequence[Any], data: Path) -> list[Entry]:
+def measure(runs: Sequence[Any], arch: Any, examples: Sequence[Any]) -> list[Entry]:
     """Every checkpoint against the model in full precision, as Ray tasks; in the order of the runs."""
     import ray
     from ray.exceptions import RayTaskError
 
-    from qe_dist.io.samples import read_samples
-
-    read_samples(data)  # what is wrong with them shall be said before any work
     options = {"num_cpus": 1, "num_gpus": 0 if runs[0].device == "cpu" else 1}
-    full = ray.remote(_full_precision).options(**options).remote(runs[0].model, data)
+    shared = ray.put(examples)  # encoding them costs as much as a checkpoint's evaluation
+    full = ray.remote(_full_precision).options(**options).remote(runs[0].model, arch, shared)
     task = ray.remote(_measured).options(**options)
     try:
-        return ray.get([task.remote(run.output, run.model, data, full) for run in runs])
+        return ray.get([task.remote(run.output, arch, shared, full) for run in runs])
     except RayTaskError as error:
         raise error.cause from None
 
 
-def _full_precision(model: Path, data: Path) -> Any:
+def _full_precision(model: Path, arch: Any, examples: Sequence[Any]) -> Any:
     from qe_dist.flow.evaluate import predictions
     from qe_dist.serve.loading import load_model
 
-    arch, examples = encode(model, data)
     return predictions(load_model(model), arch, examples)
 
 
-def _measured(checkpoint: Path, model: Path, data: Path, full: Any) -> Entry:
+def _measured(checkpoint: Path, arch: Any, examples: Sequence[Any], full: Any) -> Entry:
     from qe_dist.flow.evaluate import evaluate
     from qe_dist.io.checkpoint import read_manifest
     from qe_dist.io.run_dir import RunDir
     from qe_dist.serve.loading import load_model
 
-    arch, examples = encode(model, data)
     quality = evaluate(load_model(checkpoint), arch, examples, full).summary()
     manifest, store = read_manifest(checkpoint), RunDir(checkpoint)
     return Entry(
@@ -161,9 +160,13 @@ def by_scheme(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
 
 def front(entries: Sequence[Entry], size: str) -> list[Entry]:
     """Those that no other one beats at the same size or a smaller one (`bits`, `active_bits` or `macs`)."""
+
+    def key(entry: Entry) -> tuple[float, float]:
+        return getattr(entry, size), entry.kl
+
     best: list[Entry] = []
-    for entry in sorted(entries, key=lambda e: (getattr(e, size), e.kl)):
-        if not best or entry.kl < best[-1].kl:
+    for entry in sorted(entries, key=key):
+        if not best or entry.kl < best[-1].kl or key(entry) == key(best[-1]):
             best.append(entry)
     return best
 
@@ -214,9 +217,22 @@ def plot(entries: Sequence[Entry], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _folder(name: str) -> str:
-    """A recipe's name is its folder; of a file, the name without folder and ending."""
-    return Path(name).stem if name.endswith(".toml") else name
+def _folders(names: Sequence[str]) -> dict[str, str]:
+    """Recipes by the folders of their checkpoints: a recipe's name; of a file, without folder and ending."""
+    from qe_dist.core.errors import ConfigError
+
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = Path(name).stem if name.endswith(".toml") else name
+        if folder in folders:
+            raise ConfigError(f"{folders[folder]} and {name} would share the folder {folder}; rename the file")
+        folders[folder] = name
+    return folders
+
+
+def _console() -> Console:
+    """A pipe has no width; rich would fold the table at 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _print_members() -> None:
@@ -225,7 +241,7 @@ def _print_members() -> None:
 
     table = Table("part", "names", title="what recipes are made of")
     table.add_row("whole recipes", ", ".join(METHODS))
-    for axis in methods.AXES:
+    for axis in methods.FOLDERS:
         table.add_row(axis, ", ".join(methods.names(axis)))
     table.add_row("number formats", ", ".join(SCHEMES))
-    Console().print(table)
+    _console().print(table)

@@ -121,10 +121,12 @@ class Recipe:
         factor_bits = self.budget.factor_bits
         scale_bits = 0 if factor_bits == 16 else 16  # of every row of a factor
         spare = sum((self.budget.extra_bits or 0.0) * p.num_weights - scale_bits * p.num_outputs for p in problems)
-        costs = [float(factor_bits * (p.num_outputs + p.group.in_features) + scale_bits) for p in problems]
-        ranks = allot([draft.gains for draft in drafts.values() if draft.gains is not None], costs, float(spare))
+        step = 2 if factor_bits == 4 else 1  # directions that share their bytes, see `even_rank`
+        costs = [float(step * (factor_bits * (p.num_outputs + p.group.in_features) + scale_bits)) for p in problems]
+        gains = [_in_steps(draft.gains, step) for draft in drafts.values() if draft.gains is not None]
         done = {}
-        for (name, draft), rank in zip(drafts.items(), ranks, strict=True):
+        for (name, draft), steps in zip(drafts.items(), allot(gains, costs, float(spare)), strict=True):
+            rank = step * steps
             try:
                 repaired = replace(draft, correction=self._repaired(replace(draft.repair, granted=rank)))
             except (NumericalError, torch.linalg.LinAlgError) as error:
@@ -161,6 +163,11 @@ class Draft:
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
+
+
+def _in_steps(gains: Tensor, step: int) -> Tensor:
+    """Of so many directions at a time; what does not fill a step is dropped."""
+    return gains[: len(gains) // step * step].view(-1, step).sum(dim=1)
 
 
 def _missing_tokens(problem: GroupProblem) -> list[str]:

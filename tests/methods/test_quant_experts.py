@@ -14,11 +14,12 @@ from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget, Correction, ErrorProblem, GroupProblem
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
-from qe_dist.methods.compensation.quant_experts import QuantExperts, expert_errors
+from qe_dist.methods.compensation.quant_experts import SHARED_WEIGHT, QuantExperts, expert_errors
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
+from qe_dist.numerics.factors import store_factor
 from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.routing import choose_experts
@@ -266,10 +267,64 @@ def test_int8_factors_cost_little(compensation: QuantExperts, problem: GroupProb
     assert narrow.bytes < 0.85 * wide.bytes
 
 
+def best_repair(error: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """L = U U^T E, with U the top eigenvectors of E G E^T."""
+    error, gram = error.double(), gram.double()
+    up = torch.linalg.eigh(error @ gram @ error.T).eigenvectors[:, -rank:]
+    return up @ (up.T @ error)
+
+
+def energy(error: Tensor, gram: Tensor) -> Tensor:
+    return (error @ gram * error).sum()
+
+
+def test_a_round_fits_each_expert_to_the_tokens_that_the_router_gave_it(
+    left_to_repair: ErrorProblem, correction: Correction, problem: GroupProblem
+) -> None:
+    stats = problem.stats
+    chosen = choose_experts(stats.sample.router_x, correction.router)
+    again = replace(PLAIN, rounds=1).fit(left_to_repair)
+    left = left_to_repair.stacked.double() - again.shared_up.double() @ again.shared_down.double()
+    for expert in range(KINDS):
+        x = stats.sample.x[chosen == expert].double()
+        gram = x.T @ x + SHARED_WEIGHT * len(x) / TOKENS * stats.total_gram.double()
+        found = again.expert_up[expert].double() @ again.expert_down[expert].double()
+        best, first = best_repair(left, gram, rank=8), correction.expert_up[expert] @ correction.expert_down[expert]
+        lost, least, before = (energy(left - repair, gram) for repair in (found, best, first.double()))
+        assert lost < 1.001 * least < before
+
+
+def test_rounds_find_kinds_of_tokens_that_clusters_missed(tokens: Any, problem_for: Problem) -> None:
+    """One important channel per token says little about its kind."""
+    blind = recipe_of(replace(PLAIN, k=1, exempt_columns=False), "w4a16")
+    again = replace(blind, compensation=replace(blind.compensation, rounds=2))
+    before, after = (recipe.fit(problem_for(recipe, tokens.x)).report.error for recipe in (blind, again))
+    assert after < 0.98 * before
+
+
+def test_without_exempted_columns_the_codes_are_those_of_the_whole_weight(problem: GroupProblem) -> None:
+    group = recipe_of(replace(PLAIN, exempt_columns=False)).fit(problem)
+    for name, linear in group.linears.items():
+        assert torch.equal(
+            linear.codes, RoundToNearest().fit(problem.weights[name], problem.stats, problem.scheme).codes
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_routed_experts_start_from_the_shared_one_as_it_is_stored(left_to_repair: ErrorProblem, bits: int) -> None:
+    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits))).shared_down
+    assert torch.equal(store_factor(down, bits).dense, down)
+
+
 def test_refinement_is_not_worse_than_none(problem: GroupProblem) -> None:
     """On the error of the weights, which is what it trains for."""
     before, after = (recipe_of(replace(PLAIN, refine_epochs=epochs), "w4a16").fit(problem) for epochs in (0, 1))
     assert after.report.error <= before.report.error * (1 + 1e-4)  # the factors are rounded to bf16 after it
+
+
+def test_extraction_needs_exempted_columns() -> None:
+    with pytest.raises(ConfigError, match=r"extract.*exempt_columns"):
+        replace(EXTRACTING, exempt_columns=False)
 
 
 def test_extraction_and_refinement_do_not_go_together() -> None:
@@ -304,7 +359,9 @@ def test_channels_that_fill_up_are_not_extracted_twice(problem_for: Problem, nor
 
 
 @pytest.mark.parametrize(
-    "settings", [{"k": 0}, {"num_experts": 0}, {"refine_epochs": -1}], ids=lambda settings: next(iter(settings))
+    "settings",
+    [{"k": 0}, {"num_experts": 0}, {"refine_epochs": -1}, {"rounds": -1}],
+    ids=lambda settings: next(iter(settings)),
 )
 def test_impossible_settings_are_refused_by_name(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

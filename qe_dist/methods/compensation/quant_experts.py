@@ -9,6 +9,10 @@ Steps as in methods.md section 1.1 and 1.5; what the paper leaves open is marked
 
 With `extract` (DESIGN section 1) the channels C_s, and those most often important for an expert's tokens,
 leave the activation quantizer and are carried in 16 bits, so the grid of the token shrinks.
+
+Beyond the paper: `rounds` repeats 4 and 5 for the tokens that the router sends to each expert, as k-means does; without
+`exempt_columns` all columns are rounded, and all ranks are free for what rounding left; at 4 bits the up matrices are
+refitted to the stored down matrices.
 """
 
 from dataclasses import dataclass, replace
@@ -18,18 +22,18 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
 from qe_dist.numerics.affinity import (
     assign_tokens,
     cluster_channels,
     split_channels,
     top_channels,
 )
-from qe_dist.numerics.factors import rank_within
+from qe_dist.numerics.factors import adapter, rank_within, store_factor
 from qe_dist.numerics.grid import round_activations
-from qe_dist.numerics.lowrank import capped, gram_product, low_rank, token_product
+from qe_dist.numerics.lowrank import capped, gram_product, token_product
 from qe_dist.numerics.refine import Refinement, refine
-from qe_dist.numerics.routing import mean_residual, regress_errors
+from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
 
 SHARED_WEIGHT = 0.05
@@ -46,6 +50,11 @@ class QuantExperts:
     """Routed experts (paper)."""
     extract: bool = False
     """Carry the experts' channels in 16 bits beside the quantized path."""
+    exempt_columns: bool = True
+    """Whether the shared expert carries the columns C_s instead of the codes (paper). Not to be asked of 4-bit factors,
+    which cannot hold whole columns."""
+    rounds: int = 0
+    """How often the experts are fitted anew for the tokens that the router sends to them. The paper: never."""
     router: Literal["regression", "mean_residual"] = "regression"
     """regression: least squares on the measured errors of the sample. mean_residual: mean|residual| of each
     input channel, as in the paper; only where the router reads the group's own input."""
@@ -53,14 +62,16 @@ class QuantExperts:
     """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.num_experts < 1 or self.refine_epochs < 0:
+        if self.k < 1 or self.num_experts < 1 or self.refine_epochs < 0 or self.rounds < 0:
             raise ConfigError(
-                "compensation.k and .num_experts must be at least 1 and .refine_epochs at least 0, "
-                f"found {self.k}, {self.num_experts}, {self.refine_epochs}"
+                "compensation.k and .num_experts must be at least 1, .refine_epochs and .rounds at least 0, "
+                f"found {self.k}, {self.num_experts}, {self.refine_epochs}, {self.rounds}"
             )
         if self.router not in ("regression", "mean_residual"):
             raise ConfigError(f"compensation.router must be regression or mean_residual, found {self.router!r}")
 
+        if self.extract and not self.exempt_columns:
+            raise ConfigError("compensation.extract carries columns beside the codes; set exempt_columns = true")
         if self.extract and self.refine_epochs:
             raise ConfigError("compensation.refine_epochs trains low-rank experts only; set extract = false")
 
@@ -71,36 +82,47 @@ class QuantExperts:
         return capped(problem.group.in_features, self.k)
 
     def exempt(self, problem: GroupProblem) -> Tensor:
+        return self._shared_channels(problem) if self.exempt_columns else NO_COLUMNS
+
+    def _shared_channels(self, problem: GroupProblem) -> Tensor:
         return split_channels(problem.stats.frequency(self.k), self._k(problem), 0)[0]
 
     def fit(self, problem: ErrorProblem) -> Correction:
-        stats, error = problem.stats, problem.stacked
+        stats, error, bits = problem.stats, problem.stacked, problem.budget.factor_bits
         gram = stats.total_gram.to(error.dtype)
-        shared = self.exempt(problem.problem)
+        shared = self._shared_channels(problem.problem)
         rank = self._rank(problem)
         if self.extract:
             error = error.index_fill(1, shared, 0.0)
-        up, down = low_rank(error, gram_product(gram), rank)
+        up, down = adapter(error, gram_product(gram), rank, bits)
+        down = store_factor(down, bits).dense.to(down)  # what storing it loses is left to the routed experts
         left = error - up @ down
+        common = Correction(shared_down=down, shared_up=up, shared_channels=shared if self.extract else None)
 
         owner, occurs = self._owners(problem.problem, shared)
-        channels = self._own_channels(owner, occurs, shared) if self.extract else None
+        correction = self._with_experts(problem, common, left, owner, occurs)
+        for _ in range(self.rounds):
+            owner = choose_experts(stats.sample.router_x, correction.router)
+            correction = self._with_experts(problem, common, left, owner, occurs)
+        return self._refined(problem, correction, left) if self.refine_epochs else correction
+
+    def _with_experts(
+        self, problem: ErrorProblem, common: Correction, left: Tensor, owner: Tensor, occurs: Tensor
+    ) -> Correction:
+        """Routed experts for the tokens of each, and their router."""
+        stats, gram = problem.stats, problem.stats.total_gram.to(left)
+        rank, bits = self._rank(problem), problem.budget.factor_bits
+        channels = None
+        if common.shared_channels is not None:
+            channels = self._own_channels(owner, occurs, common.shared_channels)
         ups, downs = [], []
         for e in range(self.num_experts):
             target = left if channels is None else left.index_fill(1, channels[e], 0.0)
-            expert_up, expert_down = low_rank(target, self._metric(stats, gram, owner == e), rank)
-            ups.append(expert_up)
-            downs.append(expert_down)
-        correction = Correction(
-            shared_down=down,
-            shared_up=up,
-            shared_channels=shared if self.extract else None,
-            expert_down=torch.stack(downs),
-            expert_up=torch.stack(ups),
-            expert_channels=channels,
-            router=torch.zeros(self.num_experts, stats.sample.router_x.shape[1]),
-        )
-        return self._with_router(problem, correction, left)
+            up, down = adapter(target, self._metric(stats, gram, owner == e), rank, bits)
+            ups.append(up)
+            downs.append(down)
+        experts = replace(common, expert_up=torch.stack(ups), expert_down=torch.stack(downs), expert_channels=channels)
+        return replace(experts, router=self._router(problem, experts, left).to(left))
 
     def _rank(self, problem: ErrorProblem) -> int:
         """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
@@ -142,18 +164,18 @@ class QuantExperts:
         weight = SHARED_WEIGHT * x.shape[0] / max(1, stats.num_tokens)
         return lambda v: own(v) + weight * (gram @ v)
 
-    def _with_router(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Correction:
+    def _router(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Tensor:
         stats, group = problem.stats, problem.problem.group
-        if self.router == "mean_residual" and group.router_input == group.name:
-            rows = [mean_residual(left - u @ d) for u, d in zip(c.expert_up, c.expert_down, strict=True)]
-            router = torch.stack(rows)
-            if problem.problem.input_scale is not None:  # the router reads x, the experts x / scale
-                router = router / problem.problem.input_scale[0]
-        else:
-            router = regress_errors(stats.sample.router_x, expert_errors(problem, c))
-        c = replace(c, router=router.to(left))
-        if self.refine_epochs == 0:
-            return c
+        if self.router == "regression" or group.router_input != group.name:
+            return regress_errors(stats.sample.router_x, expert_errors(problem, c))
+        rows = [mean_residual(left - up @ down) for up, down in zip(c.expert_up, c.expert_down, strict=True)]
+        router = torch.stack(rows)
+        if problem.problem.input_scale is not None:  # the router reads x, the experts x / scale
+            router = router / problem.problem.input_scale[0]
+        return router
+
+    def _refined(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Correction:
+        stats = problem.stats
         x = stats.sample.x.to(left)
         settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
         expert_up, expert_down, router = refine(

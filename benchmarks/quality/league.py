@@ -1,9 +1,9 @@
-"""Every method on both bundled models, at five number formats and with three calibration sets.
+"""Every method on both bundled models, at five number formats and with up to three calibration sets.
 
-    python benchmarks/quality/league.py       writes benchmarks/results/league.json and docs/league/*.png (about half an hour)
+    python benchmarks/quality/league.py    writes benchmarks/results/league.json and docs/league/*.png; half an hour
 
-Rivals are as published, with the weight quantizer that helps them most beside it, and at equal bytes: @0.9 is an adapter
-with 0.9 bits per weight. One pass of statistics serves all recipes of a model and seed, but for those that rotate.
+Rivals are as published, with the weight quantizer that helps them most beside it, and at equal bytes: @0.9 is an
+adapter with 0.9 bits per weight. One pass of statistics serves all recipes of a model and seed that rotate alike.
 """
 
 import shutil
@@ -42,13 +42,19 @@ WITH_ACTIVATIONS = (
     "smoothquant", "smoothquant+gptq", "hadamard+gptq", "hadamard+smoothquant+gptq", "smoothquant+gptq+qera@0.25f4",
     "smoothquant+gptq+qera@0.9f4", "qe-extract", "kept",
 )  # fmt: skip
-KEPT = "awq+gptq-{}k64"
-"""Ours without any adapter: not a byte more than AWQ + GPTQ."""
+KEPT = "gptq-{}k64"
+"""Ours without any adapter: not a byte more than GPTQ."""
+CONTENDERS = {
+    "gptq", "awq+gptq", "smoothquant+gptq", "hadamard+smoothquant+gptq", "gptq+qera@0.9f4", "smoothquant+gptq+qera@0.9f4",
+    "kept", "qe", "qe@0.9",
+}  # fmt: skip
+"""Those that are best at some size; they are fitted to every calibration set, the others to the bundled one."""
 
 
-def names_of(scheme: str) -> list[str]:
+def names_of(scheme: str, seed: int) -> list[str]:
     """The league's recipes of a number format."""
     methods = ANYWHERE + (WITH_ACTIVATIONS if scheme in BOTH else ("hadamard+gptq",))
+    methods = [m for m in methods if seed == 0 or m in CONTENDERS]
     return [KEPT.format(scheme) if m == "kept" else _named(m, scheme) for m in methods]
 
 
@@ -66,19 +72,21 @@ def main(
 ) -> None:
     """Fits and measures the whole league."""
     set_up_logging(None)
-    names = [name for scheme in schemes.split(",") for name in names_of(scheme)]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary, ray_cluster(None, workers):
         data = {seed: calibration_set(seed, Path(temporary)) for seed in map(int, seeds.split(","))}
         for model in models.split(","):
             folder, entries = ROOT / "models" / model, []
+            encoded = encode(folder, ROOT / "models" / "data" / "evaluation.jsonl")
+            full = evaluate(load_model(folder), *encoded).summary()
             for seed, calibration in data.items():
                 output = Path(temporary) / model / str(seed)
+                names = [name for scheme in schemes.split(",") for name in names_of(scheme, seed)]
                 runs = [RunConfig(folder, load_recipe(n), calibration, output / n, workers) for n in names]
                 fit(runs)
-                entries += [{"seed": seed, **vars(e)} for e in measure(runs, ROOT / "models/data/evaluation.jsonl")]
+                entries += [{"seed": seed, **vars(e)} for e in measure(runs, *encoded)]
                 shutil.rmtree(output)
-                found[model] = {"full": full_precision(folder), "entries": entries}
+                found[model] = {"full": full, "entries": entries}
                 write_result(result, {"seeds": list(data), "models": found})
             draw(model, [Entry(**{k: v for k, v in e.items() if k != "seed"}) for e in entries])
 
@@ -91,10 +99,6 @@ def calibration_set(seed: int, folder: Path) -> Path:
         return ROOT / "models" / "data" / "calibration.jsonl"
     write_sets(folder / f"data-{seed}", evaluation=0, calibration_seed=SEEDS[seed])
     return folder / f"data-{seed}" / "calibration.jsonl"
-
-
-def full_precision(model: Path) -> dict[str, Any]:
-    return evaluate(load_model(model), *encode(model, ROOT / "models/data/evaluation.jsonl")).summary()
 
 
 def mean_of(entries: list[Entry]) -> list[Entry]:

@@ -3,7 +3,7 @@
 Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
 (with bf16 factors). `qe` is what measurements made of it (docs/methods.md): a token's important channels are its own
-largest ones and leave its grid, scales are searched, GPTQ rounds, and the shared expert is an adapter with 4-bit
+largest ones and leave its grid, so no scale is needed; GPTQ rounds, and the shared expert is an adapter with 4-bit
 factors and a quarter of a bit per weight, given in each block where it does most good. `qe-extract` has extracting
 experts.
 """
@@ -69,7 +69,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
-    "qe": lambda s: Recipe(_keeping(s), AWQ(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
+    "qe": lambda s: Recipe(_keeping(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
 """By the name that the field uses: weights alone are rounded in groups of 128."""

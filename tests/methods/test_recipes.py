@@ -19,7 +19,6 @@ from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import RECIPES, load_recipe, recipe_from
 from qe_dist.methods.rotations.hadamard import Hadamard
-from qe_dist.methods.transforms.awq import AWQ
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
@@ -40,7 +39,7 @@ def test_a_name_says_the_bits(name: str) -> None:
 def test_ours_keeps_the_channels_of_each_token_and_shares_a_quarter_of_a_bit() -> None:
     recipe = RECIPES["qe-w4a6"]
     assert recipe.scheme == Scheme(4, 6, kept=64)
-    assert (recipe.transform, recipe.quantizer, recipe.compensation) == (AWQ(), GPTQ(), QERA())
+    assert (recipe.transform, recipe.quantizer, recipe.compensation) == (NoTransform(), GPTQ(), QERA())
     assert recipe.budget == Budget(extra_bits=0.25, factor_bits=4)
     assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)  # nothing to keep channels from
     assert load_recipe("qe-w4a4k8").scheme.kept == 8

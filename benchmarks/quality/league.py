@@ -6,6 +6,7 @@ Rivals are as published, with the weight quantizer that helps them most beside i
 adapter with 0.9 bits per weight. One pass of statistics serves all recipes of a model and seed that rotate alike.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -45,8 +46,8 @@ WITH_ACTIVATIONS = (
 KEPT = "gptq-{}k64"
 """Ours without any adapter: not a byte more than GPTQ."""
 CONTENDERS = {
-    "gptq", "awq+gptq", "smoothquant+gptq", "hadamard+smoothquant+gptq", "gptq+qera@0.9f4", "smoothquant+gptq+qera@0.9f4",
-    "kept", "qe", "qe@0.9",
+    "gptq", "awq+gptq", "smoothquant+gptq", "hadamard+smoothquant+gptq", "gptq+qera@0.9f4",
+    "smoothquant+gptq+qera@0.9f4", "kept", "qe", "qe@0.9",
 }  # fmt: skip
 """Those that are best at some size; they are fitted to every calibration set, the others to the bundled one."""
 
@@ -70,13 +71,14 @@ def main(
     workers: Annotated[int, typer.Option(help="Ray workers")] = 2,
     result: Annotated[Path, typer.Option(help="JSON file to write")] = RESULTS / "league.json",
 ) -> None:
-    """Fits and measures the whole league."""
+    """Fits and measures the whole league; models and seeds that the result holds already and that are not asked for
+    stay in it."""
     set_up_logging(None)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(result.read_text())["models"] if result.exists() else {}
     with tempfile.TemporaryDirectory() as temporary, ray_cluster(None, workers):
         data = {seed: calibration_set(seed, Path(temporary)) for seed in map(int, seeds.split(","))}
         for model in models.split(","):
-            folder, entries = ROOT / "models" / model, []
+            folder = ROOT / "models" / model
             encoded = encode(folder, ROOT / "models" / "data" / "evaluation.jsonl")
             full = evaluate(load_model(folder), *encoded).summary()
             for seed, calibration in data.items():
@@ -84,11 +86,12 @@ def main(
                 names = [name for scheme in schemes.split(",") for name in names_of(scheme, seed)]
                 runs = [RunConfig(folder, load_recipe(n), calibration, output / n, workers) for n in names]
                 fit(runs)
-                entries += [{"seed": seed, **vars(e)} for e in measure(runs, *encoded)]
+                others = [e for e in found.get(model, {"entries": []})["entries"] if e["seed"] != seed]
+                entries = [*others, *({"seed": seed, **vars(e)} for e in measure(runs, *encoded))]
                 shutil.rmtree(output)
                 found[model] = {"full": full, "entries": entries}
-                write_result(result, {"seeds": list(data), "models": found})
-            draw(model, [Entry(**{k: v for k, v in e.items() if k != "seed"}) for e in entries])
+                write_result(result, {"seeds": sorted({e["seed"] for e in entries}), "models": found})
+                draw(model, [Entry(**{k: v for k, v in e.items() if k != "seed"}) for e in entries])
 
 
 def calibration_set(seed: int, folder: Path) -> Path:

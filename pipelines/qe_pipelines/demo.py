@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,24 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qe_pipelines.compare import fit, measure
 from qe_pipelines.evaluate import encode
 from qe_pipelines.picture import picture
-from qe_pipelines.progress import run_view, set_up_logging
+from qe_pipelines.progress import set_up_logging
 from qe_pipelines.results import write_result
 
 MODELS = ("plain", "outlier")
 BITS = ("w4a8", "w4a6", "w4a4")
 METHODS = {
     "rtn": "plain rounding",
-    "aser": "adapter, same rank",
-    "qera": "adapter, same bytes",
+    "smoothquant+gptq": "SmoothQuant + GPTQ",
+    "aser": "ASER, rank 64",
     "qe-paper": "QE as in the paper",
     "qe": "Quant Experts",
 }
-COMPARED = {"plain": ("rtn", "qe"), "outlier": tuple(METHODS)}
-"""The whole field on the model that needs it, the two ends on the other."""
-ACTIVE_RANK = 128
-"""Of `qe`: 32 shared and 32 routed directions, 32 shared and 32 routed channels."""
+COMPARED = {"plain": ("rtn", "smoothquant+gptq", "qe"), "outlier": tuple(METHODS)}
+"""The whole field on the model that needs it."""
 MARKER = ".qe-demo"
 SHOWN_KINDS = ("describe", "order", "digit")
 SHOWN_BITS = "w4a4"
@@ -47,7 +46,6 @@ class Case:
     accuracy: float
     perplexity: float
     kl: float
-    seconds: float
 
 
 def demo(
@@ -74,11 +72,10 @@ def demo(
     cases: list[Case] = []
     with ray_cluster(None, workers):
         for name in MODELS:
-            bench = Bench(models / name, models / "data", output / name, workers)
-            cases.append(bench.full_precision())
-            for bits in BITS:
-                cases += bench.methods(bits)
-            console.print(table_of([c for c in cases if c.model == name]))
+            console.print(f"{name}: {len(BITS)} number formats, {len(COMPARED[name])} methods, one pass of calibration")
+            own = cases_of(models / name, models / "data", output / name, workers)
+            console.print(table_of(own))
+            cases += own
     show_answers(console, models / "outlier", models / "data", output / "outlier")
     seconds = time.perf_counter() - start
     console.print(f"took {seconds:.0f} s; checkpoints are in {output}")
@@ -86,61 +83,25 @@ def demo(
         write_result(results, {"seconds": seconds, "cases": [vars(c) for c in cases]})
 
 
-class Bench:
-    """Quantizes and measures one model."""
+def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
+    """The model in full precision, then every method at every number format."""
+    from qe_dist.flow.config import RunConfig
+    from qe_dist.flow.evaluate import evaluate
+    from qe_dist.methods.recipes import load_recipe
+    from qe_dist.serve.loading import load_model
 
-    def __init__(self, model: Path, data: Path, output: Path, workers: int) -> None:
-        from qe_dist.flow.evaluate import predictions
-        from qe_dist.serve.loading import load_model
-
-        self.folder, self.data, self.output, self.workers = model, data, output, workers
-        self.arch, self.examples = encode(model, data / "evaluation.jsonl")
-        self.reference = predictions(load_model(model), self.arch, self.examples)
-
-    def full_precision(self) -> Case:
-        from qe_dist.serve.loading import load_model
-
-        return self._case("bf16", "full precision", 16.0, load_model(self.folder), 0.0)
-
-    def methods(self, bits: str) -> list[Case]:
-        """All methods to be compared, at one number format. The rivals get what Quant Experts takes: one adapter
-        the same active rank, the other, on top of SmoothQuant (without which it is weak), the same bytes."""
-        from qe_dist.methods.base import Budget
-        from qe_dist.methods.recipes import load_recipe
-
-        recipes = {m: load_recipe(f"{m}-{bits}") for m in METHODS}
-        found: dict[str, Case] = {}
-        for method in sorted(COMPARED[self.folder.name], key=["rtn", "qe", "qe-paper", "aser", "qera"].index):
-            recipe = recipes[method]
-            if method == "aser":
-                recipe = replace(recipe, budget=Budget(rank=ACTIVE_RANK))
-            if method == "qera":
-                extra = found["qe"].bits_per_weight - found["rtn"].bits_per_weight
-                budget = Budget(extra_bits=extra, factor_bits=recipes["qe"].budget.factor_bits)
-                recipe = replace(load_recipe(f"smoothquant-{bits}"), compensation=recipe.compensation, budget=budget)
-            found[method] = self._quantized(bits, method, recipe)
-        return [found[m] for m in COMPARED[self.folder.name]]
-
-    def _quantized(self, bits: str, method: str, recipe: Any) -> Case:
-        from qe_cluster import driver
-
-        from qe_dist.flow.config import RunConfig
-        from qe_dist.serve.loading import load_model
-
-        output = self.output / f"{method}-{bits}"
-        run = RunConfig(self.folder, recipe, self.data / "calibration.jsonl", output, self.workers)
-        with run_view(quiet=False) as view:
-            view.console.print(f"{self.folder.name}  {bits}  {METHODS[method]}")
-            summary = driver.quantize(run, listen=view.without_lines())
-        model = load_model(output)
-        return self._case(bits, METHODS[method], summary.bits_per_weight, model, summary.seconds)
-
-    def _case(self, bits: str, method: str, stored: float, model: Any, seconds: float) -> Case:
-        from qe_dist.flow.evaluate import evaluate
-
-        q = evaluate(model, self.arch, self.examples, self.reference).summary()
-        numbers = (stored, q["accuracy"], q["perplexity"], q["kl"], seconds)
-        return Case(self.folder.name, bits, method, *numbers)
+    arch, examples = encode(model, data / "evaluation.jsonl")
+    names = [(bits, method, f"{method}-{bits}") for bits in BITS for method in COMPARED[model.name]]
+    runs = [
+        RunConfig(model, load_recipe(name), data / "calibration.jsonl", output / name, workers) for _, _, name in names
+    ]
+    fit(runs)
+    full = evaluate(load_model(model), arch, examples).summary()
+    cases = [Case(model.name, "bf16", "full precision", 16.0, full["accuracy"], full["perplexity"], 0.0)]
+    for (bits, method, _), entry in zip(names, measure(runs, arch, examples), strict=True):
+        numbers = (entry.bits, entry.accuracy, entry.perplexity, entry.kl)
+        cases.append(Case(model.name, bits, METHODS[method], *numbers))
+    return cases
 
 
 def recovered(case: Case, cases: list[Case]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
+from qe_dist.methods.base import Shares
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
@@ -50,6 +51,7 @@ def make_plan(
     run = runs[0]
     for each in runs:
         _check_scheme(model, each)
+        _check_budget(model, each)
     memory = memory or int(0.8 * _free_memory(run))
     need = max(block_bytes(b, runs) for b in model.blocks)
     fitting = memory // run.workers // need
@@ -117,6 +119,19 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
                     f"group size {size} does not divide the {group.in_features} inputs of "
                     f"{block.prefix}{group.name}; choose one that does, or none (per output channel)"
                 )
+
+
+def _check_budget(model: ModelSpec, run: RunConfig) -> None:
+    """A byte budget that the scales of an adapter's rows use up buys nothing."""
+    budget, block = run.recipe.budget, model.blocks[0]
+    if budget.extra_bits is None or budget.factor_bits == 16 or not isinstance(run.recipe.compensation, Shares):
+        return
+    scales = 16 * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
+    if budget.extra_bits < scales:
+        raise ConfigError(
+            f"a budget of {budget.extra_bits:g} bits per weight buys nothing: the scales of an adapter's rows alone "
+            f"take {scales:.3f} in {block.prefix}; give more, choose budget.factor_bits = 16, or leave the compensation out"
+        )
 
 
 def _check_disk(run: RunConfig, output_bytes: int) -> None:

@@ -54,7 +54,7 @@ class Recipe:
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        for member in (self.transform, self.quantizer, self.compensation):
+        for member in (self.transform, self.quantizer, self.compensation, self.rotation):
             if isinstance(member, Choosy):
                 member.check(self)
 

@@ -146,6 +146,10 @@ def test_unknown_recipe_lists_the_names(quantize):
         ('scheme = "w4a8g48"', "group size 48 does not divide the 64 inputs of model.layers.0.self_attn.qkv"),
         ('scheme = "w4a6"\n[compensation]\nname = "magic"', "no compensation 'magic'; there are: aser, "),
         ('scheme = "w4a6"\n[transform]\nname = "masquant"', "transform masquant and compensation none do not go"),
+        (
+            'scheme = "w4a6"\n[compensation]\nname = "qera"\n[budget]\nextra_bits = 0.001\nfactor_bits = 8',
+            "a budget of 0.001 bits per weight buys nothing: the scales of an adapter",
+        ),
         ('scheme = "w4a6"\n[budget]\nrank = "many"', "budget.rank must be int, found 'many'"),
         ("scheme = ", "not TOML"),
     ],
@@ -154,7 +158,7 @@ def test_recipe_files(quantize, tmp_path, content, says):
     (tmp_path / "mine.toml").write_text(content)
     message = quantize(recipe=str(tmp_path / "mine.toml"))
     assert says in message
-    assert "mine.toml" in message or "does not divide" in message
+    assert "mine.toml" in message or "does not divide" in message or "buys nothing" in message
 
 
 # -- the calibration file

@@ -130,7 +130,7 @@ def _check_budget(model: ModelSpec, run: RunConfig) -> None:
     if budget.extra_bits < scales:
         raise ConfigError(
             f"a budget of {budget.extra_bits:g} bits per weight buys nothing: the scales of an adapter's rows alone "
-            f"take {scales:.3f} in {block.prefix}; give more, choose budget.factor_bits = 16, or leave the compensation out"
+            f"take {scales:.3f} in {block.prefix}; give more, or choose budget.factor_bits = 16"
         )
 
 

@@ -43,10 +43,14 @@ def given_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(*words: object) -> None:
-    """`qe-dist` with these words, in this process."""
+    """`qe-dist` with these words, in this process; an exit with an error is raised on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["qe-dist", *map(str, words)])
-        main.main()
+        try:
+            main.main()
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def words_of(given: dict[str, Path], output: Path, **other: object) -> list[object]:

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/ours.py MODEL OUTPUT --recipe smoothquant-w4a8 --calibration FILE
 
-A recipe is a named one, or the name of a method and any number format (rtn-w4a16g128).
+A recipe is what `qe-dist quantize --recipe` takes.
 """
 
 import json
@@ -12,18 +12,12 @@ from measured import Arguments, Cost
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.io.checkpoint import MANIFEST
-from qe_dist.methods.recipe import Recipe
-from qe_dist.methods.recipes import METHODS, RECIPES
-
-
-def recipe_of(name: str) -> Recipe:
-    method, _, scheme = name.rpartition("-")
-    return RECIPES[name] if name in RECIPES else METHODS[method](scheme)
+from qe_dist.methods.recipes import load_recipe
 
 
 def main() -> None:
     asked = Arguments.parse(__doc__)
-    run = RunConfig(asked.model, recipe_of(asked.recipe), asked.calibration, asked.output, threads=asked.threads)
+    run = RunConfig(asked.model, load_recipe(asked.recipe), asked.calibration, asked.output, threads=asked.threads)
     cost = Cost()
     with cost.of("quantize"):
         quantize(run)

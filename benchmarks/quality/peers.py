@@ -33,16 +33,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 RECIPES: dict[str, tuple[str, ...]] = {
-    "rtn-w4a16": ("rtn-w4a16g128",),
-    "gptq-w4a16": ("rtn-w4a16g128",),
-    "awq-w4a16": ("rtn-w4a16g128",),
-    "gptq-w3a16": ("rtn-w3a16g128",),
-    "smoothquant-gptq-w8a8": ("smoothquant-w8a8",),
-    "smoothquant-gptq-w4a8": ("smoothquant-w4a8",),
-    "smoothquant-gptq-w4a6": ("smoothquant-w4a6",),
-    "smoothquant-down-gptq-w4a6": ("smoothquant-w4a6",),
-    "smoothquant-gptq-w4a4": ("smoothquant-w4a4",),
-    "smoothquant-down-gptq-w4a4": ("smoothquant-w4a4",),
+    "rtn-w4a16": ("rtn-w4a16",),
+    "gptq-w4a16": ("gptq-w4a16", "qe-w4a16"),
+    "awq-w4a16": ("awq-w4a16",),
+    "gptq-w3a16": ("gptq-w3a16", "qe-w3a16"),
+    "smoothquant-gptq-w8a8": ("smoothquant+gptq-w8a8",),
+    "smoothquant-gptq-w4a8": ("smoothquant+gptq-w4a8", "qe-w4a8"),
+    "smoothquant-gptq-w4a6": ("smoothquant+gptq-w4a6", "qe-w4a6"),
+    "smoothquant-down-gptq-w4a6": ("smoothquant+gptq-w4a6",),
+    "smoothquant-gptq-w4a4": ("smoothquant+gptq-w4a4", "qe-w4a4"),
+    "smoothquant-down-gptq-w4a4": ("smoothquant+gptq-w4a4",),
 }
 """Recipes of the peer, and ours that answer them. Plain rounding is the control: both sides should agree."""
 

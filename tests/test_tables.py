@@ -20,7 +20,7 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_table_has_its_result():
-    for name in ("demo", "pipeline", "channels", "models", "peers", "gptq_peer", "sensitivity"):
+    for name in ("demo", "pipeline", "channels", "models", "peers", "gptq_peer", "sensitivity", "league", "ablation"):
         assert (ROOT / "benchmarks" / "results" / f"{name}.json").exists()
 
 

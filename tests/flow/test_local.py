@@ -173,7 +173,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(run, tmp_path, mo
 
 def test_a_directory_of_another_run_is_refused_with_the_difference(run):
     quantize(run)
-    with pytest.raises(ConfigError, match=r"belongs to another run.*recipe\.scheme \('w4a6' then, 'w4a4' now\)"):
+    with pytest.raises(ConfigError, match=r"belongs to another run.*recipe\.scheme \('w4a6k64' then, 'w4a4k64' now\)"):
         quantize(replace(run, recipe=load_recipe("qe-w4a4")))
     with pytest.raises(ConfigError, match="resume=never"):
         quantize(replace(run, resume="never"))

@@ -13,6 +13,7 @@ from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_from_tensors
 from qe_dist.core.sample import Example
+from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import BlockSpec, InputGroup
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
@@ -78,7 +79,7 @@ class _Reference(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
-        ready = prepare(self.part, rows, route(self.part, None, self.modality), 6, self.modality)
+        ready = prepare(self.part, rows, route(self.part, None, self.modality), Scheme(4, 6), self.modality)
         return linear_forward(self.linear, ready).unflatten(0, x.shape[:2])
 
 

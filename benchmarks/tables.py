@@ -224,12 +224,22 @@ def sensitivity(result: dict[str, Any]) -> str:
     return "\n" + markdown(("model", "samples", *first["median"]), rows) + source(result, "sensitivity")
 
 
+def sharing(result: dict[str, Any]) -> str:
+    rows = [
+        (part, *(f"{case['seconds'][k]:.1f}" for k in ("qe", "twelve")), f"{case['ratios']['twelve / qe']:.2f}")
+        for part, case in result["cases"].items()
+    ]
+    header = ("seconds of", "`qe` alone", "twelve recipes", "ratio")
+    return "\n" + markdown(header, rows) + source(result, "sharing")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
     "pipeline": ("pipeline", pipeline, ()),
     "channels": ("channels", channels, ()),
     "models": ("models", training, ()),
+    "sharing": ("sharing", sharing, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

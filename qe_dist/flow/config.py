@@ -16,6 +16,7 @@ from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
 SAMPLED_BYTES = 1024
+_COUNTS = ("workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory")
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,21 @@ class RunConfig:
     recipe: Recipe
     calibration: Path
     output: Path
-    workers: int = 1
+    workers: int | None = 1
+    """The most to use; None: as many as the cluster has whenever a wave begins."""
     resume: Resume = "auto"
     device: str = "cpu"
+    embed_device: str | None = None
+    """Where embeddings and vision tower run; None: like everything else. `cpu` lets nodes without a GPU do it."""
     samples_per_batch: int = 8
     sample_tokens: int = 4096
     """Size of the token sample of every input group."""
     blocks_per_worker: int | None = None
     """None: as many as needed for one wave, if memory allows."""
+    memory: int | None = None
+    """Bytes that a worker may use on its device; None: most of what is free there."""
+    host_memory: int | None = None
+    """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
     threads: int = 1
     """Of each worker; part of what makes a result repeatable to the bit."""
     seed: int = 0
@@ -39,15 +47,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("model", "calibration", "output"):  # workers may run in other directories
             object.__setattr__(self, name, Path(getattr(self, name)).resolve())
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device must be cpu or cuda, found {self.device!r}")
+        for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
+            if device not in ("cpu", "cuda"):
+                raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must lie in 0..2^31-1, found {self.seed}")
-        for name in ("workers", "samples_per_batch", "sample_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.blocks_per_worker is not None and self.blocks_per_worker < 1:
-            raise ConfigError(f"blocks_per_worker must be at least 1, found {self.blocks_per_worker}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
         if self.resume not in ("auto", "required", "never"):
             raise ConfigError(f"resume must be auto, required or never, found {self.resume!r}")
 
@@ -56,8 +64,13 @@ class RunConfig:
         """Of the calibration forward: full precision on CPU, the model's own bf16 on a GPU."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    @property
+    def embeds_on(self) -> str:
+        return self.embed_device or self.device
+
     def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
-        """What must be equal for a run to be continued; the number of workers and places on disk are not part of it.
+        """What must be equal for a run to be continued. Places on disk, and the number and kind of workers, may change;
+        the latter is part of a block's report.
 
         images: those that the calibration file names.
         """
@@ -69,8 +82,6 @@ class RunConfig:
             "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
-            "device": self.device,
-            "threads": self.threads,
             "seed": self.seed,
         }
 

@@ -8,15 +8,45 @@ from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
+from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig, check_siblings
-from qe_dist.flow.plan import Plan, make_plan
+from qe_dist.flow.plan import Seat, Wave, check_runs, local_seats, make_plan, plan_wave
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
 from qe_dist.io.run_dir import RunDir
+from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
 from qe_dist.methods import AXES
+
+
+def quantize(*runs: RunConfig) -> None:
+    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
+
+    Several runs may differ in recipe and output: one pass of the calibration serves them all.
+    """
+    seats = local_seats(runs[0])
+    ready = prepare_run(*runs, seats=seats)
+    start(ready)
+    embedder = Embedder(ready.run, ready.model.arch)
+    while (first := ready.next_block()) is not None:
+        wave = plan_wave(ready.model, ready.runs, seats, first)
+        stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
+        for stage, part in zip(stages, wave, strict=True):
+            stage.load(part)
+        for i, samples in enumerate(ready.samples):
+            batch = ready.spooled(first, i) or embedder.embed(i, samples)
+            for stage in stages[:-1]:
+                batch = stage.forward(batch)
+            stages[-1].finish(batch, ready.block_after(wave))
+        embedder.flush()
+        stages[-1].flush()
+        for stage, part in zip(stages, wave, strict=True):
+            for block in part.blocks:
+                stage.fit(block.index)
+        ready.store.drop_batches_before(first)
+    finish(ready)
 
 
 @dataclass(frozen=True)
@@ -27,12 +57,42 @@ class Prepared:
     """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: WeightSource
-    plan: Plan
+    model: ModelSpec
     identities: Mapping[RunConfig, Mapping[str, Any]]
 
+    @property
+    def run(self) -> RunConfig:
+        """The first, in whose directory activations are spooled; any of them where none is left."""
+        return (*self.runs, *self.identities)[0]
 
-def prepare_run(*runs: RunConfig) -> Prepared:
-    """Reads samples and headers, makes the plan, claims the output directories."""
+    @property
+    def store(self) -> RunDir:
+        return RunDir(self.run.output)
+
+    def is_finished(self, block: int) -> bool:
+        """By every run."""
+        return all(RunDir(run.output).has_block(block) for run in self.runs)
+
+    def next_block(self) -> int | None:
+        """Where the next wave begins: the last block in front of all that is unfinished whose input is spooled."""
+        unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
+        return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
+
+    def spooled(self, block: int, index: int) -> Spooled | None:
+        """Batch `index` as it enters a block, if it lies on disk."""
+        return Spooled(block, index) if self.store.has_batch(block, index) else None
+
+    def block_after(self, wave: Wave) -> int | None:
+        """Whose input a wave leaves behind; None after the last one."""
+        following = wave[-1].blocks[-1].index + 1
+        return following if following < len(self.model.blocks) else None
+
+
+def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
+    """Reads samples and headers, checks what can be checked now, claims the output directories.
+
+    seats: the workers, where they are known before the work begins.
+    """
     check_siblings(runs)
     samples = make_batches(runs[0])
     source = open_source(runs[0])
@@ -41,21 +101,17 @@ def prepare_run(*runs: RunConfig) -> Prepared:
         _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
     left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    first = _first_block(left, len(model.blocks), len(samples))
-    plan = make_plan(model, left or runs, upper_bytes(source, model.passthrough), first)
-    identities = {run: run.identity(images) for run in runs}
-    for run, identity in identities.items():
+    ready = Prepared(left, samples, source, model, {run: run.identity(images) for run in runs})
+    first = ready.next_block() or 0
+    check_runs(model, left or runs, upper_bytes(source, model.passthrough), first)
+    if seats:
+        make_plan(model, left or runs, seats, first)
+    for run, identity in ready.identities.items():
         store = RunDir(run.output)
         store.open(identity, run.resume)
         if run not in left:
             store.clean()
-    return Prepared(left, samples, source, plan, identities)
-
-
-def _first_block(left: Sequence[RunConfig], num_blocks: int, num_batches: int) -> int:
-    """Where to continue; activations are spooled in the directory of the first run."""
-    unfinished = min((RunDir(run.output).first_unfinished(num_blocks) for run in left), default=num_blocks)
-    return num_blocks if unfinished == num_blocks else RunDir(left[0].output).last_spooled(unfinished, num_batches)
+    return ready
 
 
 def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
@@ -70,41 +126,15 @@ def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSou
         raise ConfigError(f"{run.calibration} has no image, but {names} must see some; add samples with images")
 
 
-def quantize(*runs: RunConfig) -> None:
-    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
-
-    Several runs may differ in recipe and output: one pass of the calibration serves them all.
-    """
-    ready = prepare_run(*runs)
-    if not ready.runs:
-        return
-    plan, arch = ready.plan, ready.plan.model.arch
-    start(ready)
-    embedder = Embedder(ready.runs[0], arch)
-    for wave in plan.waves:
-        stages = [Stage(ready.runs, arch, part) for part in wave]
-        for stage in stages:
-            stage.load()
-        for i, part in enumerate(ready.samples):
-            batch = embedder.input_of(wave[0].blocks[0].index, i, part)
-            for stage in stages[:-1]:
-                batch = stage.forward(batch)
-            stages[-1].finish(batch, None if wave is plan.waves[-1] else wave[-1].blocks[-1].index + 1)
-        for stage, part in zip(stages, wave, strict=True):
-            for block in part.blocks:
-                stage.fit(block.index)
-    finish(ready)
-
-
 def start(ready: Prepared) -> None:
     """Writes what is taken over unchanged."""
     for run in ready.runs:
-        put_passthrough(RunDir(run.output), ready.plan.model, ready.source)
+        put_passthrough(RunDir(run.output), ready.model, ready.source)
 
 
 def finish(ready: Prepared) -> None:
     """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
     for run in ready.runs:
         store = RunDir(run.output)
-        assemble(store, ready.plan.model, ready.source, run.recipe.describe(), ready.identities[run])
+        assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])
         store.clean()

@@ -124,6 +124,12 @@ class RunDir:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and continue") from None
 
+    def drop_batches_before(self, block: int) -> None:
+        """Forgets the inputs of waves that are over. The last one's is kept, should the next one's be damaged."""
+        for folder in (self.root / "activations").glob("block-*"):
+            if folder.name < f"block-{block:05d}":
+                shutil.rmtree(folder)
+
     # -- blocks
 
     def block_name(self, index: int) -> str:
@@ -144,10 +150,6 @@ class RunDir:
 
     def block_report(self, index: int) -> dict[str, Any]:
         return json.loads(self._report_path(index).read_text())
-
-    def first_unfinished(self, num_blocks: int) -> int:
-        """The first block that is not there yet; `num_blocks` when every block is finished."""
-        return next((i for i in range(num_blocks) if not self.has_block(i)), num_blocks)
 
     def last_spooled(self, block: int, num_batches: int) -> int:
         """The last block up to `block` whose input is spooled completely, else 0."""

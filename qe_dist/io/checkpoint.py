@@ -21,10 +21,14 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.run_dir import RunDir, publish, publish_json, publish_tensors, sha256
+from qe_dist.io.publish import publish, publish_json, refresh
+from qe_dist.io.run_dir import RunDir
+from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
 
-PASSTHROUGH = "passthrough.safetensors"
+INDEX = "model.safetensors.index.json"
+PART_BYTES = 2**30
+"""Of one file of what is passed through; a larger tensor has a file of its own."""
 MANIFEST = "qe_manifest.json"
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -80,11 +84,24 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
     return modules
 
 
+def passthrough_parts(spec: ModelSpec, source: WeightSource) -> dict[str, tuple[str, ...]]:
+    """Embeddings, vision tower, final norm and head: name of a file -> names of the tensors in it."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in spec.passthrough:
+        size += upper_bytes(source, [name])
+        if parts[-1] and size > PART_BYTES:
+            parts.append([])
+            size = upper_bytes(source, [name])
+        parts[-1].append(name)
+    return {f"passthrough-{i:05d}": tuple(part) for i, part in enumerate(parts, 1) if part}
+
+
 def put_passthrough(run: RunDir, spec: ModelSpec, source: WeightSource) -> None:
-    """Embeddings, vision tower, final norm and head, as they are."""
-    path = run.root / PASSTHROUGH
-    if not path.exists() and not (run.output / PASSTHROUGH).exists():
-        publish_tensors(path, {name: source.get(name) for name in spec.passthrough})
+    """Takes over as they are the parts that are not there yet. Peak memory: one part."""
+    for name, tensors in passthrough_parts(spec, source).items():
+        if not run.has_file(name):
+            run.put_file(name, {t: source.get(t) for t in tensors}, {})
 
 
 def assemble(
@@ -94,18 +111,23 @@ def assemble(
     recipe: Mapping[str, Any],
     run_info: Mapping[str, Any],
 ) -> None:
-    """Renames the finished files into place and writes index, manifest and, last of all, config.json."""
-    reports = [run.block_report(b.index) for b in spec.blocks]
-    files = {run.block_name(b.index): r["sha256"] for b, r in zip(spec.blocks, reports, strict=True)}
-    weight_map = dict.fromkeys(spec.passthrough, PASSTHROUGH)
-    for name, report in zip(files, reports, strict=True):
-        weight_map |= dict.fromkeys(report["tensors"], name)
-        _move(run.root / "blocks" / name, run.output / name, files[name])
-    _move(run.root / PASSTHROUGH, run.output / PASSTHROUGH, None)
-    files[PASSTHROUGH] = sha256(run.output / PASSTHROUGH)
-    size = sum((run.output / name).stat().st_size for name in files)
+    """Renames the finished files into place and writes index, manifest and, last of all, config.json.
+
+    Reads the reports alone, whatever the size of the model.
+    """
+    refresh(run.finished)
+    blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
+    parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
+    weight_map, files = {}, {}
+    for name, report in {**blocks, **parts}.items():
+        file = f"{name}.safetensors"
+        files[file] = report["sha256"]
+        weight_map |= dict.fromkeys(report["tensors"], file)
+        _move_up(run, name, report["bytes"])
+    reports = list(blocks.values())
+    size = sum(report["bytes"] for report in (*reports, *parts.values()))
     publish_json(
-        run.output / "model.safetensors.index.json",
+        run.output / INDEX,
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
     )
     for name in COPIED:
@@ -167,20 +189,17 @@ def report_dict(index: int, groups: Mapping[str, QuantizedGroup], spec: BlockSpe
     }
 
 
-def _move(old: Path, new: Path, digest: str | None) -> None:
-    """Checks and renames; already renamed where an earlier assemble was interrupted."""
-    found = old if old.exists() else new
-    if not found.exists():
+def _move_up(run: RunDir, name: str, size: int) -> None:
+    """Already moved where an earlier assemble was interrupted."""
+    found = run.place(name)
+    if not found.exists() or found.stat().st_size != size:
+        said = f"has {found.stat().st_size} bytes, expected {size}" if found.exists() else "is missing"
+        run.forget_file(name)
         raise CheckpointError(
-            f"{old} is missing; every worker must see the same {new.parent} (a shared file system). "
-            "Delete the block's report beside it to have it fitted again"
+            f"{found} {said}; every worker must see the same {run.output} (a shared file system). "
+            "Type the same command again to have it made anew"
         )
-    if digest is not None and sha256(found) != digest:
-        found.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)
-        raise CheckpointError(f"{found} is not what was written; type the same command again to fit the block anew")
-    if found is old:
-        os.replace(old, new)
+    os.replace(found, run.output / found.name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

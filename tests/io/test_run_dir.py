@@ -8,7 +8,8 @@ import torch
 
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError
-from qe_dist.io.run_dir import RunDir, publish_json, publish_tensors
+from qe_dist.io.publish import publish_json, publish_tensors
+from qe_dist.io.run_dir import RunDir
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_damaged_batch_is_named(tmp_path):
 
 def test_a_block_counts_as_finished_only_with_its_report(tmp_path):
     store = RunDir(tmp_path)
-    publish_tensors(store.root / "blocks" / store.block_name(0), {"w": torch.zeros(2)})
+    publish_tensors(store.finished / f"{store.block_name(0)}.safetensors", {"w": torch.zeros(2)})
     assert not store.has_block(0)
     store.put_block(0, {"w": torch.zeros(2)}, {"index": 0})
     assert store.has_block(0)

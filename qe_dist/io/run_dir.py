@@ -31,7 +31,7 @@ class RunDir:
         self.finished = self.root / "blocks"
 
     def lock(self) -> RunLock:
-        """To be held by whoever changes anything here. A directory that is not ours is refused before the first byte."""
+        """To be held by whoever changes anything here. A directory of others is refused before the first byte."""
         if not self._marker.exists():
             self._refuse_foreign()
         return RunLock(self.locks)

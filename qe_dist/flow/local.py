@@ -41,6 +41,8 @@ def prepare_run(*runs: RunConfig) -> Prepared:
         _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
     left = tuple(run for run in runs if not RunDir(run.output).is_complete)
+    for run in left:
+        RunDir(run.output).check_files()
     first = _first_block(left, len(model.blocks), len(samples))
     plan = make_plan(model, left or runs, upper_bytes(source, model.passthrough), first)
     identities = {run: run.identity(images) for run in runs}

@@ -126,7 +126,7 @@ class RunLock:
             if self._create(number + 1):
                 if self._last() == number + 1:
                     return number + 1
-                self._path(number + 1).unlink()  # others were faster by more than one
+                self._path(number + 1).unlink(missing_ok=True)  # others were faster by more than one
 
     def _wait(self, number: int) -> None:
         """Returns once the owner of this number is gone or another took it over; ConfigError once it shows life."""

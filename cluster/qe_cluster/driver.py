@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -27,7 +28,7 @@ from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, finish, prepare_run, start
+from qe_dist.flow.local import Prepared, claim, finish, prepare_run, start
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
 from qe_dist.io.checkpoint import read_manifest
 
@@ -63,19 +64,16 @@ def quantize(
     patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
     """
     begin = time.perf_counter()
-    ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
-    summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
-    start(ready)
-    if ready.next_block() is not None:
-        with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
-            crew = Crew(ready.runs, ready.model.arch, patience)
-            try:
-                _Call(ready, crew, listen, stop or threading.Event(), summary).run()
-            except RayError as error:
-                raise QEError(f"{_reason(error)}; finished blocks are safe, type the same command again") from None
-            finally:
-                crew.close()
-    finish(ready)
+    with claim(*runs) as check_claim:
+        ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+        summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
+        with ThreadPoolExecutor(1) as aside:
+            passed_on = aside.submit(start, ready)
+            if ready.next_block() is not None:
+                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
+                    _Call(ready, listen, stop or threading.Event(), check_claim, patience, summary).run()
+            passed_on.result()
+        finish(ready)
     manifest = read_manifest(runs[0].output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
     summary.seconds = time.perf_counter() - begin
@@ -83,23 +81,38 @@ def quantize(
     return summary
 
 
-@dataclass
 class _Call:
     """One call of the command, from wave to wave."""
 
-    ready: Prepared
-    crew: Crew
-    listen: Listener
-    stop: threading.Event
-    summary: Summary
-    watched: dict[Any, int] = field(default_factory=dict)
-    last_look: float = 0.0
+    def __init__(
+        self,
+        ready: Prepared,
+        listen: Listener,
+        stop: threading.Event,
+        check_claim: Callable[[], None],
+        patience: float,
+        summary: Summary,
+    ) -> None:
+        self.ready, self.listen, self.stop, self.check_claim, self.summary = ready, listen, stop, check_claim, summary
+        self.crew = Crew(ready.runs, ready.model.arch, patience)
+        self.watched: dict[Any, int] = {}
+        self.last_look = time.monotonic()
 
     def run(self) -> None:
-        ready, number = self.ready, 0
+        ready = self.ready
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": self.summary.continued}
         who = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
         self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.run.workers})
+        try:
+            self._waves()
+            self.summary.stages = ray.get([worker.actor.usage.remote() for worker in self.crew.workers])
+        except RayError as error:
+            raise QEError(f"{_reason(error)}; finished blocks are safe, type the same command again") from None
+        finally:
+            self.crew.close()
+
+    def _waves(self) -> None:
+        ready, number = self.ready, 0
         while (first := ready.next_block()) is not None:
             if first == 0 and ready.run.embeds_on == "cuda":
                 self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.spooled(0, i)})
@@ -110,7 +123,6 @@ class _Call:
             self.listen("wave", {"number": number, "first": first, "last": wave[-1].blocks[-1].index, "stages": stages})
             self._wave(wave, workers)
             ready.store.drop_batches_before(first)
-        self.summary.stages = ray.get([worker.actor.usage.remote() for worker in self.crew.workers])
 
     def _wave(self, wave: Wave, workers: Sequence[Worker]) -> None:
         """Brings a wave to its end through the loss of workers; or back, to be planned anew with fewer of them."""
@@ -194,6 +206,7 @@ class _Call:
     def _land(self, flight: deque[Any]) -> tuple[int, int]:
         tokens, size = ray.get(flight.popleft())
         self.listen("batch", {"tokens": tokens})
+        self.check_claim()
         self._look()
         return tokens, size
 
@@ -221,15 +234,17 @@ class _Call:
     def _places(self, owners: Mapping[FitJob, int], speeds: Sequence[float]) -> dict[FitJob, int]:
         groups = {job: self._group(job) for job in owners}
         limit = _store_bytes() // STORE_SHARE
-        stay = {job for job, group in groups.items() if group_bytes(group, self.ready.runs) > limit}
+        stay = {job for job, group in groups.items() if group_bytes(group, self.ready.runs, job.block) > limit}
         return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
 
     def _group(self, job: FitJob) -> Any:
-        return view_of(self.ready.model.blocks[job.block], self.ready.runs[job.run].recipe.granularity).group(job.group)
+        recipe = self.ready.runs[job.run].recipe_for(job.block)
+        return view_of(self.ready.model.blocks[job.block], recipe.granularity).group(job.group)
 
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
         """The blocks of one worker, one after the other, each published as it finishes."""
         for index, of_block in groupby(jobs, key=lambda job: job.block):
+            self.check_claim()
             if self.stop.is_set():
                 return
             begin = time.perf_counter()
@@ -256,7 +271,7 @@ class _Call:
         answers = await asyncio.gather(*(_result(asks[job]) for job in jobs))
         names = [job.group for job in jobs]
         run, index = jobs[0].run, jobs[0].block
-        granted = self.ready.runs[run].recipe.grant(dict(zip(names, answers, strict=True)))
+        granted = self.ready.runs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
         groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
         await home.publish.remote(run, index, names, *groups)
 

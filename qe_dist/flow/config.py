@@ -40,6 +40,10 @@ class RunConfig:
     """Bytes that a worker may use on its device; None: most of what is free there."""
     host_memory: int | None = None
     """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    from_block: int = 0
+    """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
+    earlier: tuple[tuple[int, Recipe], ...] = ()
+    """The recipes of those calls, each with its first block; read from the run directory."""
     threads: int = 1
     """Of each worker; part of what makes a result repeatable to the bit."""
     seed: int = 0
@@ -68,6 +72,16 @@ class RunConfig:
     def embeds_on(self) -> str:
         return self.embed_device or self.device
 
+    def recipe_for(self, block: int) -> Recipe:
+        return self._policy(block)[1]
+
+    def start_of(self, block: int) -> int:
+        """The first block of those that have this block's recipe."""
+        return self._policy(block)[0]
+
+    def _policy(self, block: int) -> tuple[int, Recipe]:
+        return next(p for p in ((self.from_block, self.recipe), *reversed(self.earlier)) if p[0] <= block)
+
     def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
         """What must be equal for a run to be continued. Places on disk, and the number and kind of workers, may change;
         the latter is part of a block's report.
@@ -77,6 +91,8 @@ class RunConfig:
         return {
             "model": _fingerprint(self.model),
             "recipe": self.recipe.describe(),
+            "from_block": self.from_block,
+            "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
             "calibration": _hash(self.calibration.read_bytes()),
             "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
             "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
@@ -86,11 +102,15 @@ class RunConfig:
         }
 
 
-def needs_of(runs: Sequence[RunConfig]) -> Needs:
-    """The statistics that serve all of these runs."""
+POLICY = ("recipe", "from_block", "earlier")
+"""What of an identity `--from-block` may change."""
+
+
+def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
+    """The statistics of a block that serve all of these runs."""
     needs = Needs()
     for run in runs:
-        needs |= run.recipe.needs()
+        needs |= run.recipe_for(block).needs()
     return needs
 
 

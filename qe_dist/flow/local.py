@@ -1,7 +1,9 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qe_dist import archs
@@ -10,7 +12,7 @@ from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, make_batches
-from qe_dist.flow.config import RunConfig, check_siblings
+from qe_dist.flow.config import POLICY, RunConfig, check_siblings
 from qe_dist.flow.plan import Seat, Wave, check_runs, local_seats, make_plan, plan_wave
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
@@ -19,6 +21,9 @@ from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
 from qe_dist.methods import AXES
+from qe_dist.methods.recipes import recipe_from
+
+log = logging.getLogger("qe_dist")
 
 
 def quantize(*runs: RunConfig) -> None:
@@ -26,27 +31,28 @@ def quantize(*runs: RunConfig) -> None:
 
     Several runs may differ in recipe and output: one pass of the calibration serves them all.
     """
-    seats = local_seats(runs[0])
-    ready = prepare_run(*runs, seats=seats)
-    start(ready)
-    embedder = Embedder(ready.run, ready.model.arch)
-    while (first := ready.next_block()) is not None:
-        wave = plan_wave(ready.model, ready.runs, seats, first)
-        stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
-        for stage, part in zip(stages, wave, strict=True):
-            stage.load(part)
-        for i, samples in enumerate(ready.samples):
-            batch = ready.spooled(first, i) or embedder.embed(i, samples)
-            for stage in stages[:-1]:
-                batch = stage.forward(batch)
-            stages[-1].finish(batch, ready.block_after(wave))
-        embedder.flush()
-        stages[-1].flush()
-        for stage, part in zip(stages, wave, strict=True):
-            for block in part.blocks:
-                stage.fit(block.index)
-        ready.store.drop_batches_before(first)
-    finish(ready)
+    with claim(*runs):
+        seats = local_seats(runs[0])
+        ready = prepare_run(*runs, seats=seats)
+        start(ready)
+        embedder = Embedder(ready.run, ready.model.arch)
+        while (first := ready.next_block()) is not None:
+            wave = plan_wave(ready.model, ready.runs, seats, first)
+            stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
+            for stage, part in zip(stages, wave, strict=True):
+                stage.load(part)
+            for i, samples in enumerate(ready.samples):
+                batch = ready.spooled(first, i) or embedder.embed(i, samples)
+                for stage in stages[:-1]:
+                    batch = stage.forward(batch)
+                stages[-1].finish(batch, ready.block_after(wave))
+            embedder.flush()
+            stages[-1].flush()
+            for stage, part in zip(stages, wave, strict=True):
+                for block in part.blocks:
+                    stage.fit(block.index)
+            ready.store.drop_batches_before(first)
+        finish(ready)
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,25 @@ class Prepared:
         return following if following < len(self.model.blocks) else None
 
 
+@contextmanager
+def claim(*runs: RunConfig) -> Iterator[Callable[[], None]]:
+    """Holds the output directories against other commands. Yields a check that nobody took them over."""
+    with ExitStack() as held:
+        locks = [held.enter_context(RunDir(run.output).lock()) for run in runs]
+
+        def check() -> None:
+            for lock in locks:
+                lock.check()
+
+        yield check
+
+
 def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
-    """Reads samples and headers, checks what can be checked now, claims the output directories.
+    """Reads samples and headers, checks what can be checked now, opens the output directories.
 
     seats: the workers, where they are known before the work begins.
     """
+    runs = tuple(_with_policy(run) for run in runs)
     check_siblings(runs)
     samples = make_batches(runs[0])
     source = open_source(runs[0])
@@ -100,18 +120,34 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     for run in runs:
         _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
-    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    ready = Prepared(left, samples, source, model, {run: run.identity(images) for run in runs})
-    first = ready.next_block() or 0
-    check_runs(model, left or runs, upper_bytes(source, model.passthrough), first)
+    identities = {run: run.identity(images) for run in runs}
+    check_runs(model, runs, upper_bytes(source, model.passthrough))
     if seats:
-        make_plan(model, left or runs, seats, first)
-    for run, identity in ready.identities.items():
+        make_plan(model, runs, seats)
+    for run, identity in identities.items():
         store = RunDir(run.output)
-        store.open(identity, run.resume)
-        if run not in left:
+        if run.from_block:
+            store.change(identity, POLICY, run.from_block)
+        if store.open(identity, run.resume) and not store.is_complete:
+            for fault in store.check_files():
+                log.warning("%s; it is made anew", fault)
+        if store.is_complete:
             store.clean()
-    return ready
+    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
+    return Prepared(left, samples, source, model, identities)
+
+
+def _with_policy(run: RunConfig) -> RunConfig:
+    """With the recipes of the blocks before `from_block`, as the run directory has them."""
+    if not run.from_block:
+        return run
+    before = RunDir(run.output).identity()
+    policy = [*before["earlier"], [before["from_block"], before["recipe"]]]
+    earlier = tuple((first, recipe_from(content)) for first, content in policy if first < run.from_block)
+    for _, recipe in earlier:
+        if recipe.rotation != run.recipe.rotation:
+            raise ConfigError(f"from block {run.from_block} on the model would be rotated differently; it is one model")
+    return replace(run, earlier=earlier)
 
 
 def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:

@@ -135,14 +135,15 @@ def fit_cost(group: InputGroup) -> float:
     return float(width) ** 3 + 4.0 * outputs * width**2
 
 
-def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int, first_block: int) -> None:
+def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
     """Refuses what would fail later, whatever the workers."""
     for run in runs:
+        if run.from_block >= len(model.blocks):
+            raise ConfigError(f"from_block is {run.from_block}, but the model ends with block {len(model.blocks) - 1}")
         _check_scheme(model, run)
         _check_budget(model, run)
-    left = model.blocks[first_block:]
-    passed_on = len(runs) * passthrough_bytes if first_block == 0 else 0
-    _check_disk(runs[0], sum(_output_bytes(left, run) for run in runs) + passed_on)
+        written = sum(f.stat().st_size for f in run.output.rglob("*.safetensors")) if run.output.exists() else 0
+        _check_disk(run, passthrough_bytes + _output_bytes(model.blocks, run) - written)
 
 
 def local_seats(run: RunConfig) -> list[Seat]:
@@ -155,13 +156,13 @@ def local_seats(run: RunConfig) -> list[Seat]:
 
 def block_bytes(block: BlockSpec, runs: Sequence[RunConfig]) -> int:
     """Memory that a worker needs per block while it gathers and fits: weights twice, Grams, token samples."""
-    return sum(group_bytes(group, runs) for group in block.groups)
+    return sum(group_bytes(group, runs, block.index) for group in block.groups)
 
 
-def group_bytes(group: InputGroup, runs: Sequence[RunConfig]) -> int:
+def group_bytes(group: InputGroup, runs: Sequence[RunConfig], block: int) -> int:
     """The part of one input group; about what travels when another worker fits it."""
     width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    gram = (M + 2) * width * width if needs_of(runs).gram else 0
+    gram = (M + 2) * width * width if needs_of(runs, block).gram else 0
     return STATE_BYTES * (2 * width * outputs + gram + 4 * runs[0].sample_tokens * width)
 
 

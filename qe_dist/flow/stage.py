@@ -108,21 +108,25 @@ class Stage:
     def draft(self, job: FitJob, problem: GroupProblem | None = None) -> Ask | None:
         """Transforms and rounds a group, ours or another worker's. Returns what it could make of the block's budget."""
         with self._busy("fit"):
-            self.drafts[job] = self.runs[job.run].recipe.draft(problem or self.problem(job))
+            self.drafts[job] = self.runs[job.run].recipe_for(job.block).draft(problem or self.problem(job))
             return self.drafts[job].ask
 
     def settle(self, job: FitJob, granted: int | None) -> QuantizedGroup:
         """The drafted group with the repair that was granted to it."""
         with self._busy("fit"):
-            return self.runs[job.run].recipe.settle(self.drafts.pop(job), granted)
+            return self.runs[job.run].recipe_for(job.block).settle(self.drafts.pop(job), granted)
 
     def publish(self, run: int, index: int, names: Sequence[str], *groups: QuantizedGroup) -> dict[str, Any]:
         """Writes a block whose groups are settled; forgets its statistics after the last run. Returns its report."""
         with self._busy("fit"):
             block, store = self.blocks[index], self.stores[run]
             view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
-            made_on = {"device": self.run.device, "threads": self.run.threads}
-            report = report_dict(index, done, view) | made_on
+            made = {
+                "recipe_from": self.runs[run].start_of(index),
+                "device": self.run.device,
+                "threads": self.run.threads,
+            }
+            report = report_dict(index, done, view) | made
             store.put_block(index, block_tensors(view, done, self.source), report)
             if all(store.has_block(index) for store in self.stores):
                 block.stats.clear()
@@ -133,7 +137,7 @@ class Stage:
         for run in range(len(self.runs)):
             jobs = [job for job in self.jobs() if (job.run, job.block) == (run, index)]
             asks = {job.group: self.draft(job) for job in jobs}
-            granted = self.runs[run].recipe.grant(asks)
+            granted = self.runs[run].recipe_for(index).grant(asks)
             if jobs:
                 self.publish(run, index, list(asks), *(self.settle(job, granted[job.group]) for job in jobs))
 
@@ -179,18 +183,18 @@ class _Block:
         self.inputs: dict[str, Tensor] = {}
         self.stats: dict[str, GroupStats] = {}
         waiting = [r for r, store in zip(stage.runs, stage.stores, strict=True) if not store.has_block(spec.index)]
-        self.views = {r.recipe.granularity: view_of(spec, r.recipe.granularity) for r in waiting}
+        self.views = {g: view_of(spec, g) for g in {r.recipe_for(spec.index).granularity: None for r in waiting}}
         for view in self.views.values():
             for group in view.groups:
                 self.stats[group.name] = GroupStats.empty(
-                    self.weights(group), view.router_width(group), needs_of(waiting), run.sample_tokens
+                    self.weights(group), view.router_width(group), needs_of(waiting, spec.index), run.sample_tokens
                 )
                 reader = self.module.get_submodule(group.linears[0].name)
                 reader.register_forward_pre_hook(self._catcher(group.name))
 
     def view(self, run: RunConfig) -> BlockSpec:
         """The block's groups as this run's recipe wants them."""
-        return self.views[run.recipe.granularity]
+        return self.views[run.recipe_for(self.spec.index).granularity]
 
     def _catcher(self, name: str):
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -217,4 +221,6 @@ class _Block:
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
         seed = run.seed + 1000 * self.spec.index
-        return GroupProblem(group, self.weights(group), self.stats[group.name], run.recipe.scheme, seed)
+        return GroupProblem(
+            group, self.weights(group), self.stats[group.name], run.recipe_for(self.spec.index).scheme, seed
+        )

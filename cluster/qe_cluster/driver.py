@@ -28,7 +28,7 @@ from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, claim, finish, prepare_run, start
+from qe_dist.flow.local import Prepared, claim, finish, open_runs, prepare_run, start
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
 from qe_dist.io.checkpoint import read_manifest
 
@@ -64,8 +64,9 @@ def quantize(
     patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
     """
     begin = time.perf_counter()
-    with claim(*runs) as check_claim:
-        ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+    ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+    with claim(ready) as check_claim:
+        ready = open_runs(ready)
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
         with ThreadPoolExecutor(1) as aside:
             passed_on = aside.submit(start, ready)

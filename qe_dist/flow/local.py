@@ -31,9 +31,10 @@ def quantize(*runs: RunConfig) -> None:
 
     Several runs may differ in recipe and output: one pass of the calibration serves them all.
     """
-    with claim(*runs):
-        seats = local_seats(runs[0])
-        ready = prepare_run(*runs, seats=seats)
+    seats = local_seats(runs[0])
+    ready = prepare_run(*runs, seats=seats)
+    with claim(ready):
+        ready = open_runs(ready)
         start(ready)
         embedder = Embedder(ready.run, ready.model.arch)
         while (first := ready.next_block()) is not None:
@@ -57,10 +58,10 @@ def quantize(*runs: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Runs that can begin: nothing is computed yet."""
+    """Runs that can begin: nothing is computed or written yet."""
 
     runs: tuple[RunConfig, ...]
-    """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
+    """They share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: WeightSource
     model: ModelSpec
@@ -94,21 +95,8 @@ class Prepared:
         return following if following < len(self.model.blocks) else None
 
 
-@contextmanager
-def claim(*runs: RunConfig) -> Iterator[Callable[[], None]]:
-    """Holds the output directories against other commands. Yields a check that nobody took them over."""
-    with ExitStack() as held:
-        locks = [held.enter_context(RunDir(run.output).lock()) for run in runs]
-
-        def check() -> None:
-            for lock in locks:
-                lock.check()
-
-        yield check
-
-
 def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
-    """Reads samples and headers, checks what can be checked now, opens the output directories.
+    """Reads samples and headers, and checks what can be checked now. Writes nothing.
 
     seats: the workers, where they are known before the work begins.
     """
@@ -124,8 +112,26 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     check_runs(model, runs, upper_bytes(source, model.passthrough))
     if seats:
         make_plan(model, runs, seats)
-    for run, identity in identities.items():
-        store = RunDir(run.output)
+    return Prepared(runs, samples, source, model, identities)
+
+
+@contextmanager
+def claim(ready: Prepared) -> Iterator[Callable[[], None]]:
+    """Holds the output directories against other commands. Yields a check that nobody took them over."""
+    with ExitStack() as held:
+        locks = [held.enter_context(RunDir(run.output).lock()) for run in ready.runs]
+
+        def check() -> None:
+            for lock in locks:
+                lock.check()
+
+        yield check
+
+
+def open_runs(ready: Prepared) -> Prepared:
+    """Makes or continues the run directories. What is left are the runs that are not finished."""
+    for run in ready.runs:
+        store, identity = RunDir(run.output), ready.identities[run]
         if run.from_block:
             store.change(identity, POLICY, run.from_block)
         if store.open(identity, run.resume) and not store.is_complete:
@@ -133,8 +139,7 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
                 log.warning("%s; it is made anew", fault)
         if store.is_complete:
             store.clean()
-    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    return Prepared(left, samples, source, model, identities)
+    return replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete))
 
 
 def _with_policy(run: RunConfig) -> RunConfig:

@@ -37,7 +37,7 @@ class Embedder:
             return self.store.get_batch(block, index)
         if self.prelude is None or self.encoder is None:
             source = open_source(self.run)
-            self.encoder = self.arch.encoder(self.run.model)
+            self.encoder = self.arch.encoder(source.folder)
             self.prelude = self.arch.prelude(source, self.run.device, self.run.dtype)
         batch = self.prelude([self.encoder(s, load_images(s)) for s in samples], index)
         self.store.put_batch(block, batch)

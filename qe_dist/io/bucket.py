@@ -1,5 +1,6 @@
 """A folder in object storage. Every error names the URL and says what to do; what may pass is tried again."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,11 @@ class Bucket:
             raise CheckpointError(
                 f"{self.shown(name)} could not be written: {error}; is there such a bucket?"
             ) from None
+
+    def remove(self, name: str) -> None:
+        """Of a file that is not there, too."""
+        with contextlib.suppress(FileNotFoundError):
+            self._attempt(self.shown(name), lambda: self._fs.rm_file(self._path(name)))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

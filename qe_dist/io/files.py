@@ -102,6 +102,7 @@ class RemoteFiles:
         self._sizes = {name: about["size"] for name, about in listed.items()}
         self.folder = _fetch_small(self._bucket, listed)
         self._kept: dict[Span, Tensor] = {}
+        self._queue: list[list[Span]] = []
         self._ahead: dict[Span, Future[dict[Span, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(1, "read-ahead")
 
@@ -123,20 +124,24 @@ class RemoteFiles:
 
     def _take(self, span: Span) -> Tensor:
         waiting = self._ahead.pop(span, None)
-        return self._read([span])[span] if waiting is None else waiting.result().pop(span)
+        if waiting is None:
+            self._queue = [[s for s in group if s != span] for group in self._queue]
+            return self._read([span])[span]
+        content = waiting.result().pop(span)
+        self._read_on()
+        return content
 
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """Reads in a thread, as far as AHEAD_BYTES allow; the rest is read when it is asked for."""
+        """Reads in a thread, at most AHEAD_BYTES ahead. Forgets what an earlier call brought and nobody took."""
+        wanted = [span for span in dict.fromkeys(spans) if span not in self._kept]
+        self._ahead = {span: self._ahead[span] for span in wanted if span in self._ahead}
+        self._queue = list(_groups(span for span in wanted if span not in self._ahead))
+        self._read_on()
+
+    def _read_on(self) -> None:
         free = AHEAD_BYTES - sum(span.size for span in self._ahead)
-        chosen = []
-        for span in spans:
-            if span in self._ahead or span in self._kept:
-                continue
-            free -= span.size
-            if free < 0:
-                break
-            chosen.append(span)
-        for group in _neighbours(chosen, REQUESTS * REQUEST_BYTES):
+        while self._queue and (size := sum(span.size for span in self._queue[0])) <= free:
+            group, free = self._queue.pop(0), free - size
             self._ahead |= dict.fromkeys(group, self._reader.submit(self._read, group))
 
     def _read(self, spans: Sequence[Span]) -> dict[Span, Tensor]:
@@ -151,16 +156,16 @@ class RemoteFiles:
         return {span: torch.from_numpy(content) for span, content in contents.items()}
 
 
-def _neighbours(spans: Sequence[Span], size: int) -> Iterator[list[Span]]:
-    """Cuts spans, in the order of the files, into lists of about `size` bytes."""
-    part: list[Span] = []
-    for span in sorted(spans, key=lambda s: (s.file, s.begin)):
-        part.append(span)
-        if sum(s.size for s in part) >= size:
-            yield part
-            part = []
-    if part:
-        yield part
+def _groups(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """Lists of as many spans as can be read at a time; a larger one goes alone."""
+    group: list[Span] = []
+    for span in spans:
+        if group and sum(s.size for s in group) + span.size > REQUESTS * REQUEST_BYTES:
+            yield group
+            group = []
+        group.append(span)
+    if group:
+        yield group
 
 
 def _requests(spans: Sequence[Span]) -> Iterator[Span]:

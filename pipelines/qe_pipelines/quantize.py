@@ -9,7 +9,7 @@ from qe_pipelines.progress import log, run_view, set_up_logging
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory")],
+    model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its URL (s3://, gs://)")],
     recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
     calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],

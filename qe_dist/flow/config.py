@@ -16,6 +16,7 @@ from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
 SAMPLED_BYTES = 1024
+_COUNTS = ("workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory")
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,25 @@ class RunConfig:
     recipe: Recipe
     calibration: Path
     output: Path
-    workers: int = 1
+    workers: int | None = 1
+    """The most to use; None: as many as the cluster has whenever a wave begins."""
     resume: Resume = "auto"
     device: str = "cpu"
+    embed_device: str | None = None
+    """Where embeddings and vision tower run; None: like everything else. `cpu` lets nodes without a GPU do it."""
     samples_per_batch: int = 8
     sample_tokens: int = 4096
     """Size of the token sample of every input group."""
     blocks_per_worker: int | None = None
     """None: as many as needed for one wave, if memory allows."""
+    memory: int | None = None
+    """Bytes that a worker may use on its device; None: most of what is free there."""
+    host_memory: int | None = None
+    """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    from_block: int = 0
+    """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
+    earlier: tuple[tuple[int, Recipe], ...] = ()
+    """The recipes of those calls, each with its first block; read from the run directory."""
     threads: int = 1
     """Of each worker; part of what makes a result repeatable to the bit."""
     seed: int = 0
@@ -39,15 +51,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("model", "calibration", "output"):  # workers may run in other directories
             object.__setattr__(self, name, Path(getattr(self, name)).resolve())
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device must be cpu or cuda, found {self.device!r}")
+        for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
+            if device not in ("cpu", "cuda"):
+                raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must lie in 0..2^31-1, found {self.seed}")
-        for name in ("workers", "samples_per_batch", "sample_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.blocks_per_worker is not None and self.blocks_per_worker < 1:
-            raise ConfigError(f"blocks_per_worker must be at least 1, found {self.blocks_per_worker}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
         if self.resume not in ("auto", "required", "never"):
             raise ConfigError(f"resume must be auto, required or never, found {self.resume!r}")
 
@@ -56,30 +68,49 @@ class RunConfig:
         """Of the calibration forward: full precision on CPU, the model's own bf16 on a GPU."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    @property
+    def embeds_on(self) -> str:
+        return self.embed_device or self.device
+
+    def recipe_for(self, block: int) -> Recipe:
+        return self._policy(block)[1]
+
+    def start_of(self, block: int) -> int:
+        """The first block of those that have this block's recipe."""
+        return self._policy(block)[0]
+
+    def _policy(self, block: int) -> tuple[int, Recipe]:
+        return next(p for p in ((self.from_block, self.recipe), *reversed(self.earlier)) if p[0] <= block)
+
     def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
-        """What must be equal for a run to be continued; the number of workers and places on disk are not part of it.
+        """What must be equal for a run to be continued. Places on disk, and the number and kind of workers, may change;
+        the latter is part of a block's report.
 
         images: those that the calibration file names.
         """
         return {
             "model": _fingerprint(self.model),
             "recipe": self.recipe.describe(),
+            "from_block": self.from_block,
+            "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
             "calibration": _hash(self.calibration.read_bytes()),
             "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
             "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
-            "device": self.device,
-            "threads": self.threads,
             "seed": self.seed,
         }
 
 
-def needs_of(runs: Sequence[RunConfig]) -> Needs:
-    """The statistics that serve all of these runs."""
+POLICY = ("recipe", "from_block", "earlier")
+"""What of an identity `--from-block` may change."""
+
+
+def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
+    """The statistics of a block that serve all of these runs."""
     needs = Needs()
     for run in runs:
-        needs |= run.recipe.needs()
+        needs |= run.recipe_for(block).needs()
     return needs
 
 

@@ -139,7 +139,10 @@ def assemble(
         "files": files,
         **cost_per_weight(spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
-        "blocks": [{k: r[k] for k in ("index", "groups")} for r in reports],
+        "blocks": [
+            {"index": b.index, "prefix": b.prefix, "groups": r["groups"]}
+            for b, r in zip(spec.blocks, reports, strict=True)
+        ],
     }
     publish_json(run.output / MANIFEST, manifest)
     config = dict(source.config)

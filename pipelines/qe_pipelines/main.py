@@ -12,12 +12,14 @@ from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
 from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
+from qe_pipelines.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(demo)
+app.command()(verify)
 
 
 @app.callback()

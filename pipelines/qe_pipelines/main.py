@@ -13,6 +13,7 @@ from qe_pipelines.evaluate import evaluate
 from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
 from qe_pipelines.submit import submit
+from qe_pipelines.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(quantize)
@@ -20,6 +21,7 @@ app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(demo)
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
+app.command()(verify)
 
 
 @app.callback()

@@ -41,6 +41,8 @@ class RunConfig:
     """Bytes that a worker may use on its device; None: most of what is free there."""
     host_memory: int | None = None
     """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    mirror: str | None = None
+    """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
     from_block: int = 0
     """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
     earlier: tuple[tuple[int, Recipe], ...] = ()
@@ -120,7 +122,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Runs that share one pass of the calibration may differ in recipe and output only."""
     first = runs[0]
     for run in runs[1:]:
-        if replace(run, recipe=first.recipe, output=first.output) != first:
+        own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}
+        if replace(run, **own) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")

@@ -34,8 +34,9 @@ class Embedder:
         """Batch `index` as it enters block 0; goes to the spool as well."""
         pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
         if self.prelude is None or self.encoder is None:
-            self.encoder = self.arch.encoder(self.run.model)
-            self.prelude = self.arch.prelude(open_source(self.run), self.run.embeds_on, self.run.dtype)
+            source = open_source(self.run)
+            self.encoder = self.arch.encoder(source.folder)
+            self.prelude = self.arch.prelude(source, self.run.embeds_on, self.run.dtype)
         batch = self.prelude([self.encoder(s, load_images(s)) for s in samples], index)
         self.spool.put(0, batch)
         return batch

@@ -1,7 +1,6 @@
 """What a run is asked to do."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,17 +10,19 @@ from typing import Any, Literal
 import torch
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.io.bucket import is_url
+from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
-SAMPLED_BYTES = 1024
 _COUNTS = ("workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    model: Path
+    model: Path | str
+    """A directory, or a URL that fsspec opens."""
     recipe: Recipe
     calibration: Path
     output: Path
@@ -40,6 +41,8 @@ class RunConfig:
     """Bytes that a worker may use on its device; None: most of what is free there."""
     host_memory: int | None = None
     """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    mirror: str | None = None
+    """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
     from_block: int = 0
     """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
     earlier: tuple[tuple[int, Recipe], ...] = ()
@@ -50,7 +53,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("model", "calibration", "output"):  # workers may run in other directories
-            object.__setattr__(self, name, Path(getattr(self, name)).resolve())
+            if name != "model" or not is_url(self.model):
+                object.__setattr__(self, name, Path(getattr(self, name)).resolve())
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
             if device not in ("cpu", "cuda"):
                 raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
@@ -89,7 +93,7 @@ class RunConfig:
         images: those that the calibration file names.
         """
         return {
-            "model": _fingerprint(self.model),
+            "model": SafetensorsSource(self.model).fingerprint(),
             "recipe": self.recipe.describe(),
             "from_block": self.from_block,
             "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
@@ -118,7 +122,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Runs that share one pass of the calibration may differ in recipe and output only."""
     first = runs[0]
     for run in runs[1:]:
-        if replace(run, recipe=first.recipe, output=first.output) != first:
+        own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}
+        if replace(run, **own) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
@@ -128,22 +133,3 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _fingerprint(model: Path) -> str:
-    """Of config, tokenizer and processor files whole, and of every shard's header and some bytes of each tensor:
-    cheap for any size, and a retrained model shows."""
-    texts = [f for f in sorted(model.iterdir()) if f.suffix in (".json", ".jinja", ".txt")]
-    parts = [f.name.encode() + f.read_bytes() for f in texts]
-    for shard in sorted(model.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            parts.append(f"{shard.name} {shard.stat().st_size}".encode() + header)
-            for name, tensor in sorted(json.loads(header).items()):
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    middle = (begin + end) // 2
-                    file.seek(8 + length + middle)
-                    parts.append(file.read(min(SAMPLED_BYTES, end - middle)))
-    return _hash(b"\n".join(parts))

@@ -72,7 +72,7 @@ class RunDir:
 
     def _check_same(self, identity: Mapping[str, Any], names: Collection[str]) -> None:
         before, now = read_json(self._marker), json.loads(json.dumps(identity))
-        different = _differences({k: before[k] for k in names}, {k: now.get(k) for k in names})
+        different = differences({k: before[k] for k in names}, {k: now.get(k) for k in names})
         if different:
             raise ConfigError(
                 f"{self.output} belongs to another run, which differs in {'; '.join(different)}. Choose another output "
@@ -226,12 +226,13 @@ def _index(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each entry that is not equal, by its path, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} ({a!r} then, {b!r} now)")
     return found

@@ -1,87 +1,45 @@
 """Tensors of a model directory, by name, one at a time: no process ever holds the model."""
 
-import contextlib
+import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.source import WeightSource
-from qe_dist.io.shards import Span, Stored, header_end, parse_header, unreadable
+from qe_dist.io.files import open_files
+from qe_dist.io.shards import Span, Stored, header_end, parse_header
 
 INDEX = "model.safetensors.index.json"
 HEADER_GUESS = 64 * 1024
 """Bytes that the header of a shard hardly ever exceeds: one read instead of two."""
-ADVISED_BYTES = 128 * 1024
-"""Linux cuts an advice down to the read-ahead window of the device, and this is its default."""
-
 CHECKED_VALUES = 2**22
 """At a time: the check makes copies of what it looks at."""
-
-
-class LocalFiles:
-    """A model directory on disk. Tensors are maps of it: the kernel may drop their pages and read them again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def shown(self, name: str) -> str:
-        """How a message names a file."""
-        return str(self.folder / name)
-
-    def size(self, name: str) -> int | None:
-        """None where there is no such file."""
-        path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
-
-    def read(self, spans: Sequence[Span]) -> list[bytes]:
-        return [self._read(span) for span in spans]
-
-    def _read(self, span: Span) -> bytes:
-        try:
-            with (self.folder / span.file).open("rb") as file:
-                file.seek(span.begin)
-                return file.read(span.size)
-        except OSError as error:
-            raise unreadable(self.shown(span.file), error) from None
-
-    def get(self, name: str, stored: Stored) -> Tensor:
-        try:
-            with safe_open(self.folder / stored.span.file, framework="pt") as shard:
-                return shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self.shown(stored.span.file), error) from None
-
-    def prefetch(self, spans: Iterable[Span]) -> None:
-        """Asks the kernel to read ahead into the page cache, which is memory that any process may take back."""
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        for span in spans:
-            with contextlib.suppress(OSError), (self.folder / span.file).open("rb") as file:
-                for begin in range(span.begin, span.end, ADVISED_BYTES):
-                    length = min(ADVISED_BYTES, span.end - begin)
-                    os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
+SAMPLED_BYTES = 1024
+"""Of every tensor, in the fingerprint."""
 
 
 class SafetensorsSource:
-    """A Hugging Face model directory. Opening it reads headers only; `get` holds one tensor."""
+    """A Hugging Face model directory, on disk or behind a URL. Opening it reads headers only; `get` holds one tensor.
 
-    def __init__(self, model: Path) -> None:
-        self._files = LocalFiles(Path(model))
+    folder: where its config, tokenizer and processor lie on this machine.
+    """
+
+    def __init__(self, model: Path | str) -> None:
+        self._files = open_files(model)
         self.folder = self._files.folder
         self.config = self._read_json("config.json")
         weight_map: dict[str, str] = {}
         if self._files.size(INDEX) is not None:
             weight_map = self._read_json(INDEX).get("weight_map", {})
         shards = sorted(set(weight_map.values())) or ["model.safetensors"]
+        self._headers = self._read_headers(shards)
         self._stored: dict[str, Stored] = {}
-        for shard, header in self._headers(shards).items():
+        for shard, header in self._headers.items():
             self._stored |= parse_header(self._files.shown(shard), shard, header, self._size(shard))
         missing = sorted(set(weight_map) - set(self._stored))
         if missing:
@@ -99,7 +57,7 @@ class SafetensorsSource:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{shown} is not JSON: {error}") from None
 
-    def _headers(self, shards: Sequence[str]) -> dict[str, bytes]:
+    def _read_headers(self, shards: Sequence[str]) -> dict[str, bytes]:
         """The JSON at the beginning of each shard."""
         starts = [Span(shard, 0, min(self._size(shard), HEADER_GUESS)) for shard in shards]
         found = dict(zip(shards, self._files.read(starts), strict=True))
@@ -137,6 +95,18 @@ class SafetensorsSource:
         """Begins to read these tensors ahead and returns at once."""
         self._files.prefetch([self._find(name).span for name in names])
 
+    def fingerprint(self) -> str:
+        """Of config, tokenizer and processor files whole, and of every shard's header and some bytes of each tensor:
+        cheap for any size, the same wherever the model lies, and a retrained model shows."""
+        texts = [f for f in sorted(self.folder.iterdir()) if f.suffix in (".json", ".jinja", ".txt")]
+        parts = [f.name.encode() + f.read_bytes() for f in texts]
+        names = sorted(self._stored)
+        samples = dict(zip(names, self._files.read([_sample(self._stored[n].span) for n in names]), strict=True))
+        for shard in sorted(self._headers):
+            parts.append(f"{shard} {self._size(shard)}".encode() + self._headers[shard])
+            parts += [samples[name] for name in names if self._stored[name].span.file == shard]
+        return hashlib.sha256(b"\n".join(parts)).hexdigest()[:16]
+
     def _find(self, name: str) -> Stored:
         if name not in self._stored:
             raise CheckpointError(f"{self._files.shown('')} has no tensor {name}, which the architecture needs")
@@ -146,3 +116,8 @@ class SafetensorsSource:
 def upper_bytes(source: WeightSource, names: Collection[str]) -> int:
     """Upper bound of what these tensors take, without reading them."""
     return sum(4 * math.prod(source.shape(name)) for name in names)
+
+
+def _sample(span: Span) -> Span:
+    middle = (span.begin + span.end) // 2
+    return Span(span.file, middle, min(middle + SAMPLED_BYTES, span.end))

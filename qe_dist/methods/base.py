@@ -127,8 +127,8 @@ class ErrorProblem:
         return torch.cat(list(self.errors.values()))
 
     @property
-    def output_sizes(self) -> list[int]:
-        return [e.shape[0] for e in self.errors.values()]
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.errors.values())).dtype
 
     def error_of(self, modality: int) -> Float[Tensor, "O I"]:
         """What Q(W) misses for tokens of one modality: `stacked`, but where these have a scale of their own."""

@@ -95,7 +95,8 @@ class Recipe:
         if isinstance(self.compensation, TakesOver):
             weights = self.compensation.left_to_round(moved, self.budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
-        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
+        if exempt.numel():
+            weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
         repair = ErrorProblem(moved, errors, self.budget)

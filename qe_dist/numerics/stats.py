@@ -181,7 +181,7 @@ class GroupStats:
         """The statistics of x / scale, one scale or one per modality, with weights that are multiplied by text's."""
         scale = scale.view(-1, scale.shape[-1])
         of_token = scale if len(scale) == 1 else scale[self.sample.modality.long()]
-        gram = None if self.gram is None else self.gram / scale[:, None] / scale[:, :, None]
+        gram = None if self.gram is None else (self.gram / scale[:, None]).div_(scale[:, :, None])
         return replace(
             self,
             abs_sum=self.abs_sum / scale,

@@ -11,8 +11,8 @@ PANEL = 2048
 def add_gram(gram: Float[Tensor, "I I"], x: Float[Tensor, "T I"]) -> None:
     """gram += x^T x, in place.
 
-    T I (I + PANEL) FLOP at most, and PANEL rows of additional memory, none on a GPU, where bf16 tokens go into the tensor
-    cores as they are: the product of two bf16 numbers is exact in the float32 in which it is summed.
+    T I (I + PANEL) FLOP, and PANEL rows of additional memory; none on a GPU, where bf16 tokens go into the tensor cores
+    as they are: the product of two bf16 numbers is exact in the float32 in which it is summed.
     """
     in_bf16 = x.is_cuda and x.dtype == torch.bfloat16
     x = x if in_bf16 else x.float()

@@ -63,8 +63,8 @@ def _group(name: str, inputs: int, outputs: dict[str, int], router_input: str | 
 
 @dataclass(frozen=True)
 class Work:
-    """flop: of matrix products in the dtype of the activations (bf16 on a GPU), in float32, in float32 that tensor cores
-    may round (TF32), and of decompositions."""
+    """flop: of products in the dtype of the activations, bf16 on a GPU. flop32: in float32. rough: in float32 that
+    tensor cores may round (TF32). decomposed: of Cholesky, QR and eigenvectors."""
 
     flop: float = 0.0
     flop32: float = 0.0

@@ -123,7 +123,7 @@ def _host(name: str, address: str) -> Iterator[Host]:
             outer.stdin.close()
 
 
-# With SIGCHLD ignored the kernel buries orphans, as an init process would: to Ray, a raylet that nobody buries lives on.
+# With SIGCHLD ignored the kernel buries orphans, as init would: to Ray, a dead raylet that nobody buries is alive.
 _BOOT = """
 mount -t tmpfs shm /dev/shm
 hostname $0

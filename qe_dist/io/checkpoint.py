@@ -21,11 +21,17 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.run_dir import RunDir, publish, publish_json, publish_tensors, sha256
+from qe_dist.io.publish import publish, publish_json, refresh
+from qe_dist.io.run_dir import RunDir
+from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
 
-PASSTHROUGH = "passthrough.safetensors"
+INDEX = "model.safetensors.index.json"
+PART_BYTES = 2**30
+"""Of one file of what is passed through; a larger tensor has a file of its own."""
 MANIFEST = "qe_manifest.json"
+MADE = ("recipe_from", "device", "threads")
+"""How a block was made, where blocks of one checkpoint may differ: from which block on its recipe holds, and where."""
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
@@ -71,6 +77,7 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
     for group in spec.groups:
         done = groups[group.name]
         modules[group.name] = {
+            "scheme": str(done.scheme),
             "router_input": group.router_input,
             "input": described(input_tensors(done.input)),
             "linears": {
@@ -80,11 +87,24 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
     return modules
 
 
+def passthrough_parts(spec: ModelSpec, source: WeightSource) -> dict[str, tuple[str, ...]]:
+    """Embeddings, vision tower, final norm and head: name of a file -> names of the tensors in it."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in spec.passthrough:
+        size += upper_bytes(source, [name])
+        if parts[-1] and size > PART_BYTES:
+            parts.append([])
+            size = upper_bytes(source, [name])
+        parts[-1].append(name)
+    return {f"passthrough-{i:05d}": tuple(part) for i, part in enumerate(parts, 1) if part}
+
+
 def put_passthrough(run: RunDir, spec: ModelSpec, source: WeightSource) -> None:
-    """Embeddings, vision tower, final norm and head, as they are."""
-    path = run.root / PASSTHROUGH
-    if not path.exists() and not (run.output / PASSTHROUGH).exists():
-        publish_tensors(path, {name: source.get(name) for name in spec.passthrough})
+    """Takes over as they are the parts that are not there yet. Peak memory: one part."""
+    for name, tensors in passthrough_parts(spec, source).items():
+        if not run.has_file(name):
+            run.put_file(name, {t: source.get(t) for t in tensors}, {})
 
 
 def assemble(
@@ -94,18 +114,23 @@ def assemble(
     recipe: Mapping[str, Any],
     run_info: Mapping[str, Any],
 ) -> None:
-    """Renames the finished files into place and writes index, manifest and, last of all, config.json."""
-    reports = [run.block_report(b.index) for b in spec.blocks]
-    files = {run.block_name(b.index): r["sha256"] for b, r in zip(spec.blocks, reports, strict=True)}
-    weight_map = dict.fromkeys(spec.passthrough, PASSTHROUGH)
-    for name, report in zip(files, reports, strict=True):
-        weight_map |= dict.fromkeys(report["tensors"], name)
-        _move(run.root / "blocks" / name, run.output / name, files[name])
-    _move(run.root / PASSTHROUGH, run.output / PASSTHROUGH, None)
-    files[PASSTHROUGH] = sha256(run.output / PASSTHROUGH)
-    size = sum((run.output / name).stat().st_size for name in files)
+    """Renames the finished files into place and writes index, manifest and, last of all, config.json.
+
+    Reads the reports alone, whatever the size of the model.
+    """
+    refresh(run.finished)
+    blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
+    parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
+    weight_map, files = {}, {}
+    for name, report in {**blocks, **parts}.items():
+        file = f"{name}.safetensors"
+        files[file] = report["sha256"]
+        weight_map |= dict.fromkeys(report["tensors"], file)
+        _move_up(run, name, report["bytes"])
+    reports = list(blocks.values())
+    size = sum(report["bytes"] for report in (*reports, *parts.values()))
     publish_json(
-        run.output / "model.safetensors.index.json",
+        run.output / INDEX,
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
     )
     for name in COPIED:
@@ -117,11 +142,14 @@ def assemble(
         "files": files,
         **cost_per_weight(spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
-        "blocks": [{k: r[k] for k in ("index", "groups")} for r in reports],
+        "blocks": [
+            {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
+            for b, r in zip(spec.blocks, reports, strict=True)
+        ],
     }
     publish_json(run.output / MANIFEST, manifest)
     config = dict(source.config)
-    config["quantization_config"] = quantization_config(recipe, [r["layout"] for r in reports])
+    config["quantization_config"] = quantization_config([r["layout"] for r in reports])
     publish_json(run.output / "config.json", config)
 
 
@@ -137,7 +165,7 @@ def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]) -> dict[str, Any]:
+def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
     """What config.json says: equal block layouts are written once."""
     distinct: list[dict[str, Any]] = []
     of_block = []
@@ -148,8 +176,7 @@ def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]
     return {
         "quant_method": "qe",
         "format": "pack-quantized",
-        "version": 1,
-        "scheme": recipe["scheme"],
+        "version": 2,
         "layouts": distinct,
         "block_layouts": of_block,
     }
@@ -167,20 +194,17 @@ def report_dict(index: int, groups: Mapping[str, QuantizedGroup], spec: BlockSpe
     }
 
 
-def _move(old: Path, new: Path, digest: str | None) -> None:
-    """Checks and renames; already renamed where an earlier assemble was interrupted."""
-    found = old if old.exists() else new
-    if not found.exists():
+def _move_up(run: RunDir, name: str, size: int) -> None:
+    """Already moved where an earlier assemble was interrupted."""
+    found = run.place(name)
+    if not found.exists() or found.stat().st_size != size:
+        said = f"has {found.stat().st_size} bytes, expected {size}" if found.exists() else "is missing"
+        run.forget_file(name)
         raise CheckpointError(
-            f"{old} is missing; every worker must see the same {new.parent} (a shared file system). "
-            "Delete the block's report beside it to have it fitted again"
+            f"{found} {said}; every worker must see the same {run.output} (a shared file system). "
+            "Type the same command again to have it made anew"
         )
-    if digest is not None and sha256(found) != digest:
-        found.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)
-        raise CheckpointError(f"{found} is not what was written; type the same command again to fit the block anew")
-    if found is old:
-        os.replace(old, new)
+    os.replace(found, run.output / found.name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

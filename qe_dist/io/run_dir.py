@@ -1,69 +1,24 @@
 """The run directory: what is finished stays finished.
 
-OUTPUT/.run/ holds run.json (identity), activations/ (the input of each wave) and blocks/ (finished blocks with
-their reports). Every publish is a write to a temporary name, fsync of file and directory, rename. `assemble`
-moves the blocks up to OUTPUT itself and writes config.json last, so a directory with a config is whole.
+OUTPUT/.run/ holds run.json (identity), lock/ (who works here), activations/ (the input of each wave) and blocks/
+(finished files: blocks, and parts of what is passed through, each with a report that is published after it and vouches
+for it by its SHA-256). `assemble` moves the files up to OUTPUT itself and writes config.json last, so a directory with
+a config is whole.
 """
 
-import contextlib
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError, ConfigError
-
-
-def publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path and makes its result appear under `path` all at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error.strerror or error}; free some space (or mend the "
-            "permissions) and type the same command again, nothing finished is lost"
-        ) from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def publish_json(path: Path, content: Any) -> None:
-    publish(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def publish_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    metadata = {"format": "pt"}
-    ready = {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
-    publish(path, lambda p: save_file(ready, p, metadata=metadata))
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from qe_dist.io.lock import RunLock
+from qe_dist.io.publish import publish_json, publish_sealed, publish_tensors, read_json, read_sealed, refresh, sha256
 
 
 class RunDir:
@@ -72,10 +27,22 @@ class RunDir:
     def __init__(self, output: Path) -> None:
         self.output = Path(output)
         self.root = self.output / ".run"
+        self.locks = self.root / "lock"
+        self.finished = self.root / "blocks"
+
+    def lock(self) -> RunLock:
+        """To be held by whoever changes anything here. A directory of others is refused before the first byte."""
+        if not self._marker.exists():
+            self._refuse_foreign()
+        return RunLock(self.locks)
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "run.json"
 
     def open(self, identity: Mapping[str, Any], resume: str) -> bool:
         """Claims the directory for this run; True where an earlier run of the same identity is continued."""
-        marker = self.root / "run.json"
+        marker = self._marker
         if not marker.exists():
             if resume == "required":
                 raise ConfigError(f"{self.output} holds no run to continue (resume=required)")
@@ -84,21 +51,40 @@ class RunDir:
             return False
         if resume == "never":
             raise ConfigError(f"{self.output} holds a run already (resume=never)")
-        before = json.loads(marker.read_text())
-        different = _differences(before, json.loads(json.dumps(identity)))
+        self._check_same(identity, read_json(marker).keys())
+        self._sweep()
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What the run in this directory was asked to do, lastly."""
+        if not self._marker.exists():
+            raise ConfigError(f"{self.output} holds no run; a recipe can be changed from a block on where there is one")
+        return read_json(self._marker)
+
+    def change(self, identity: Mapping[str, Any], what: Collection[str], first: int) -> None:
+        """Lets the run go on as another one that differs in `what`: blocks from `first` on are forgotten."""
+        before = self.identity()
+        self._check_same(identity, before.keys() - set(what))
+        now = json.loads(json.dumps(identity))
+        if any(before[name] != now[name] for name in what):
+            self.reset_blocks(first)  # first: a crash in between must not leave blocks under a recipe not theirs
+            publish_json(self._marker, now)
+
+    def _check_same(self, identity: Mapping[str, Any], names: Collection[str]) -> None:
+        before, now = read_json(self._marker), json.loads(json.dumps(identity))
+        different = differences({k: before[k] for k in names}, {k: now.get(k) for k in names})
         if different:
             raise ConfigError(
-                f"{self.output} belongs to another run, which differs in {'; '.join(different)}. "
-                "Choose another output directory, or the same settings to continue it"
+                f"{self.output} belongs to another run, which differs in {'; '.join(different)}. Choose another output "
+                "directory, or the same settings to continue it (--from-block changes the recipe from a block on)"
             )
-        return True
 
     def _refuse_foreign(self) -> None:
         """A directory in which an earlier call could not even write its marker counts as empty."""
         if self.output.exists() and not self.output.is_dir():
             raise ConfigError(f"{self.output} is a file; choose an empty output directory")
         inside = self.output.rglob("*") if self.output.exists() else ()
-        if any(p != self.root and not p.name.endswith(".tmp") for p in inside):
+        if any(p != self.root and self.locks not in (p, p.parent) and not p.name.endswith(".tmp") for p in inside):
             raise ConfigError(f"{self.output} exists and is not a run of ours; choose an empty output directory")
 
     @property
@@ -107,65 +93,146 @@ class RunDir:
 
     # -- activations
 
+    def _spool(self, block: int) -> Path:
+        return self.root / "activations" / f"block-{block:05d}"
+
     def _batch_path(self, block: int, index: int) -> Path:
-        return self.root / "activations" / f"block-{block:05d}" / f"batch-{index:05d}.safetensors"
+        return self._spool(block) / f"batch-{index:05d}.safetensors"
 
     def has_batch(self, block: int, index: int) -> bool:
         """Whether the input of a block is there (it is spooled where a wave begins)."""
         return self._batch_path(block, index).exists()
 
     def put_batch(self, block: int, batch: Batch) -> None:
-        publish_tensors(self._batch_path(block, batch.index), batch.tensors())
+        publish_sealed(self._batch_path(block, batch.index), batch.tensors())
 
     def get_batch(self, block: int, index: int) -> Batch:
+        """The batch as it was put. CheckpointError for one that is damaged, which is removed, so that a continued run
+        makes it anew."""
         path = self._batch_path(block, index)
+        if not path.exists():  # as far as this host knows
+            refresh(path.parent.parent)
+            refresh(path.parent)
         try:
-            return Batch.from_tensors(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and continue") from None
-
-    # -- blocks
-
-    def block_name(self, index: int) -> str:
-        return f"block-{index:05d}.safetensors"
-
-    def _report_path(self, index: int) -> Path:
-        return self.root / "blocks" / f"block-{index:05d}.json"
-
-    def has_block(self, index: int) -> bool:
-        """The report is published after the tensors, so it vouches for them."""
-        return self._report_path(index).exists()
-
-    def put_block(self, index: int, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
-        path = self.root / "blocks" / self.block_name(index)
-        publish_tensors(path, tensors)
-        names = {k: list(v.shape) for k, v in sorted(tensors.items())}
-        publish_json(self._report_path(index), {**report, "sha256": sha256(path), "tensors": names})
-
-    def block_report(self, index: int) -> dict[str, Any]:
-        return json.loads(self._report_path(index).read_text())
-
-    def first_unfinished(self, num_blocks: int) -> int:
-        """The first block that is not there yet; `num_blocks` when every block is finished."""
-        return next((i for i in range(num_blocks) if not self.has_block(i)), num_blocks)
+            return Batch.from_tensors(read_sealed(path))
+        except CheckpointError as error:
+            path.unlink(missing_ok=True)
+            raise CheckpointError(f"{error}; it is removed, type the same command again to make it anew") from None
 
     def last_spooled(self, block: int, num_batches: int) -> int:
         """The last block up to `block` whose input is spooled completely, else 0."""
         return next((b for b in range(block, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))), 0)
 
+    def drop_batches(self, block: int) -> None:
+        """Forgets the input of a block."""
+        shutil.rmtree(self._spool(block), ignore_errors=True)
+
+    def drop_batches_before(self, block: int) -> None:
+        """Forgets the inputs of all blocks before this one, whose own input is spooled."""
+        for folder in (self.root / "activations").glob("block-*"):
+            if _index(folder) < block:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # -- finished files: a safetensors file, and its report, published after it
+
+    def put_file(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        """Publishes NAME.safetensors, then its report with hash, size and shapes."""
+        path = self.finished / f"{name}.safetensors"
+        publish_tensors(path, tensors)
+        shapes = {k: list(v.shape) for k, v in sorted(tensors.items())}
+        vouched = {"sha256": sha256(path), "bytes": path.stat().st_size, "tensors": shapes}
+        publish_json(self._report_path(name), {**report, **vouched})
+
+    def has_file(self, name: str) -> bool:
+        """The report is published after the tensors, so it vouches for them."""
+        return self._report_path(name).exists()
+
+    def file_report(self, name: str) -> dict[str, Any]:
+        return read_json(self._report_path(name))
+
+    def place(self, name: str) -> Path:
+        """Of a finished file: here until it is moved up, but a newer one goes first."""
+        file = f"{name}.safetensors"
+        return next((p for p in (self.finished / file, self.output / file) if p.exists()), self.finished / file)
+
+    def forget_file(self, name: str) -> None:
+        """Report first: what a killed process leaves of this is no finished file."""
+        file = f"{name}.safetensors"
+        for path in (self._report_path(name), self.finished / file, self.output / file):
+            path.unlink(missing_ok=True)
+
+    def check_files(self) -> list[str]:
+        """Hashes every finished file against its report. One that is damaged is named in the result, and forgotten, so
+        that it alone is made anew. Reads each file once, some at a time."""
+        refresh(self.finished)
+        names = sorted(p.stem for p in self.finished.glob("*.json"))
+        with ThreadPoolExecutor() as pool:
+            faults = list(pool.map(self._fault, names))
+        for name in (n for n, fault in zip(names, faults, strict=True) if fault):
+            self.forget_file(name)
+        return [fault for fault in faults if fault]
+
+    def _fault(self, name: str) -> str:
+        """What is wrong with a finished file; empty for a sound one."""
+        path = self.place(name)
+        try:
+            report = self.file_report(name)
+            size, expected = report["bytes"], report["sha256"]
+        except (CheckpointError, KeyError, TypeError):
+            return f"the report {self._report_path(name)} is damaged"
+        if not path.exists():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} is damaged: expected {size} bytes, found {path.stat().st_size}"
+        found = sha256(path)
+        return "" if found == expected else f"{path} is damaged: SHA-256 expected {expected}, found {found}"
+
+    def _report_path(self, name: str) -> Path:
+        return self.finished / f"{name}.json"
+
+    # -- blocks
+
+    def block_name(self, index: int) -> str:
+        return f"block-{index:05d}"
+
+    def has_block(self, index: int) -> bool:
+        return self.has_file(self.block_name(index))
+
+    def put_block(self, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        self.put_file(self.block_name(index), tensors, report)
+
+    def block_report(self, index: int) -> dict[str, Any]:
+        return self.file_report(self.block_name(index))
+
+    def reset_blocks(self, first: int) -> None:
+        """Forgets the finished blocks from `first` on; a finished checkpoint is one no longer."""
+        (self.output / "config.json").unlink(missing_ok=True)
+        for report in self.finished.glob("block-*.json"):
+            if _index(report) >= first:
+                self.forget_file(report.stem)
+
     def clean(self) -> None:
-        """Drops what only a continuation would need, and what killed writers left."""
+        """Drops what only a continuation would need."""
         shutil.rmtree(self.root / "activations", ignore_errors=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Drops what killed writers left."""
         for left in self.output.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _index(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each entry that is not equal, by its path, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} ({a!r} then, {b!r} now)")
     return found

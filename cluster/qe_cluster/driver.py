@@ -28,7 +28,7 @@ from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, claim, finish, prepare_run, start
+from qe_dist.flow.local import Prepared, claim, finish, mirrored, prepare_run, start
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
 from qe_dist.io.checkpoint import read_manifest
 
@@ -67,13 +67,14 @@ def quantize(
     with claim(*runs) as check_claim:
         ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
-        with ThreadPoolExecutor(1) as aside:
-            passed_on = aside.submit(start, ready)
-            if ready.next_block() is not None:
-                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
-                    _Call(ready, listen, stop or threading.Event(), check_claim, patience, summary).run()
-            passed_on.result()
-        finish(ready)
+        with mirrored(ready):
+            with ThreadPoolExecutor(1) as aside:
+                passed_on = aside.submit(start, ready)
+                if ready.next_block() is not None:
+                    with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
+                        _Call(ready, listen, stop or threading.Event(), check_claim, patience, summary).run()
+                passed_on.result()
+            finish(ready)
     manifest = read_manifest(runs[0].output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
     summary.seconds = time.perf_counter() - begin
@@ -250,6 +251,7 @@ class _Call:
             begin = time.perf_counter()
             for _, of_run in groupby(of_block, key=lambda job: job.run):
                 await self._fit_block(owner, list(of_run), places)
+            self.ready.sync()
             report = self.ready.store.block_report(index) | self._who(owner)
             self.listen("block", report | {"seconds": time.perf_counter() - begin})
 

@@ -13,6 +13,9 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
     calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],
+    mirror: Annotated[
+        str | None, typer.Option(help="URL (s3://, gs://) that gets a copy of all that is finished")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="default: one per GPU, else one per CPU (at most 4)")] = None,
     ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: start one here")] = None,
     resume: Annotated[str, typer.Option(help="auto, required or never")] = "auto",
@@ -39,6 +42,7 @@ def quantize(
         recipe=chosen,
         calibration=calibration,
         output=output,
+        mirror=mirror,
         workers=here.workers(threads) if workers is None else workers,
         resume=resume,  # type: ignore[arg-type]
         device=here.device if device == "auto" else device,

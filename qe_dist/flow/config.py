@@ -26,6 +26,8 @@ class RunConfig:
     recipe: Recipe
     calibration: Path
     output: Path
+    mirror: str | None = None
+    """A URL that gets a copy of what is finished, and gives it back to an empty output directory."""
     workers: int | None = 1
     """The most to use; None: as many as the cluster has whenever a wave begins."""
     resume: Resume = "auto"
@@ -120,12 +122,15 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Runs that share one pass of the calibration may differ in recipe and output only."""
     first = runs[0]
     for run in runs[1:]:
-        if replace(run, recipe=first.recipe, output=first.output) != first:
+        if replace(run, recipe=first.recipe, output=first.output, mirror=first.mirror) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
     if len({run.output for run in runs}) < len(runs):
         raise ConfigError("every recipe needs an output directory of its own")
+    mirrors = [run.mirror for run in runs if run.mirror]
+    if len(set(mirrors)) < len(mirrors):
+        raise ConfigError("every recipe needs a mirror of its own")
 
 
 def _hash(content: bytes) -> str:

@@ -17,6 +17,7 @@ from qe_dist.flow.plan import Seat, Wave, check_runs, local_seats, make_plan, pl
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
+from qe_dist.io.remote import Mirror
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
@@ -34,25 +35,27 @@ def quantize(*runs: RunConfig) -> None:
     with claim(*runs):
         seats = local_seats(runs[0])
         ready = prepare_run(*runs, seats=seats)
-        start(ready)
-        embedder = Embedder(ready.run, ready.model.arch)
-        while (first := ready.next_block()) is not None:
-            wave = plan_wave(ready.model, ready.runs, seats, first)
-            stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
-            for stage, part in zip(stages, wave, strict=True):
-                stage.load(part)
-            for i, samples in enumerate(ready.samples):
-                batch = ready.spooled(first, i) or embedder.embed(i, samples)
-                for stage in stages[:-1]:
-                    batch = stage.forward(batch)
-                stages[-1].finish(batch, ready.block_after(wave))
-            embedder.flush()
-            stages[-1].flush()
-            for stage, part in zip(stages, wave, strict=True):
-                for block in part.blocks:
-                    stage.fit(block.index)
-            ready.store.drop_batches_before(first)
-        finish(ready)
+        with mirrored(ready):
+            start(ready)
+            embedder = Embedder(ready.run, ready.model.arch)
+            while (first := ready.next_block()) is not None:
+                wave = plan_wave(ready.model, ready.runs, seats, first)
+                stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
+                for stage, part in zip(stages, wave, strict=True):
+                    stage.load(part)
+                for i, samples in enumerate(ready.samples):
+                    batch = ready.spooled(first, i) or embedder.embed(i, samples)
+                    for stage in stages[:-1]:
+                        batch = stage.forward(batch)
+                    stages[-1].finish(batch, ready.block_after(wave))
+                embedder.flush()
+                stages[-1].flush()
+                for stage, part in zip(stages, wave, strict=True):
+                    for block in part.blocks:
+                        stage.fit(block.index)
+                        ready.sync()
+                ready.store.drop_batches_before(first)
+            finish(ready)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class Prepared:
     source: WeightSource
     model: ModelSpec
     identities: Mapping[RunConfig, Mapping[str, Any]]
+    mirrors: tuple[Mirror, ...] = ()
+
+    def sync(self) -> None:
+        """Sends what is finished to the mirrors."""
+        for mirror in self.mirrors:
+            mirror.sync()
 
     @property
     def run(self) -> RunConfig:
@@ -107,6 +116,17 @@ def claim(*runs: RunConfig) -> Iterator[Callable[[], None]]:
         yield check
 
 
+@contextmanager
+def mirrored(ready: Prepared) -> Iterator[None]:
+    """Keeps the mirrors while the work goes on. Leaving waits until they have everything, after an error too."""
+    with ExitStack() as held:
+        for mirror in ready.mirrors:
+            held.enter_context(mirror)
+        ready.sync()
+        yield
+        ready.sync()
+
+
 def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     """Reads samples and headers, checks what can be checked now, opens the output directories.
 
@@ -124,8 +144,12 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     check_runs(model, runs, upper_bytes(source, model.passthrough))
     if seats:
         make_plan(model, runs, seats)
+    mirrors = []
     for run, identity in identities.items():
         store = RunDir(run.output)
+        if run.mirror:
+            mirrors.append(Mirror(run.mirror, store))
+            mirrors[-1].restore(identity, run.resume)
         if run.from_block:
             store.change(identity, POLICY, run.from_block)
         if store.open(identity, run.resume) and not store.is_complete:
@@ -134,7 +158,7 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
         if store.is_complete:
             store.clean()
     left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    return Prepared(left, samples, source, model, identities)
+    return Prepared(left, samples, source, model, identities, tuple(mirrors))
 
 
 def _with_policy(run: RunConfig) -> RunConfig:
@@ -170,6 +194,9 @@ def start(ready: Prepared) -> None:
 
 def finish(ready: Prepared) -> None:
     """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
+    ready.sync()
+    for mirror in ready.mirrors:
+        mirror.flush()  # assemble moves files
     for run in ready.runs:
         store = RunDir(run.output)
         assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])

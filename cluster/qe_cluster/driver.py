@@ -30,7 +30,7 @@ from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
-from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
+from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
 
@@ -126,7 +126,7 @@ class _Call:
             if len(workers) < (ready.run.workers or 0):
                 told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
                 self.listen("note", {"text": told})
-            wave = plan_wave(ready.model, ready.runs, self.crew.seats(), first)
+            wave = plan_wave(ready.task, self.crew.seats(), first)
             self.number += 1
             stages = [self._who(part.worker) | {"blocks": [b.index for b in part.blocks]} for part in wave]
             last = wave[-1].blocks[-1].index
@@ -142,7 +142,7 @@ class _Call:
             done = self._num_finished()
             try:
                 ray.get([workers[i].actor.load.remote(parts.get(i, StagePlan(i, ()))) for i in fresh])
-                self._stream(wave)
+                self._stream(wave, again=losses > 0)
                 asyncio.run(self._fit(wave))
                 return
             except RayError as error:
@@ -172,13 +172,13 @@ class _Call:
 
     # -- batches
 
-    def _stream(self, wave: Wave) -> None:
+    def _stream(self, wave: Wave, again: bool) -> None:
         """Sends every batch that somebody lacks through the stages of a wave, a bounded number at a time."""
         ready, first, after = self.ready, wave[0].blocks[0].index, self.ready.block_after(wave)
         actors = [self.crew.workers[part.worker].actor for part in wave]
         begin, depth = self._lacking(actors, after)
         actors, after = actors[:depth], after if depth == len(wave) else None
-        if begin and depth:
+        if again and depth:
             self.listen("again", {"wave": self.number, "from_batch": begin})
         flight: deque[tuple[int, Any]] = deque()
         limit, tokens, embedder = IN_FLIGHT_PER_STAGE * depth, 0, None
@@ -228,7 +228,7 @@ class _Call:
         workers, seats = self.crew.workers, self.crew.seats()
         after = self.ready.block_after(wave)
         if after is not None:
-            for part in plan_wave(self.ready.model, self.ready.runs, seats, after):
+            for part in plan_wave(self.ready.task, seats, after):
                 workers[part.worker].actor.prefetch.remote(part.blocks)
         lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
         owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
@@ -245,7 +245,7 @@ class _Call:
     def _places(self, owners: Mapping[FitJob, int], speeds: Sequence[float]) -> dict[FitJob, int]:
         groups = {job: self._group(job) for job in owners}
         limit = _store_bytes() // STORE_SHARE
-        stay = {job for job, group in groups.items() if group_bytes(group, self.ready.runs, job.block) > limit}
+        stay = {job for job, group in groups.items() if travel_bytes(group, self.ready.task, job.block) > limit}
         return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
 
     def _group(self, job: FitJob) -> Any:

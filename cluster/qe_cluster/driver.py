@@ -161,7 +161,6 @@ class _Call:
             fresh = [workers.index(worker) for worker in lost]
             replaced = [self.crew.replace(worker) for worker in lost]
             if not all(replaced):
-                self.crew.disband()
                 return
 
     def _num_finished(self) -> int:
@@ -193,8 +192,8 @@ class _Call:
             if batch is None:
                 embedder = embedder or self.crew.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
-            for actor in actors[:-1]:
-                batch = actor.forward.remote(batch)
+            for part in wave[: depth - 1]:
+                batch = self.crew.forward(part.worker)(batch)
             flight.append((index, actors[-1].finish.remote(batch, after)))
         while flight:
             tokens += self._land(flight)[0]
@@ -340,4 +339,4 @@ def _reason(error: RayError) -> str:
     said = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(cause, "actor_init_failed", False):
         raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-    return f"a worker died: {said[0]}"
+    return f"a worker died: {next((line for line in said if ' because ' in line), said[0])}"

@@ -173,13 +173,11 @@ def step(state: RunState, record: Record) -> RunState:
 
 
 def _start(state: RunState, data: Mapping[str, Any]) -> RunState:
-    taken_back = data["done"] < len(state.earlier)  # by --from-block
     return replace(
         state,
         batches=data["batches"],
         blocks=data["blocks"],
         before=data["done"],
-        earlier=frozenset() if taken_back else state.earlier,
     )
 
 

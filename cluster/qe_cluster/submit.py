@@ -83,8 +83,9 @@ def _wheel(source: Path, folder: Path) -> Path:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
-    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command; 1 where
-    it was stopped or never ran. The job does not notice when this is interrupted."""
+    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command. Ray
+    keeps none of what was stopped, which can be continued (75), and of what never ran (1). Interrupting this leaves
+    the job as it is."""
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
@@ -102,7 +103,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
         raise QEError(
             f"the log of job {job} broke off: {error}. The job may go on: qe-dist submit --attach {job}"
         ) from None
-    if end.driver_exit_code is None and end.status != JobStatus.SUCCEEDED:
-        write(f"job {job}: {end.status.value.lower()}: {end.message}\n")
-        return 1
-    return end.driver_exit_code or 0
+    if end.driver_exit_code is not None:
+        return end.driver_exit_code
+    write(f"job {job}: {end.message}\n")
+    return os.EX_TEMPFAIL if end.status == JobStatus.STOPPED else 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-START_SECONDS = 90
+START_SECONDS = 180
 
 
 @dataclass(frozen=True)

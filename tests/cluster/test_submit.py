@@ -16,6 +16,16 @@ from tests.tiny import calibration, tiny_model
 
 ROOT = Path(__file__).parents[2]
 QE_DIST = ("-m", "qe_pipelines.main")
+STOPPED = """
+import sys, time
+from qe_cluster.submit import connect, follow
+client = connect(sys.argv[1])
+job = client.submit_job(entrypoint="sleep 300")
+while client.get_job_status(job) != "RUNNING":
+    time.sleep(0.1)
+client.stop_job(job)
+sys.exit(follow(client, job, print))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,13 @@ def test_the_exit_code_and_the_error_are_those_of_the_command(started, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "error:" in done.stdout
     assert "nonsense" in done.stdout
+
+
+@pytest.mark.ray
+def test_a_job_that_was_stopped_ends_as_one_that_can_be_continued(started) -> None:
+    done = started.run("-c", STOPPED, started.dashboard)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "stopped" in done.stdout
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""The work that benchmarks/gpu/work.py counts is the work that the code does; what a block keeps is what is predicted."""
+"""The matrix products that benchmarks/gpu/work.py counts are those that the code makes."""
 
 import importlib.util
 import sys
@@ -70,7 +70,9 @@ def test_the_products_of_a_fit_are_counted_as_they_are_made(
     load = work.Load(tokens=TOKENS, batch=TOKENS, length=TOKENS, sample=TOKENS, itemsize=4)
     parts = work.work(block, RECIPE, load)
     predicted = sum(parts[n].flop32 + parts[n].rough for n in ("round", "share", "repair", "report"))
-    assert products(lambda: RECIPE.fit_block(problems)) == pytest.approx(predicted, rel=0.02)  # a block shares its ranks
+    assert products(lambda: RECIPE.fit_block(problems)) == pytest.approx(
+        predicted, rel=0.02
+    )  # a block shares its ranks
 
 
 def test_the_products_of_the_statistics_are_counted_as_they_are_made(

@@ -45,11 +45,12 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 def submit(client: JobSubmissionClient, command: Sequence[str]) -> str:
     """Starts `qe-dist COMMAND` on the head node, and returns the job's id."""
+    entrypoint = shlex.join(["python", "-m", "qe_pipelines.main", *command])
     with packages() as folders:
-        return client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "qe_pipelines.main", *command]),
-            runtime_env={"py_modules": [str(folder) for folder in folders]},
-        )
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"py_modules": [str(f) for f in folders]})
+        except (OSError, RuntimeError) as error:
+            raise QEError(f"the Ray cluster did not take the job: {error}") from None
 
 
 @contextmanager

@@ -53,6 +53,7 @@ def started() -> Iterator[StartedCluster]:
         "--dashboard-host": "127.0.0.1",
         "--dashboard-port": dashboard,
         "--ray-client-server-port": client,
+        "--dashboard-agent-listen-port": 0,
         "--min-worker-port": 0,
         "--max-worker-port": 0,
         "--num-cpus": 2,

@@ -116,7 +116,9 @@ class Bench:
         self.work, self.peer, self.model = work, peer, work / "model"
         write_model(self.model, shape)
         self.blocks = shape.blocks
-        run = RunConfig(self.model, load_recipe(RECIPE), CALIBRATION, work / "steps", samples_per_batch=SAMPLES_PER_BATCH)
+        run = RunConfig(
+            self.model, load_recipe(RECIPE), CALIBRATION, work / "steps", samples_per_batch=SAMPLES_PER_BATCH
+        )
         self.run, self.samples = run, make_batches(run)
 
     def ours(self, case: Case) -> tuple[Times, dict[str, str]]:
@@ -232,7 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes no result")
     parser.add_argument("--repeats", type=int, default=3, help="of everything, in turn; medians are reported")
-    parser.add_argument("--peer", type=Path, default=ROOT / ".venv-peer", help="virtual environment with llm-compressor")
+    parser.add_argument(
+        "--peer", type=Path, default=ROOT / ".venv-peer", help="virtual environment with llm-compressor"
+    )
     asked = parser.parse_args()
     if not (asked.peer / "bin" / "python").exists():
         parser.error(f"--peer {asked.peer} is no virtual environment; `make peer` sets it up")

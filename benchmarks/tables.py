@@ -15,13 +15,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import schedule
 from qe_pipelines import compare
 from qe_pipelines.compare import Entry, front
 from qe_pipelines.demo import HEADER, Case, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md")
+DOCUMENTS = (
+    "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
+)  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 MODELS = ("plain", "outlier")
@@ -286,6 +289,31 @@ def block_memory(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "block_predicted")
 
 
+def scaling(result: dict[str, Any]) -> str:
+    """Ours by the number of workers, and beside the peer."""
+    rows = [
+        (name, *(f"{run['seconds'][key]:.1f}" for key in ("command", "around", "first_batch", "fit")),
+         f"{run['predicted']['seconds']:.1f}", f"{run['error']:+.0%}")
+        for name, run in result["runs"].items()
+    ]  # fmt: skip
+    recipe = result["peer"]["recipe"]
+    for threads, seconds in result["peer"]["command_seconds"].items():
+        rows.append((f"llm-compressor, {recipe}, one process of {threads}", f"{seconds:.1f}", *[""] * 5))
+    header = ("run", "seconds", "before and after", "first batch", "fits", "predicted", "error")
+    told = ", ".join(f"{value:.2f} {name}" for name, value in result["efficiency"].items())
+    floor = result["efficiency_of_independent_processes"]
+    return f"\n{markdown(header, rows)}\nEfficiency of two workers: {told}; " + (
+        f"of two processes that share nothing but the machine {floor:.2f}.\n" + source(result, "scaling")
+    )
+
+
+def schedule_at_scale(result: dict[str, Any]) -> str:
+    rows = [schedule.cells(row) for row in result["rows"]]
+    return f"\nPredictions ({result['slower']['source']}):\n\n{markdown(schedule.HEADER, rows)}" + (
+        source(result, "schedule")
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -297,6 +325,8 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "block cuda": ("block_cuda", block, ()),
     "block predicted": ("block_predicted", block_predicted, ()),
     "block memory": ("block_predicted", block_memory, ()),
+    "scaling": ("scaling", scaling, ()),
+    "schedule": ("schedule", schedule_at_scale, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

@@ -28,7 +28,7 @@ from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, claim, finish, mirrored, prepare_run, start
+from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
 from qe_dist.io.checkpoint import read_manifest
 
@@ -64,17 +64,16 @@ def quantize(
     patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
     """
     begin = time.perf_counter()
-    with claim(*runs) as check_claim:
-        ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+    ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+    with opened(ready) as (ready, hold):
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
-        with mirrored(ready):
-            with ThreadPoolExecutor(1) as aside:
-                passed_on = aside.submit(start, ready)
-                if ready.next_block() is not None:
-                    with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
-                        _Call(ready, listen, stop or threading.Event(), check_claim, patience, summary).run()
-                passed_on.result()
-            finish(ready)
+        with ThreadPoolExecutor(1) as aside:
+            passed_on = aside.submit(start, ready)
+            if ready.next_block() is not None:
+                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
+                    _Call(ready, listen, stop or threading.Event(), hold, patience, summary).run()
+            passed_on.result()
+        finish(ready, hold)
     manifest = read_manifest(runs[0].output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
     summary.seconds = time.perf_counter() - begin
@@ -90,11 +89,11 @@ class _Call:
         ready: Prepared,
         listen: Listener,
         stop: threading.Event,
-        check_claim: Callable[[], None],
+        hold: Hold,
         patience: float,
         summary: Summary,
     ) -> None:
-        self.ready, self.listen, self.stop, self.check_claim, self.summary = ready, listen, stop, check_claim, summary
+        self.ready, self.listen, self.stop, self.hold, self.summary = ready, listen, stop, hold, summary
         self.crew = Crew(ready.runs, ready.model.arch, patience)
         self.watched: dict[Any, int] = {}
         self.last_look = time.monotonic()
@@ -118,6 +117,9 @@ class _Call:
             if first == 0 and ready.run.embeds_on == "cuda":
                 self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.spooled(0, i)})
             workers = self.crew.muster()
+            if len(workers) < (ready.run.workers or 0):
+                told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
+                self.listen("note", {"text": told})
             wave = plan_wave(ready.model, ready.runs, self.crew.seats(), first)
             number += 1
             stages = [self._who(part.worker) | {"blocks": [b.index for b in part.blocks]} for part in wave]
@@ -207,7 +209,7 @@ class _Call:
     def _land(self, flight: deque[Any]) -> tuple[int, int]:
         tokens, size = ray.get(flight.popleft())
         self.listen("batch", {"tokens": tokens})
-        self.check_claim()
+        self.hold.check()
         self._look()
         return tokens, size
 
@@ -245,13 +247,13 @@ class _Call:
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
         """The blocks of one worker, one after the other, each published as it finishes."""
         for index, of_block in groupby(jobs, key=lambda job: job.block):
-            self.check_claim()
+            self.hold.check()
             if self.stop.is_set():
                 return
             begin = time.perf_counter()
             for _, of_run in groupby(of_block, key=lambda job: job.run):
                 await self._fit_block(owner, list(of_run), places)
-            self.ready.sync()
+            self.hold.sync()
             report = self.ready.store.block_report(index) | self._who(owner)
             self.listen("block", report | {"seconds": time.perf_counter() - begin})
 

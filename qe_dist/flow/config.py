@@ -26,8 +26,6 @@ class RunConfig:
     recipe: Recipe
     calibration: Path
     output: Path
-    mirror: str | None = None
-    """A URL that gets a copy of what is finished, and gives it back to an empty output directory."""
     workers: int | None = 1
     """The most to use; None: as many as the cluster has whenever a wave begins."""
     resume: Resume = "auto"
@@ -43,6 +41,8 @@ class RunConfig:
     """Bytes that a worker may use on its device; None: most of what is free there."""
     host_memory: int | None = None
     """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    mirror: str | None = None
+    """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
     from_block: int = 0
     """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
     earlier: tuple[tuple[int, Recipe], ...] = ()
@@ -122,15 +122,13 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Runs that share one pass of the calibration may differ in recipe and output only."""
     first = runs[0]
     for run in runs[1:]:
-        if replace(run, recipe=first.recipe, output=first.output, mirror=first.mirror) != first:
+        own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}
+        if replace(run, **own) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
     if len({run.output for run in runs}) < len(runs):
         raise ConfigError("every recipe needs an output directory of its own")
-    mirrors = [run.mirror for run in runs if run.mirror]
-    if len(set(mirrors)) < len(mirrors):
-        raise ConfigError("every recipe needs a mirror of its own")
 
 
 def _hash(content: bytes) -> str:

@@ -1,7 +1,7 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from qe_dist.flow.plan import Seat, Wave, check_runs, local_seats, make_plan, pl
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
+from qe_dist.io.lock import RunLock
 from qe_dist.io.remote import Mirror
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
@@ -32,48 +33,42 @@ def quantize(*runs: RunConfig) -> None:
 
     Several runs may differ in recipe and output: one pass of the calibration serves them all.
     """
-    with claim(*runs):
-        seats = local_seats(runs[0])
-        ready = prepare_run(*runs, seats=seats)
-        with mirrored(ready):
-            start(ready)
-            embedder = Embedder(ready.run, ready.model.arch)
-            while (first := ready.next_block()) is not None:
-                wave = plan_wave(ready.model, ready.runs, seats, first)
-                stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
-                for stage, part in zip(stages, wave, strict=True):
-                    stage.load(part)
-                for i, samples in enumerate(ready.samples):
-                    batch = ready.spooled(first, i) or embedder.embed(i, samples)
-                    for stage in stages[:-1]:
-                        batch = stage.forward(batch)
-                    stages[-1].finish(batch, ready.block_after(wave))
-                embedder.flush()
-                stages[-1].flush()
-                for stage, part in zip(stages, wave, strict=True):
-                    for block in part.blocks:
-                        stage.fit(block.index)
-                        ready.sync()
-                ready.store.drop_batches_before(first)
-            finish(ready)
+    seats = local_seats(runs[0])
+    ready = prepare_run(*runs, seats=seats)
+    with opened(ready) as (ready, hold):
+        start(ready)
+        embedder = Embedder(ready.run, ready.model.arch)
+        while (first := ready.next_block()) is not None:
+            wave = plan_wave(ready.model, ready.runs, seats, first)
+            stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
+            for stage, part in zip(stages, wave, strict=True):
+                stage.load(part)
+            for i, samples in enumerate(ready.samples):
+                batch = ready.spooled(first, i) or embedder.embed(i, samples)
+                for stage in stages[:-1]:
+                    batch = stage.forward(batch)
+                stages[-1].finish(batch, ready.block_after(wave))
+            embedder.flush()
+            stages[-1].flush()
+            for stage, part in zip(stages, wave, strict=True):
+                for block in part.blocks:
+                    hold.check()
+                    stage.fit(block.index)
+                    hold.sync()
+            ready.store.drop_batches_before(first)
+        finish(ready, hold)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Runs that can begin: nothing is computed yet."""
+    """Runs that can begin: nothing is computed or written yet."""
 
     runs: tuple[RunConfig, ...]
-    """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
+    """They share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: WeightSource
     model: ModelSpec
     identities: Mapping[RunConfig, Mapping[str, Any]]
-    mirrors: tuple[Mirror, ...] = ()
-
-    def sync(self) -> None:
-        """Sends what is finished to the mirrors."""
-        for mirror in self.mirrors:
-            mirror.sync()
 
     @property
     def run(self) -> RunConfig:
@@ -103,32 +98,8 @@ class Prepared:
         return following if following < len(self.model.blocks) else None
 
 
-@contextmanager
-def claim(*runs: RunConfig) -> Iterator[Callable[[], None]]:
-    """Holds the output directories against other commands. Yields a check that nobody took them over."""
-    with ExitStack() as held:
-        locks = [held.enter_context(RunDir(run.output).lock()) for run in runs]
-
-        def check() -> None:
-            for lock in locks:
-                lock.check()
-
-        yield check
-
-
-@contextmanager
-def mirrored(ready: Prepared) -> Iterator[None]:
-    """Keeps the mirrors while the work goes on. Leaving waits until they have everything, after an error too."""
-    with ExitStack() as held:
-        for mirror in ready.mirrors:
-            held.enter_context(mirror)
-        ready.sync()
-        yield
-        ready.sync()
-
-
 def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
-    """Reads samples and headers, checks what can be checked now, opens the output directories.
+    """Reads samples and headers, and checks what can be checked now. Writes nothing.
 
     seats: the workers, where they are known before the work begins.
     """
@@ -144,21 +115,52 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     check_runs(model, runs, upper_bytes(source, model.passthrough))
     if seats:
         make_plan(model, runs, seats)
-    mirrors = []
-    for run, identity in identities.items():
-        store = RunDir(run.output)
-        if run.mirror:
-            mirrors.append(Mirror(run.mirror, store))
-            mirrors[-1].restore(identity, run.resume)
-        if run.from_block:
-            store.change(identity, POLICY, run.from_block)
-        if store.open(identity, run.resume) and not store.is_complete:
-            for fault in store.check_files():
-                log.warning("%s; it is made anew", fault)
-        if store.is_complete:
-            store.clean()
-    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    return Prepared(left, samples, source, model, identities, tuple(mirrors))
+    return Prepared(runs, samples, source, model, identities)
+
+
+class Hold:
+    """What a call has a hold of: locks of its output directories, and their copies behind URLs."""
+
+    def __init__(self, locks: Sequence[RunLock], mirrors: list[Mirror]) -> None:
+        self.locks, self.mirrors = locks, mirrors
+
+    def check(self) -> None:
+        """QEError where another command took a directory over."""
+        for lock in self.locks:
+            lock.check()
+
+    def sync(self) -> None:
+        """Has what was finished copied, soon."""
+        for mirror in self.mirrors:
+            mirror.sync()
+
+    def flush(self) -> None:
+        """Returns when it is copied."""
+        self.sync()
+        for mirror in self.mirrors:
+            mirror.flush()
+
+
+@contextmanager
+def opened(ready: Prepared) -> Iterator[tuple[Prepared, Hold]]:
+    """Makes or continues the run directories and holds them against other commands. What is left of the runs are those
+    that are not finished."""
+    with ExitStack() as held:
+        hold = Hold([held.enter_context(RunDir(run.output).lock()) for run in ready.runs], [])
+        for run in ready.runs:
+            store, identity = RunDir(run.output), ready.identities[run]
+            if run.mirror is not None:
+                hold.mirrors.append(held.enter_context(Mirror(run.mirror, store)))
+                hold.mirrors[-1].restore(identity, run.resume)
+            if run.from_block:
+                store.change(identity, POLICY, run.from_block)
+            if store.open(identity, run.resume) and not store.is_complete:
+                for fault in store.check_files():
+                    log.warning("%s; it is made anew", fault)
+            if store.is_complete:
+                store.clean()
+        hold.sync()
+        yield replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete)), hold
 
 
 def _with_policy(run: RunConfig) -> RunConfig:
@@ -192,12 +194,11 @@ def start(ready: Prepared) -> None:
         put_passthrough(RunDir(run.output), ready.model, ready.source)
 
 
-def finish(ready: Prepared) -> None:
+def finish(ready: Prepared, hold: Hold) -> None:
     """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
-    ready.sync()
-    for mirror in ready.mirrors:
-        mirror.flush()  # assemble moves files
+    hold.flush()
     for run in ready.runs:
         store = RunDir(run.output)
         assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])
         store.clean()
+    hold.sync()

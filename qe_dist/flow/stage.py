@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qe_dist import archs
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.determinism import pin
-from qe_dist.core.machine import cpu_name, matmul_rate
+from qe_dist.core.machine import cpu_name, give_back_memory, matmul_rate
 from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, InputGroup, view_of
@@ -172,6 +172,8 @@ class Stage:
         try:
             yield
         finally:
+            if activity != "forward":
+                give_back_memory()
             self.seconds[activity] += time.perf_counter() - start
             self.activity = "idle"
 

@@ -142,7 +142,10 @@ def assemble(
         "files": files,
         **cost_per_weight(spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
-        "blocks": [{k: r[k] for k in ("index", "groups", *MADE)} for r in reports],
+        "blocks": [
+            {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
+            for b, r in zip(spec.blocks, reports, strict=True)
+        ],
     }
     publish_json(run.output / MANIFEST, manifest)
     config = dict(source.config)

@@ -95,4 +95,4 @@ def test_a_block_that_does_not_fit_is_refused_now():
 
 def test_a_full_disk_is_refused_now():
     with pytest.raises(ConfigError, match=r"MiB free, the checkpoint needs about"):
-        check_runs(model(2), [RUN], passthrough_bytes=2**60, first_block=0)
+        check_runs(model(2), [RUN], passthrough_bytes=2**60)

@@ -53,6 +53,7 @@ class Stage:
         with self._busy("load"):
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
+            self.prefetch(part.blocks)
             self.blocks = {spec.index: _Block(self, spec) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:

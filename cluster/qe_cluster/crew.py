@@ -93,12 +93,17 @@ class Crew:
         return int(FREE_SHARE * here) // sum(other.node == worker.node for other in self.workers)
 
     def forward(self, number: int) -> Callable[[Any], Any]:
-        """Submits a batch to a worker. From device to device where NIXL is installed for all, else Ray's object store
-        carries the result."""
+        """Submits a batch to a worker. Its result goes from GPU to GPU where NIXL is installed for all, else through
+        Ray's object store."""
         method = self.workers[number].actor.forward
-        if all(worker.has_nixl for worker in self.workers):
+        if all(worker.has_nixl and self.run.device == "cuda" for worker in self.workers):
             return lambda batch: method.options(tensor_transport="nixl").remote(batch, stay=True)
         return method.remote
+
+    def check_embedder(self) -> None:
+        """Forgets one that died."""
+        if self.embedders and not _answered(self.embedders[0].flush.remote(), SILENT):
+            self.embedders = []
 
     def lost(self) -> list[Worker]:
         """Who does not answer. Returns when every worker has answered, died, or kept silent for too long."""
@@ -129,8 +134,8 @@ class Crew:
             remove_placement_group(group)
 
     def embedder(self) -> Any:
-        """Makes the first block's inputs beside the workers, on any node; made anew when it died."""
-        if not self.embedders or not _answered(self.embedders[0].flush.remote(), SILENT):
+        """Makes the first block's inputs beside the workers, on any node."""
+        if not self.embedders:
             self.embedders = [EmbedActor.options(num_cpus=0).remote(self.run, self.arch)]
         return self.embedders[0]
 

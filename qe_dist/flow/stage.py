@@ -40,6 +40,7 @@ class Stage:
     def __init__(self, runs: Sequence[RunConfig], arch: str) -> None:
         self.run, self.runs, self.arch = runs[0], runs, archs.get(arch)
         pin(self.run.threads)
+        self.arch.warm_up()
         self.stores = [RunDir(run.output) for run in runs]
         self.spool = Spool(self.stores[0])
         self.blocks: dict[int, _Block] = {}
@@ -54,6 +55,7 @@ class Stage:
         with self._busy("load"):
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
+            self.prefetch(part.blocks)
             self.blocks = {spec.index: _Block(self, spec) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
@@ -125,13 +127,10 @@ class Stage:
         with self._busy("fit"):
             block, store = self.blocks[index], self.stores[run]
             view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
-            made = {
-                "recipe_from": self.runs[run].start_of(index),
-                "device": self.run.device,
-                "threads": self.run.threads,
-            }
-            report = report_dict(index, done, view) | made
-            store.put_block(index, block_tensors(view, done, self.source), report)
+            start = self.runs[run].start_of(index)
+            made = {"recipe_from": start, "device": self.run.device, "threads": self.run.threads}
+            tensors = block_tensors(view, done, self.source)
+            store.put_block(index, tensors, report_dict(view, done, tensors) | made)
             if all(store.has_block(index) for store in self.stores):
                 block.stats.clear()
             return store.block_report(index)

@@ -1,7 +1,9 @@
 """A Ray cluster to run on: the one that is given, or one started here and stopped again."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,15 +91,16 @@ def _start(cpus: int, object_store_memory: int | None) -> None:
     """Ray makes such a cluster ask for a token, and makes the token where there is none."""
     here = _here()
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(cpus, here.cpus),
-            num_gpus=here.gpus,
-            object_store_memory=object_store_memory,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, here.cpus),
+                num_gpus=here.gpus,
+                object_store_memory=object_store_memory,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     except OSError as error:
         raise ConfigError(
             f"Ray could not start: {error}. It keeps its token in ~/.ray/auth_token and its session in /tmp/ray: both "
@@ -110,7 +113,8 @@ def _connected(address: str) -> Iterator[None]:
     _knock(address)
     given = os.environ.setdefault(TRIES, "1")
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
         ray.shutdown()  # what had been begun
         raise ConfigError(_refusal(address, f"{error} {error.__cause__ or ''}")) from None
@@ -121,6 +125,15 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler for SIGTERM in the place of ours, which ends the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _knock(address: str) -> None:

@@ -47,9 +47,9 @@ class Setting:
 
     shape: Shape
     depths: tuple[int, ...] = (8, 16, 32, 64)
-    blocks: int = 400
+    blocks: int = 460
     """Of the large model."""
-    samples: int = 48
+    samples: int = 32
     recipe: str = "qe-w4a6"
     workers: int = 2
     blocks_per_worker: int = 1

@@ -39,9 +39,10 @@ def test_the_exit_code_and_the_output_are_kept(script, tmp_path):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        ("ray::Stage.forward", "stage"),
+        ("ray::StageActor.forward", "stage"),
         ("ray::Embedder", "embedder"),
         ("ray::IDLE", "ray"),
+        ("ray::DashboardAgent", "ray"),
         ("/x/raylet --store_socket_name=y", "ray"),
         ("python -m qe_pipelines.main quantize model", "driver"),
     ],

@@ -47,6 +47,10 @@ class Watched:
     def peak(self) -> Sample:
         return max(self.samples, key=lambda s: s.total)
 
+    def peak_without(self, kind: str) -> Sample:
+        """The highest while no process of this kind lived."""
+        return max((s for s in self.samples if kind not in s.mib), key=lambda s: s.total)
+
     @property
     def peaks(self) -> dict[str, float]:
         """Of each kind alone; they need not fall together."""

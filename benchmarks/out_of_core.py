@@ -6,8 +6,8 @@
 Checkpoints of random weights (models/synthetic.py) go through the command `qe-dist quantize` with a local Ray, while
 the memory of the driver, the workers, Ray's own processes and its object store is sampled (benchmarks/memory.py). First
 models of 8 to 64 blocks of one width, then one that is many times larger than the peak. Beside each peak stands its
-floor: what the command takes for a model so narrow that its weights are nothing, and `flow.plan.block_bytes` of the
-blocks that the workers hold.
+floor: what the command takes, once all is embedded, for a model so narrow that its weights are nothing, and
+`flow.plan.block_bytes` of the blocks that the workers hold.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
         "held_mib": setting.workers * setting.blocks_per_worker * held / MIB,
         "seconds": watched.seconds,
         "peak_mib": watched.peak.total,
+        "peak_without_embedder_mib": watched.peak_without("embedder").total,
         "at_peak_mib": watched.peak.mib,
         "peaks_mib": watched.peaks,
         "mib_over_seconds": thinned(watched),
@@ -120,13 +121,13 @@ def slope(runs: list[dict[str, Any]]) -> float:
     return linear_regression([r["shape"]["blocks"] for r in runs], [r["peak_mib"] for r in runs]).slope
 
 
-def table_of(runs: list[dict[str, Any]], narrow: float) -> Table:
-    """Peaks in MiB: of all together, and of each kind of process alone."""
+def table_of(runs: list[dict[str, Any]], floor: float) -> Table:
+    """Peaks in MiB: of all together, and of each kind of process alone. floor: that of no weights."""
     kinds = [*sorted({kind for run in runs for kind in run["peaks_mib"]} - {DRIVER, RAY, STORE}), DRIVER, RAY, STORE]
     table = Table("blocks", "checkpoint", "peak", "floor", "checkpoint / peak", *kinds, "seconds")
     for run in runs:
         peak, size, of_kind = run["peak_mib"], run["checkpoint_mib"], run["peaks_mib"]
-        cells = f"{size:.0f}", f"{peak:.0f}", f"{narrow + run['held_mib']:.0f}", f"{size / peak:.2f}"
+        cells = f"{size:.0f}", f"{peak:.0f}", f"{floor + run['held_mib']:.0f}", f"{size / peak:.2f}"
         peaks = [f"{of_kind.get(kind, 0):.0f}" for kind in kinds]
         table.add_row(str(run["shape"]["blocks"]), *cells, *peaks, f"{run['seconds']:.0f}")
     return table
@@ -148,7 +149,7 @@ def main() -> None:
         large = [measure(work, setting, replace(setting.shape, blocks=setting.blocks))] if setting.blocks else []
     peaks = [run["peak_mib"] for run in depth]
     spread = max(peaks) / min(peaks) - 1
-    Console().print(table_of([narrow, *depth, *large], narrow["peak_mib"]))
+    Console().print(table_of([narrow, *depth, *large], narrow["peak_without_embedder_mib"]))
     print(f"peaks over depth: spread {spread:.1%}, {slope(depth):+.2f} MiB for each block more")
     if not given.quick:
         content = {"setting": asdict(setting), "narrow": narrow, "depth": depth, "large": large}

@@ -24,13 +24,15 @@ from ray.exceptions import RayError, RayTaskError
 
 from qe_cluster.crew import Crew, Worker
 from qe_cluster.launch import ray_cluster
+from qe_cluster.metrics import Metrics
 from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
-from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, group_bytes, local_seats, plan_wave
+from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
+from qe_dist.io.journal import JOURNAL, Journal
 
 IN_FLIGHT_PER_STAGE = 2
 STORE_SHARE = 4  # a batch in flight may lie in the object store twice, and half of the store is left to others
@@ -66,12 +68,14 @@ def quantize(
     begin = time.perf_counter()
     ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
     with opened(ready) as (ready, hold):
+        listen = _all_of(listen, Journal(ready.store.root / JOURNAL, listen))
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
         with ThreadPoolExecutor(1) as aside:
             passed_on = aside.submit(start, ready)
             if ready.next_block() is not None:
-                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads):
-                    _Call(ready, listen, stop or threading.Event(), hold, patience, summary).run()
+                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
+                    told = _all_of(listen, metrics)
+                    _Call(ready, told, stop or threading.Event(), hold, patience, summary).run()
             passed_on.result()
         finish(ready, hold)
     manifest = read_manifest(runs[0].output)
@@ -95,6 +99,8 @@ class _Call:
     ) -> None:
         self.ready, self.listen, self.stop, self.hold, self.summary = ready, listen, stop, hold, summary
         self.crew = Crew(ready.runs, ready.model.arch, patience)
+        self.number = 0
+        """Of the wave, from 1 on."""
         self.watched: dict[Any, int] = {}
         self.last_look = time.monotonic()
 
@@ -112,7 +118,7 @@ class _Call:
             self.crew.close()
 
     def _waves(self) -> None:
-        ready, number = self.ready, 0
+        ready = self.ready
         while (first := ready.next_block()) is not None:
             if first == 0 and ready.run.embeds_on == "cuda":
                 self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.spooled(0, i)})
@@ -120,10 +126,11 @@ class _Call:
             if len(workers) < (ready.run.workers or 0):
                 told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
                 self.listen("note", {"text": told})
-            wave = plan_wave(ready.model, ready.runs, self.crew.seats(), first)
-            number += 1
+            wave = plan_wave(ready.task, self.crew.seats(), first)
+            self.number += 1
             stages = [self._who(part.worker) | {"blocks": [b.index for b in part.blocks]} for part in wave]
-            self.listen("wave", {"number": number, "first": first, "last": wave[-1].blocks[-1].index, "stages": stages})
+            last = wave[-1].blocks[-1].index
+            self.listen("wave", {"number": self.number, "first": first, "last": last, "stages": stages})
             self._wave(wave, workers)
             ready.store.drop_batches_before(first)
 
@@ -135,7 +142,7 @@ class _Call:
             done = self._num_finished()
             try:
                 ray.get([workers[i].actor.load.remote(parts.get(i, StagePlan(i, ()))) for i in fresh])
-                self._stream(wave)
+                self._stream(wave, again=losses > 0)
                 asyncio.run(self._fit(wave))
                 return
             except RayError as error:
@@ -154,7 +161,6 @@ class _Call:
             fresh = [workers.index(worker) for worker in lost]
             replaced = [self.crew.replace(worker) for worker in lost]
             if not all(replaced):
-                self.crew.disband()
                 return
 
     def _num_finished(self) -> int:
@@ -165,15 +171,15 @@ class _Call:
 
     # -- batches
 
-    def _stream(self, wave: Wave) -> None:
+    def _stream(self, wave: Wave, again: bool) -> None:
         """Sends every batch that somebody lacks through the stages of a wave, a bounded number at a time."""
         ready, first, after = self.ready, wave[0].blocks[0].index, self.ready.block_after(wave)
         actors = [self.crew.workers[part.worker].actor for part in wave]
         begin, depth = self._lacking(actors, after)
         actors, after = actors[:depth], after if depth == len(wave) else None
-        if begin and depth:
-            self.listen("again", {"wave": first, "from_batch": begin})
-        flight: deque[Any] = deque()
+        if again and depth:
+            self.listen("again", {"wave": self.number, "from_batch": begin})
+        flight: deque[tuple[int, Any]] = deque()
         limit, tokens, embedder = IN_FLIGHT_PER_STAGE * depth, 0, None
         for index in range(begin if depth else len(ready.samples), len(ready.samples)):
             while len(flight) >= limit:
@@ -186,9 +192,9 @@ class _Call:
             if batch is None:
                 embedder = embedder or self.crew.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
-            for actor in actors[:-1]:
-                batch = actor.forward.remote(batch)
-            flight.append(actors[-1].finish.remote(batch, after))
+            for part in wave[: depth - 1]:
+                batch = self.crew.forward(part.worker)(batch)
+            flight.append((index, actors[-1].finish.remote(batch, after)))
         while flight:
             tokens += self._land(flight)[0]
         ray.get([writer.flush.remote() for writer in (embedder, *actors[-1:]) if writer is not None])
@@ -206,9 +212,10 @@ class _Call:
         depth = len(actors) if unspooled else max(lacking, default=-1) + 1
         return min([*unspooled[:1], *lacking.values()], default=0), depth
 
-    def _land(self, flight: deque[Any]) -> tuple[int, int]:
-        tokens, size = ray.get(flight.popleft())
-        self.listen("batch", {"tokens": tokens})
+    def _land(self, flight: deque[tuple[int, Any]]) -> tuple[int, int]:
+        index, landing = flight.popleft()
+        tokens, size = ray.get(landing)
+        self.listen("batch", {"wave": self.number, "index": index, "tokens": tokens})
         self.hold.check()
         self._look()
         return tokens, size
@@ -220,7 +227,7 @@ class _Call:
         workers, seats = self.crew.workers, self.crew.seats()
         after = self.ready.block_after(wave)
         if after is not None:
-            for part in plan_wave(self.ready.model, self.ready.runs, seats, after):
+            for part in plan_wave(self.ready.task, seats, after):
                 workers[part.worker].actor.prefetch.remote(part.blocks)
         lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
         owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
@@ -237,7 +244,7 @@ class _Call:
     def _places(self, owners: Mapping[FitJob, int], speeds: Sequence[float]) -> dict[FitJob, int]:
         groups = {job: self._group(job) for job in owners}
         limit = _store_bytes() // STORE_SHARE
-        stay = {job for job, group in groups.items() if group_bytes(group, self.ready.runs, job.block) > limit}
+        stay = {job for job, group in groups.items() if travel_bytes(group, self.ready.task, job.block) > limit}
         return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
 
     def _group(self, job: FitJob) -> Any:
@@ -305,6 +312,14 @@ class _Call:
             self.watched = {w.actor.usage.remote(): i for i, w in enumerate(self.crew.workers)}
 
 
+def _all_of(*listeners: Listener) -> Listener:
+    def tell(event: str, data: dict[str, Any]) -> None:
+        for listen in listeners:
+            listen(event, data)
+
+    return tell
+
+
 async def _result(ref: Any) -> Any:
     return await ref
 
@@ -324,4 +339,4 @@ def _reason(error: RayError) -> str:
     said = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(cause, "actor_init_failed", False):
         raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-    return f"a worker died: {said[0]}"
+    return f"a worker died: {next((line for line in said if ' because ' in line), said[0])}"

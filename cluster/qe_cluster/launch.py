@@ -41,7 +41,7 @@ class Resources:
 
 def resources(address: str | None) -> Resources:
     """Of the given cluster, or of this machine (without starting anything)."""
-    address = _given(address)
+    address = cluster_address(address)
     if address is None:
         return _here()
     with _connected(address):
@@ -65,7 +65,7 @@ def ray_cluster(address: str | None, cpus: int, object_store_memory: int | None 
 
     Raises ConfigError where the cluster does not answer, refuses our token, or has other versions than we do.
     """
-    address = _given(address)
+    address = cluster_address(address)
     if ray.is_initialized():  # by the caller, who keeps it
         yield
     elif address is not None:
@@ -80,7 +80,8 @@ def ray_cluster(address: str | None, cpus: int, object_store_memory: int | None 
             ray.shutdown()
 
 
-def _given(address: str | None) -> str | None:
+def cluster_address(address: str | None) -> str | None:
+    """The cluster that is meant: the one that is named, that of RAY_ADDRESS, or None for one to be started here."""
     return address or os.environ.get("RAY_ADDRESS")
 
 

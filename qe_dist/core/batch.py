@@ -27,6 +27,10 @@ class Batch:
     def with_hidden(self, hidden: Tensor) -> "Batch":
         return replace(self, hidden=hidden)
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """With every tensor there."""
+        return Batch.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     @property
     def num_tokens(self) -> int:
         return int((self.modality != PADDING).sum())

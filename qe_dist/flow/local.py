@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from qe_dist import archs
@@ -11,9 +12,9 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
-from qe_dist.flow.calibrate import Embedder, make_batches
+from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
 from qe_dist.flow.config import POLICY, RunConfig, check_siblings
-from qe_dist.flow.plan import Seat, Wave, check_runs, local_seats, make_plan, plan_wave
+from qe_dist.flow.plan import Seat, Task, Wave, check_runs, local_seats, make_plan, plan_wave
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
@@ -39,7 +40,7 @@ def quantize(*runs: RunConfig) -> None:
         start(ready)
         embedder = Embedder(ready.run, ready.model.arch)
         while (first := ready.next_block()) is not None:
-            wave = plan_wave(ready.model, ready.runs, seats, first)
+            wave = plan_wave(ready.task, seats, first)
             stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
             for stage, part in zip(stages, wave, strict=True):
                 stage.load(part)
@@ -74,6 +75,10 @@ class Prepared:
     def run(self) -> RunConfig:
         """The first, in whose directory activations are spooled; any of them where none is left."""
         return (*self.runs, *self.identities)[0]
+
+    @cached_property
+    def task(self) -> Task:
+        return Task(self.model, self.runs, batch_tokens(self.samples))
 
     @property
     def store(self) -> RunDir:
@@ -113,9 +118,10 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
     images = [image for batch in samples for sample in batch for image in sample.images]
     identities = {run: run.identity(images) for run in runs}
     check_runs(model, runs, upper_bytes(source, model.passthrough))
+    ready = Prepared(runs, samples, source, model, identities)
     if seats:
-        make_plan(model, runs, seats)
-    return Prepared(runs, samples, source, model, identities)
+        make_plan(ready.task, seats)
+    return ready
 
 
 class Hold:

@@ -12,10 +12,10 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.methods.base import Shares
+from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
-STATE_BYTES = 4  # statistics and fits are float32
 FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
 MOVED = 1.2  # what a fit costs elsewhere, with the way there
 
@@ -52,30 +52,45 @@ class Plan:
         return tuple(stage for wave in self.waves for stage in wave)
 
 
-def make_plan(model: ModelSpec, runs: Sequence[RunConfig], seats: Sequence[Seat], first_block: int = 0) -> Plan:
+@dataclass(frozen=True)
+class Task:
+    """What is to be done, as far as plans ask."""
+
+    model: ModelSpec
+    runs: tuple[RunConfig, ...]
+    """All that are served by one pass of the calibration (see `flow.local.quantize`)."""
+    batch_tokens: int
+    """Of the largest batch, padding included."""
+
+    def footprint(self, block: BlockSpec) -> Footprint:
+        run = self.runs[0]
+        recipes = [run.recipe_for(block.index) for run in self.runs]
+        return footprint(block, recipes, run.sample_tokens, self.batch_tokens, run.dtype.itemsize)
+
+
+def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> Plan:
     """All waves from `first_block` on, if nobody comes or goes."""
-    waves = []
+    waves, model = [], task.model
     while first_block < len(model.blocks):
-        waves.append(plan_wave(model, runs, seats, first_block))
+        waves.append(plan_wave(task, seats, first_block))
         first_block = waves[-1][-1].blocks[-1].index + 1
     return Plan(model, tuple(waves))
 
 
-def plan_wave(model: ModelSpec, runs: Sequence[RunConfig], seats: Sequence[Seat], first_block: int) -> Wave:
-    """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size.
-
-    runs: all that are served by one pass of the calibration (see `flow.local.quantize`).
-    """
-    need = max(block_bytes(b, runs) for b in model.blocks)
-    at_most = runs[0].blocks_per_worker or len(model.blocks)
-    room = [min(seat.memory // need, at_most) for seat in seats]
+def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
+    """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size."""
+    left = task.model.blocks[first_block:]
+    needs = [task.footprint(block) for block in left]
+    kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
+    at_most = task.runs[0].blocks_per_worker or len(left)
+    room = [min(max(0, seat.memory - passing) // kept, at_most) for seat in seats]
     if not sum(room):
         largest = max(seats, key=lambda seat: seat.memory)
         raise ConfigError(
-            f"one block needs {need / 2**30:.1f} GiB (weights, statistics, fit), but of {len(seats)} workers the "
-            f"largest, on {largest.node}, has {largest.memory / 2**30:.1f} GiB; use fewer workers or more memory"
+            f"one block needs {_gib(kept + passing)}: {_gib(kept)} for weights and statistics, {_gib(passing)} while a "
+            f"batch goes through or a fit is made; but of {len(seats)} workers the largest, on {largest.node}, has "
+            f"{_gib(largest.memory)}. Use fewer workers, --memory, fewer --samples-per-batch, or a larger machine"
         )
-    left = model.blocks[first_block:]
     waves = -(-len(left) // sum(room))
     counts = share_out(-(-len(left) // waves), room, [seat.speed for seat in seats])
     ends = list(accumulate(counts))
@@ -84,6 +99,10 @@ def plan_wave(model: ModelSpec, runs: Sequence[RunConfig], seats: Sequence[Seat]
         for worker, (count, end) in enumerate(zip(counts, ends, strict=True))
         if count
     )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[int]:
@@ -154,16 +173,11 @@ def local_seats(run: RunConfig) -> list[Seat]:
     return [Seat(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
 
 
-def block_bytes(block: BlockSpec, runs: Sequence[RunConfig]) -> int:
-    """Memory that a worker needs per block while it gathers and fits: weights twice, Grams, token samples."""
-    return sum(group_bytes(group, runs, block.index) for group in block.groups)
-
-
-def group_bytes(group: InputGroup, runs: Sequence[RunConfig], block: int) -> int:
-    """The part of one input group; about what travels when another worker fits it."""
+def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
+    """What goes to another worker that fits a group: weights, Gram matrices, token sample, in float32."""
     width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    gram = (M + 2) * width * width if needs_of(runs, block).gram else 0
-    return STATE_BYTES * (2 * width * outputs + gram + 4 * runs[0].sample_tokens * width)
+    gram = M * width * width if needs_of(task.runs, block).gram else 0
+    return 4 * (width * outputs + gram + 2 * task.runs[0].sample_tokens * width)
 
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:

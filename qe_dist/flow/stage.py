@@ -9,6 +9,7 @@ that differ in their recipe.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -64,8 +65,11 @@ class Stage:
         """Batches in the statistics; None where every block is finished and nothing is counted."""
         return self.num_counted if any(block.stats for block in self.blocks.values()) else None
 
-    def forward(self, batch: Batch | Spooled) -> Batch:
-        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before."""
+    def forward(self, batch: Batch | Spooled, stay: bool = False) -> Batch:
+        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before.
+
+        stay: leaves the batch on the device, for a transport that takes it from there.
+        """
         with self._busy("forward"):
             if isinstance(batch, Spooled):
                 batch = self.spool.get(batch)
@@ -75,7 +79,7 @@ class Stage:
             for block in self.blocks.values():
                 batch = batch.with_hidden(block.forward(batch, count=is_next))
             self.num_counted += is_next
-            return batch.with_hidden(batch.hidden.cpu())
+            return batch.to(batch.hidden.device if stay else "cpu")
 
     def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
         """Forward where a batch ends; spools what enters `next_block`. Returns its tokens and bytes."""
@@ -157,13 +161,14 @@ class Stage:
         }
 
     def survey(self) -> dict[str, Any]:
-        """Kind, speed and free bytes of the device."""
+        """Kind, speed and free bytes of the device, and whether tensors can leave it directly."""
         pin(self.run.threads)
         if self.run.device == "cuda":
             kind, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
         else:
             kind, free = f"{cpu_name()}, {self.run.threads} threads", psutil.virtual_memory().available
-        return {"kind": kind, "free": free, "speed": matmul_rate(self.run.device, self.run.dtype)}
+        facts = {"kind": kind, "free": free, "has_nixl": find_spec("nixl") is not None}
+        return facts | {"speed": matmul_rate(self.run.device, self.run.dtype)}
 
     @contextmanager
     def _busy(self, activity: str) -> Iterator[None]:

@@ -21,16 +21,12 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.io.checkpoint import INDEX, MANIFEST, read_manifest
-from qe_dist.io.publish import read_json, sha256
+from qe_dist.io.publish import DTYPES, read_json, sha256
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 
 SLICE_BYTES = 2**26
 """Of a tensor that is looked at, at a time."""
-DTYPES = {
-    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
-    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-}  # fmt: skip
 Described = tuple[Any, ...]
 """dtype and shape, as `config.json` says them."""
 
@@ -175,7 +171,12 @@ def _source(folder: Path, manifest: Mapping[str, Any]) -> WeightSource:
 def _header(path: Path) -> dict[str, Described]:
     with safe_open(path, framework="pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {n: (DTYPES.get(p.get_dtype(), p.get_dtype()), *p.get_shape()) for n, p in parts.items()}
+        return {n: (_named(p.get_dtype()), *p.get_shape()) for n, p in parts.items()}
+
+
+def _named(dtype: str) -> str:
+    """A type's name in config.json, from its name in safetensors."""
+    return str(DTYPES.get(dtype, dtype)).removeprefix("torch.")
 
 
 def _slices(file: Any, name: str) -> Iterator[torch.Tensor]:

@@ -1,6 +1,9 @@
 """All of a file or nothing: write to a temporary name, fsync file and directory, rename.
 
 Nothing here needs more of a file system than NFS gives: no flock, no process ids in names that other hosts see.
+Safetensors files are written by a few lines of our own: the library's writer leaves a temporary file of another name
+when it is killed, makes files that only their owner can read, and writes metadata in an order that changes from run to
+run; and here the hash falls out of the writing, without reading a file again.
 """
 
 import contextlib
@@ -8,16 +11,22 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+"""By their names in safetensors."""
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
@@ -32,11 +41,10 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise CheckpointError(
-            f"{path} could not be written: {said}; free some space (or mend the permissions) and type the same "
-            "command again, nothing finished is lost"
+            f"{path} could not be written: {error.strerror or error}; free some space (or mend the permissions) and "
+            "type the same command again, nothing finished is lost"
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -54,17 +62,23 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
-def publish_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of a checkpoint. The same tensors give the same bytes."""
-    ready = _ready(tensors)
-    publish(path, lambda p: save_file(ready, p, metadata={"format": "pt"}))
+def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """A safetensors file; the same tensors give the same bytes. Returns its SHA-256."""
+    total = hashlib.sha256()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            for part in _serialized(tensors, metadata or {"format": "pt"}):
+                total.update(part)
+                file.write(part)
+
+    publish(path, write)
+    return total.hexdigest()
 
 
 def publish_sealed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that holds the SHA-256 of its own tensors, for `read_sealed`."""
-    ready = _ready(tensors)
-    # One key only: safetensors writes several in an order that changes from run to run.
-    publish(path, lambda p: save_file(ready, p, metadata={"sha256": digest(ready)}))
+    publish_tensors(path, tensors, {"sha256": digest(tensors)})
 
 
 def read_sealed(path: Path) -> dict[str, Tensor]:
@@ -86,7 +100,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(_raw(tensor))
     return total.hexdigest()
 
 
@@ -112,8 +126,26 @@ def refresh(folder: Path) -> None:
         probe.unlink()
 
 
-def _ready(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | np.ndarray]:
+    """The parts of a safetensors file: length of the header, header, tensors. Wide types first, so that all lie on
+    multiples of their width."""
+    types = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": types[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        yield _raw(tensor)
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,7 @@ class Mirror:
         self._there: dict[str, Mark] = {}
         self._copier = ThreadPoolExecutor(1, "mirror")
         self._failure: Exception | None = None
+        self._lock = Lock()
 
     def __enter__(self) -> "Mirror":
         return self
@@ -76,32 +78,24 @@ class Mirror:
                 "the same settings to continue it"
             )
         self._publish(MARKER, marker, lambda path: path.write_bytes(content))
-        whole = self._restore_files(self._store.output if CONFIG in inside else self._store.finished)
-        if CONFIG in inside and whole:
-            for name in sorted((n for n in inside if not n.endswith(".safetensors")), key=lambda n: n == CONFIG):
-                self._publish(name, self._store.output / name, lambda path, name=name: self._bucket.fetch(name, path))
-
-    def _restore_files(self, folder: Path) -> bool:
-        """The finished files that are sound there. Returns whether all were."""
-        listed = self._bucket.files(REPORTS)
-        contents = self._bucket.read([Span(f"{REPORTS}/{n}", 0, about["size"]) for n, about in listed.items()])
-        whole = True
-        for report, content in zip(listed, contents, strict=True):
+        if CONFIG in inside:
+            self._there[CONFIG] = (0, 0)  # true again when it is written here
+        reports = self._bucket.files(REPORTS)
+        contents = self._bucket.read([Span(f"{REPORTS}/{n}", 0, about["size"]) for n, about in reports.items()])
+        for report, content in zip(reports, contents, strict=True):
             try:
-                self._restore_file(Path(report).stem, content, folder)
+                self._restore_file(Path(report).stem, content)
             except CheckpointError as fault:
                 log.warning("%s; it is made anew", fault)
-                whole = False
-        return whole
 
-    def _restore_file(self, name: str, content: bytes, folder: Path) -> None:
+    def _restore_file(self, name: str, content: bytes) -> None:
         report, file = f"{REPORTS}/{name}.json", f"{name}.safetensors"
         here = self._store.output / report
         if here.exists() and here.read_bytes() != content:
             return  # made anew here: `sync` sends it
         if not here.exists():
             digest = _parsed(self._bucket.shown(report), content).get("sha256")
-            self._publish(file, folder / file, lambda path: self._fetch_sound(file, path, digest))
+            self._publish(file, self._store.finished / file, lambda path: self._fetch_sound(file, path, digest))
             self._publish(report, here, lambda path: path.write_bytes(content))
         elif self._store.place(name).exists():
             self._there |= {file: _mark(self._store.place(name)), report: _mark(here)}
@@ -120,18 +114,22 @@ class Mirror:
     # -- to there
 
     def sync(self) -> None:
-        """Sends what was published here since the last call, and removes there what was forgotten here. Returns at
-        once. Raises CheckpointError where an earlier copy failed."""
+        """Sends what was published here since the last call, and removes there what was forgotten here. Waits only
+        for what says whose run it is. Raises CheckpointError where this or an earlier copy failed."""
         self._check()
-        found = dict(self._published())
-        for name in sorted(self._there.keys() - found.keys(), key=lambda name: name != CONFIG):
-            del self._there[name]
-            self._copier.submit(self._try, self._bucket.remove, name)
-        for name, path in found.items():
-            mark = _mark(path)
-            if self._there.get(name) != mark:
-                self._there[name] = mark
-                self._copier.submit(self._try, self._bucket.put, path, name)
+        with self._lock:
+            found = dict(self._published())
+            for name in sorted(self._there.keys() - found.keys(), key=lambda name: name != CONFIG):
+                del self._there[name]
+                self._copier.submit(self._try, self._bucket.remove, name)
+            for name, path in found.items():
+                mark = _mark(path)
+                if self._there.get(name) != mark:
+                    self._there[name] = mark
+                    copied = self._copier.submit(self._try, self._bucket.put, path, name)
+                    if name == MARKER:
+                        copied.result()
+        self._check()
 
     def flush(self) -> None:
         """Returns when everything has arrived; to be called before `assemble`, which moves files. Raises

@@ -138,9 +138,9 @@ class RunDir:
     def put_file(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         """Publishes NAME.safetensors, then its report with hash, size and shapes."""
         path = self.finished / f"{name}.safetensors"
-        publish_tensors(path, tensors)
+        digest = publish_tensors(path, tensors)
         shapes = {k: list(v.shape) for k, v in sorted(tensors.items())}
-        vouched = {"sha256": sha256(path), "bytes": path.stat().st_size, "tensors": shapes}
+        vouched = {"sha256": digest, "bytes": path.stat().st_size, "tensors": shapes}
         publish_json(self._report_path(name), {**report, **vouched})
 
     def has_file(self, name: str) -> bool:

@@ -31,7 +31,7 @@ from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
-from qe_dist.numerics.stats import Needs
+from qe_dist.numerics.stats import GroupStats, Needs
 
 # The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
 LADDER: tuple[tuple[str, Callable[[GroupProblem], GroupProblem]], ...] = (
@@ -96,13 +96,21 @@ class Recipe:
         if isinstance(self.compensation, TakesOver):
             weights = self.compensation.left_to_round(moved, self.budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
-        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
-        codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
+        if exempt.numel():
+            weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
+        codes = self._rounded(weights, moved.stats)
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
         repair = ErrorProblem(moved, errors, self.budget)
         if self.budget.extra_bits is not None and isinstance(self.compensation, Shares):
             return Draft(problem, repair, codes, gains=self.compensation.gains(repair))
         return Draft(problem, repair, codes, self._repaired(repair))
+
+    def _rounded(self, weights: Mapping[str, Tensor], stats: GroupStats) -> dict[str, Codes]:
+        """All linears of a group at once: their rows are rounded each by itself, and share what their input costs."""
+        found = self.quantizer.fit(torch.cat(list(weights.values())), stats, self.scheme)
+        sizes = [len(w) for w in weights.values()]
+        parts = zip(weights, found.codes.split(sizes), found.scale.split(sizes), strict=True)
+        return {n: Codes(codes, scale.clone()) for n, codes, scale in parts}
 
     def _plain(self, problem: GroupProblem) -> "Draft":
         bits, size = self.scheme.weight_bits, self.scheme.group_size

@@ -18,7 +18,11 @@ def load_model(folder: Path) -> Any:
         raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
     gpu = torch.cuda.is_available()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if gpu else torch.float32)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.bfloat16 if gpu else torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more); copy it again, or verify it")
     return model.to("cuda" if gpu else "cpu").eval()

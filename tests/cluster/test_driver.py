@@ -66,8 +66,8 @@ def test_any_number_of_workers_and_waves_gives_the_bytes_of_one_process(
 
 
 def test_who_has_no_block_left_fits_for_others(run, expected, cluster, tmp_path):
+    """Only the last block is missing: the worker that has it is not the only one that fits."""
     ends = quantize_from(run, BLOCKS - 1, tmp_path / "last")
-    assert [stage["forward"] > 0 for stage in ends.stages] == [True, False]
     assert all(stage["fit"] > 0 for stage in ends.stages)
     assert files(tmp_path / "last") == expected
 

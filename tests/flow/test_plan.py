@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FitJob, Seat, balance, block_bytes, check_runs, make_plan, share_out
+from qe_dist.flow.plan import FitJob, Seat, Task, balance, check_runs, make_plan, share_out
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -24,6 +24,10 @@ def model(num_blocks: int, width: int = 64) -> ModelSpec:
     return ModelSpec("some", tuple(block(i) for i in range(num_blocks)), ())
 
 
+def task(num_blocks: int, run: RunConfig = RUN, width: int = 64) -> Task:
+    return Task(model(num_blocks, width), (run,), batch_tokens=100)
+
+
 def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
     return [Seat(m, s) for m, s in zip(memory, speeds or (1.0,) * len(memory), strict=True)]
 
@@ -32,7 +36,7 @@ def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
 def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds, each, first):
     run = replace(RUN, blocks_per_worker=each or None)
     workers = seats(*[2**40] * len(speeds), speeds=tuple(speeds))
-    plan = make_plan(model(blocks), [run], workers, first_block=min(first, blocks))
+    plan = make_plan(task(blocks, run), workers, first_block=min(first, blocks))
     done = [b.index for wave in plan.waves for stage in wave for b in stage.blocks]
     assert done == list(range(min(first, blocks), blocks))
     assert all(len({stage.worker for stage in wave}) == len(wave) <= len(workers) for wave in plan.waves)
@@ -40,13 +44,14 @@ def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds,
 
 
 def test_blocks_per_worker_follow_from_the_memory_of_each():
-    one = block_bytes(model(1).blocks[0], [RUN])
-    plan = make_plan(model(12), [RUN], seats(int(3.5 * one), one // 2, int(1.5 * one)))
+    need = task(12).footprint(task(12).model.blocks[0])
+    memory = [need.passing + int(count * need.kept) for count in (3.5, 0.5, 1.5)]
+    plan = make_plan(task(12), seats(*memory))
     assert [[(s.worker, len(s.blocks)) for s in wave] for wave in plan.waves] == [[(0, 3), (2, 1)]] * 3
 
 
 def test_waves_are_of_equal_size_so_that_none_holds_more_than_it_must():
-    plan = make_plan(model(10), [replace(RUN, blocks_per_worker=4)], seats(2**40, 2**40))
+    plan = make_plan(task(10, replace(RUN, blocks_per_worker=4)), seats(2**40, 2**40))
     assert [sum(len(s.blocks) for s in wave) for wave in plan.waves] == [5, 5]
 
 
@@ -89,8 +94,8 @@ def test_balanced_fits_never_end_later_than_unbalanced_ones(costs, speeds):
 
 
 def test_a_block_that_does_not_fit_is_refused_now():
-    with pytest.raises(ConfigError, match=r"one block needs .* GiB .* on here, has 0.0 GiB; use fewer workers"):
-        make_plan(model(2, width=4096), [RUN], [Seat(2**20, node="here")])
+    with pytest.raises(ConfigError, match=r"one block needs .* GiB .* on here, has 0.0 GiB\. Use fewer workers"):
+        make_plan(task(2, width=4096), [Seat(2**20, node="here")])
 
 
 def test_a_full_disk_is_refused_now():

@@ -14,7 +14,7 @@ from qe_pipelines import main
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.flow import verify
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
@@ -216,6 +216,15 @@ def test_images_move_the_logits_unless_the_model_is_blind_or_computes_none(sound
     with torch.no_grad():
         merger.weight.fill_(math.nan)
     assert math.isnan(image_effect(model, arch, encoder))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_lacks_a_weight_is_not_loaded_with_another_made_up(folder):
+    name = linear(folder)
+    change(folder, BLOCK, lambda t: t.pop(name))
+    edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
+    with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj\.weight_packed \(and 0 more\)"):
+        load_model(folder)
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(sound, tmp_path):

@@ -1,16 +1,27 @@
 """Publishing: all of a file or nothing, a message that says what to do, and what was written is what is read."""
 
+import json
 import os
 import resource
 import signal
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.io import publish as publishing
-from qe_dist.io.publish import digest, publish, publish_json, publish_sealed, publish_tensors, read_json, read_sealed
+from qe_dist.io.publish import (
+    digest,
+    publish,
+    publish_json,
+    publish_sealed,
+    publish_tensors,
+    read_json,
+    read_sealed,
+    sha256,
+)
 
 
 @pytest.fixture
@@ -31,7 +42,9 @@ BIG = {"w": torch.zeros(100_000)}
     ("write", "content"), [(publish_tensors, BIG), (publish_sealed, BIG), (publish_json, "x" * 100_000)]
 )
 def test_a_full_disk_leaves_no_file_and_says_so(tmp_path, full_disk, write, content):
-    with pytest.raises(CheckpointError, match=r"block\.safetensors could not be written: .*free some space"):
+    with pytest.raises(
+        CheckpointError, match=r"block\.safetensors could not be written: File too large; free some space"
+    ):
         write(tmp_path / "block.safetensors", content)
     assert list(tmp_path.iterdir()) == []
 
@@ -80,6 +93,41 @@ def test_the_same_tensors_give_the_same_bytes_in_whatever_order_they_come(tmp_pa
     write(tmp_path / "b", dict(reversed(TENSORS.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert load_file(tmp_path / "a").keys() == TENSORS.keys()
+
+
+EVERY_TYPE = {f"t{i}": torch.arange(3).to(dtype) for i, dtype in enumerate(publishing.DTYPES.values())}
+SHAPES = {
+    "none": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.0),
+    "turned": torch.arange(6).reshape(2, 3).T,
+    '"ü': BIG["w"],
+}
+
+
+@pytest.mark.parametrize("tensors", [{}, TENSORS, EVERY_TYPE, SHAPES], ids=["empty", "some", "types", "shapes"])
+def test_the_library_reads_what_we_write_and_the_hash_is_that_of_the_file(tmp_path, same, tensors):
+    found = publish_tensors(tmp_path / "a", tensors)
+    assert same(load_file(tmp_path / "a"), tensors)
+    assert found == sha256(tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_every_tensor_lies_on_a_multiple_of_its_width(tmp_path):
+    publish_tensors(tmp_path / "a", EVERY_TYPE)
+    content = (tmp_path / "a").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert start % 8 == 0
+    for name, said in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            assert said["data_offsets"][0] % EVERY_TYPE[name].element_size() == 0
+
+
+def test_others_can_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    publish_tensors(tmp_path / "a", TENSORS)
+    os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_sealed_file_comes_back_as_it_went(tmp_path, same):

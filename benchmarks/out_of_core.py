@@ -7,7 +7,7 @@ Checkpoints of random weights (models/synthetic.py) go through the command `qe-d
 the memory of the driver, the workers, Ray's own processes and its object store is sampled (benchmarks/memory.py). First
 models of 8 to 64 blocks of one width, then one that is many times larger than the peak. Beside each peak stands its
 floor: what the command takes, once all is embedded, for a model so narrow that its weights are nothing, and
-`flow.plan.block_bytes` of the blocks that the workers hold.
+what the plan counts for the blocks that the workers hold (`methods/footprint.py`).
 """
 
 import argparse
@@ -25,11 +25,9 @@ from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
 
-from qe_dist import archs
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import block_bytes
+from qe_dist.flow.local import prepare_run
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -85,20 +83,18 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
     write_model(model, shape)
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     data = work / "calibration.jsonl"
+    held = held_bytes(RunConfig(model, load_recipe(setting.recipe), data, output, **setting.options))
     given = {"recipe": setting.recipe, "calibration": data, "output": output} | setting.options
     options = [str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     watched = watch([sys.executable, "-m", "qe_pipelines.main", "quantize", str(model), *options], log)
     if watched.code or len(read_manifest(output)["blocks"]) != shape.blocks:
         raise SystemExit(f"the command ended with {watched.code}: {log.read_text()[-2000:]}")
-    run = RunConfig(model, load_recipe(setting.recipe), data, output, **setting.options)
-    source = SafetensorsSource(model)
-    held = block_bytes(archs.for_config(source.config).spec(source).blocks[0], (run,))
     shutil.rmtree(model)
     shutil.rmtree(output)
     return {
         "shape": asdict(shape),
         "checkpoint_mib": size / MIB,
-        "held_mib": setting.workers * setting.blocks_per_worker * held / MIB,
+        "held_mib": held / MIB,
         "seconds": watched.seconds,
         "peak_mib": watched.peak.total,
         "peak_without_embedder_mib": watched.peak_without("embedder").total,
@@ -106,6 +102,13 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
         "peaks_mib": watched.peaks,
         "mib_over_seconds": thinned(watched),
     }
+
+
+def held_bytes(run: RunConfig) -> int:
+    """What the plan counts for the blocks of all workers."""
+    task = prepare_run(run).task
+    need = task.footprint(task.model.blocks[0])
+    return (run.workers or 1) * ((run.blocks_per_worker or 1) * need.kept + need.passing)
 
 
 def thinned(watched: Watched) -> list[tuple[float, float]]:

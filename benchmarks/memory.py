@@ -47,6 +47,10 @@ class Watched:
     def peak(self) -> Sample:
         return max(self.samples, key=lambda s: s.total)
 
+    def peak_without(self, kind: str) -> Sample:
+        """The highest while no process of this kind lived."""
+        return max((s for s in self.samples if kind not in s.mib), key=lambda s: s.total)
+
     @property
     def peaks(self) -> dict[str, float]:
         """Of each kind alone; they need not fall together."""
@@ -92,9 +96,10 @@ def _mib_by_kind(processes: Iterable[psutil.Process]) -> dict[str, float]:
 
 
 def _kind(line: str) -> str:
-    """Of the process with this command line. Ray writes the class of an actor there: `ray::Stage.forward`."""
-    if line.startswith("ray::") and not line.startswith("ray::IDLE"):
-        return re.split(r"\W", line.removeprefix("ray::"))[0].lower()
+    """Of the process with this command line. Ray writes the class of an actor there: `ray::StageActor.forward`."""
+    if line.startswith("ray::"):
+        name = re.split(r"\W", line.removeprefix("ray::"))[0]
+        return RAY if name == "IDLE" or name.endswith("Agent") else name.removesuffix("Actor").lower()
     return DRIVER if "qe_pipelines" in line else RAY
 
 

@@ -6,8 +6,8 @@
 Checkpoints of random weights (models/synthetic.py) go through the command `qe-dist quantize` with a local Ray, while
 the memory of the driver, the workers, Ray's own processes and its object store is sampled (benchmarks/memory.py). First
 models of 8 to 64 blocks of one width, then one that is many times larger than the peak. Beside each peak stands its
-floor: what the command takes for a model so narrow that its weights are nothing, and `flow.plan.block_bytes` of the
-blocks that the workers hold.
+floor: what the command takes, once all is embedded, for a model so narrow that its weights are nothing, and
+what the plan counts for the blocks that the workers hold (`methods/footprint.py`).
 """
 
 import argparse
@@ -25,11 +25,9 @@ from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
 
-from qe_dist import archs
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import block_bytes
+from qe_dist.flow.local import prepare_run
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -47,9 +45,9 @@ class Setting:
 
     shape: Shape
     depths: tuple[int, ...] = (8, 16, 32, 64)
-    blocks: int = 400
+    blocks: int = 460
     """Of the large model."""
-    samples: int = 48
+    samples: int = 32
     recipe: str = "qe-w4a6"
     workers: int = 2
     blocks_per_worker: int = 1
@@ -85,26 +83,32 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
     write_model(model, shape)
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     data = work / "calibration.jsonl"
+    held = held_bytes(RunConfig(model, load_recipe(setting.recipe), data, output, **setting.options))
     given = {"recipe": setting.recipe, "calibration": data, "output": output} | setting.options
     options = [str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     watched = watch([sys.executable, "-m", "qe_pipelines.main", "quantize", str(model), *options], log)
     if watched.code or len(read_manifest(output)["blocks"]) != shape.blocks:
         raise SystemExit(f"the command ended with {watched.code}: {log.read_text()[-2000:]}")
-    run = RunConfig(model, load_recipe(setting.recipe), data, output, **setting.options)
-    source = SafetensorsSource(model)
-    held = block_bytes(archs.for_config(source.config).spec(source).blocks[0], (run,))
     shutil.rmtree(model)
     shutil.rmtree(output)
     return {
         "shape": asdict(shape),
         "checkpoint_mib": size / MIB,
-        "held_mib": setting.workers * setting.blocks_per_worker * held / MIB,
+        "held_mib": held / MIB,
         "seconds": watched.seconds,
         "peak_mib": watched.peak.total,
+        "peak_without_embedder_mib": watched.peak_without("embedder").total,
         "at_peak_mib": watched.peak.mib,
         "peaks_mib": watched.peaks,
         "mib_over_seconds": thinned(watched),
     }
+
+
+def held_bytes(run: RunConfig) -> int:
+    """What the plan counts for the blocks of all workers."""
+    task = prepare_run(run).task
+    need = task.footprint(task.model.blocks[0])
+    return (run.workers or 1) * ((run.blocks_per_worker or 1) * need.kept + need.passing)
 
 
 def thinned(watched: Watched) -> list[tuple[float, float]]:
@@ -120,13 +124,13 @@ def slope(runs: list[dict[str, Any]]) -> float:
     return linear_regression([r["shape"]["blocks"] for r in runs], [r["peak_mib"] for r in runs]).slope
 
 
-def table_of(runs: list[dict[str, Any]], narrow: float) -> Table:
-    """Peaks in MiB: of all together, and of each kind of process alone."""
+def table_of(runs: list[dict[str, Any]], floor: float) -> Table:
+    """Peaks in MiB: of all together, and of each kind of process alone. floor: that of no weights."""
     kinds = [*sorted({kind for run in runs for kind in run["peaks_mib"]} - {DRIVER, RAY, STORE}), DRIVER, RAY, STORE]
     table = Table("blocks", "checkpoint", "peak", "floor", "checkpoint / peak", *kinds, "seconds")
     for run in runs:
         peak, size, of_kind = run["peak_mib"], run["checkpoint_mib"], run["peaks_mib"]
-        cells = f"{size:.0f}", f"{peak:.0f}", f"{narrow + run['held_mib']:.0f}", f"{size / peak:.2f}"
+        cells = f"{size:.0f}", f"{peak:.0f}", f"{floor + run['held_mib']:.0f}", f"{size / peak:.2f}"
         peaks = [f"{of_kind.get(kind, 0):.0f}" for kind in kinds]
         table.add_row(str(run["shape"]["blocks"]), *cells, *peaks, f"{run['seconds']:.0f}")
     return table
@@ -148,7 +152,7 @@ def main() -> None:
         large = [measure(work, setting, replace(setting.shape, blocks=setting.blocks))] if setting.blocks else []
     peaks = [run["peak_mib"] for run in depth]
     spread = max(peaks) / min(peaks) - 1
-    Console().print(table_of([narrow, *depth, *large], narrow["peak_mib"]))
+    Console().print(table_of([narrow, *depth, *large], narrow["peak_without_embedder_mib"]))
     print(f"peaks over depth: spread {spread:.1%}, {slope(depth):+.2f} MiB for each block more")
     if not given.quick:
         content = {"setting": asdict(setting), "narrow": narrow, "depth": depth, "large": large}

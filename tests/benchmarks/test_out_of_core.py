@@ -39,9 +39,10 @@ def test_the_exit_code_and_the_output_are_kept(script, tmp_path):
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        ("ray::Stage.forward", "stage"),
+        ("ray::StageActor.forward", "stage"),
         ("ray::Embedder", "embedder"),
         ("ray::IDLE", "ray"),
+        ("ray::DashboardAgent", "ray"),
         ("/x/raylet --store_socket_name=y", "ray"),
         ("python -m qe_pipelines.main quantize model", "driver"),
     ],
@@ -56,3 +57,10 @@ def test_a_long_run_is_thinned_and_keeps_its_peak(script):
     points = benchmark.thinned(memory.Watched(samples=samples))
     assert len(points) <= benchmark.POINTS
     assert (155.4, 1000.0) in points
+
+
+def test_the_peak_while_a_process_is_gone_is_found(script):
+    memory = script("memory")
+    samples = [memory.Sample(float(i), mib) for i, mib in enumerate(({"a": 5.0, "b": 9.0}, {"a": 7.0}, {"a": 6.0}))]
+    watched = memory.Watched(samples=samples)
+    assert (watched.peak.total, watched.peak_without("b").total) == (14.0, 7.0)

@@ -1,6 +1,5 @@
 """The checkpoint on disk: tensors of a block, config.json, index and manifest (DESIGN section 5)."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.publish import publish, publish_json, refresh
+from qe_dist.io.publish import publish, publish_json, read_json, refresh
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
@@ -206,4 +205,4 @@ def _move_up(run: RunDir, name: str, size: int) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
+    return read_json(folder / MANIFEST)

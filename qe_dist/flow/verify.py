@@ -28,7 +28,7 @@ from qe_dist.io.weights import SafetensorsSource
 SLICE_BYTES = 2**26
 """Of a tensor that is looked at, at a time."""
 NEEDED = {
-    "config.json": {"quantization_config"}, INDEX: {"weight_map"}, MANIFEST: {"files", "blocks", "recipe"},
+    "config.json": {"quantization_config"}, MANIFEST: {"files", "blocks", "recipe"}, INDEX: {"weight_map"},
 }  # fmt: skip
 Described = tuple[Any, ...]
 """dtype and shape, as `config.json` says them."""

@@ -18,6 +18,7 @@ from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.evaluate import evaluate
 from qe_dist.flow.local import prepare_run
+from qe_dist.flow.plan import StagePlan
 from qe_dist.flow.stage import Stage
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.stats import GroupStats
@@ -50,14 +51,13 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     """Means over the blocks, by input group."""
     run = RunConfig(model, load_recipe("rtn-w4a8"), HERE / "data" / "calibration.jsonl", output)
     ready = prepare_run(run)
-    plan = ready.plan
-    embedder, stage = Embedder(run, plan.model.arch), Stage((run,), plan.model.arch, plan.stages[0])
-    stage.load()
-    for i, part in enumerate(ready.samples):
-        stage.forward(embedder.input_of(0, i, part))
+    embedder, stage = Embedder(run, ready.model.arch), Stage((run,), ready.model.arch)
+    stage.load(StagePlan(0, ready.model.blocks))
+    for i, samples in enumerate(ready.samples):
+        stage.forward(embedder.embed(i, samples))
     result = {}
     for group in stage.blocks[0].stats:
-        rows = [channel_statistics(block.stats[group]) for block in stage.blocks]
+        rows = [channel_statistics(block.stats[group]) for block in stage.blocks.values()]
         result[group] = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
     return result
 

@@ -41,6 +41,12 @@ def tiny_model(
     return folder
 
 
+def with_blocks(count: int, arch: str = "qwen2_vl") -> dict[str, Any]:
+    """The tiny configuration, deeper."""
+    config = dict(archs.get(arch).tiny_config())
+    return config | {"text_config": config["text_config"] | {"num_hidden_layers": count}}
+
+
 def calibration(folder: Path, count: int = 6) -> Path:
     """The first conversations and one story of the bundled calibration set, beside links to its images."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,15 @@ def measured(command: list[str | Path], threads: int, ours: bool) -> dict[str, A
     return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": seconds}
 
 
+def encode_samples(model: Path, calibration: Path, path: Path) -> Path:
+    """Writes the samples as our encoder sees them into a file that needs none of our code."""
+    arch, examples = encode(model, calibration)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    inputs = (arch.model_inputs([example], pad=0) for example in examples)
+    save_file({f"{i}.{name}": t.contiguous() for i, one in enumerate(inputs) for name, t in one.items()}, path)
+    return path
+
+
 class Bench:
     """Quantizes and measures one model by both sides."""
 
@@ -71,7 +80,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     def run(self, recipes: dict[str, tuple[str, ...]]) -> None:
-        encoded = self._encode()
+        encoded = encode_samples(self.model, self.calibration, self.output / "calibration.safetensors")
         for theirs, ours in recipes.items():
             self._row("llm-compressor", self.peer / "bin" / "python", "peer.py", theirs, encoded)
             for name in ours:
@@ -80,15 +89,6 @@ class Bench:
 
     def full_precision(self) -> dict[str, Any]:
         return evaluate(load_model(self.model), self.arch, self.examples, self.reference).summary()
-
-    def _encode(self) -> Path:
-        """The calibration samples as our encoder sees them, in a file that needs none of our code."""
-        arch, examples = encode(self.model, self.calibration)
-        path = self.output / "calibration.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        inputs = (arch.model_inputs([example], pad=0) for example in examples)
-        save_file({f"{i}.{name}": t.contiguous() for i, one in enumerate(inputs) for name, t in one.items()}, path)
-        return path
 
     def _row(self, side: str, python: Path, script: str, recipe: str, calibration: Path) -> None:
         output = self.output / side / recipe

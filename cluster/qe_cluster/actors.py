@@ -1,9 +1,24 @@
 """The workers: plain classes of `qe_dist.flow` as Ray actors."""
 
+from typing import Any
+
 import ray
 
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.stage import Stage
 
+
+@ray.remote(concurrency_groups={"watch": 1})
+class StageActor(Stage):
+    """A stage that can be asked how it does while it works."""
+
+    @ray.method(concurrency_group="watch")
+    def usage(self) -> dict[str, Any]:
+        return super().usage()
+
+    def survey(self) -> dict[str, Any]:
+        where = {"node": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+        return super().survey() | where
+
+
 EmbedActor = ray.remote(Embedder)
-StageActor = ray.remote(Stage)

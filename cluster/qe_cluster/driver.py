@@ -1,37 +1,50 @@
-"""`qe_dist/flow/local.py` on ObjectRefs: the same calls, the same bytes, several blocks at once.
+"""`qe_dist/flow/local.py` on ObjectRefs: the same calls, the same bytes, several blocks at once, and nobody is
+indispensable.
 
-Batches flow through the chain of stage actors as references (stage k takes batch i + 1 while stage k + 1
-takes batch i); weights and statistics never move. An actor runs its calls in the order they were made, so
-its fits see all its batches.
+Batches flow through the chain of stage actors as references (stage k takes batch i + 1 while stage k + 1 takes batch
+i); weights and statistics stay, but for a group that is fitted by who is idle. An actor runs its calls in the order
+they were made, so its fits see all its batches. When a worker is lost, another one loads its blocks and the wave is
+streamed again: who has counted a batch only forwards it, and a block that is finished stays finished.
 """
 
+import asyncio
+import os
+import platform
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from qe_cluster.actors import EmbedActor, StageActor
+from qe_cluster.crew import Crew, Worker
 from qe_cluster.launch import ray_cluster
-from qe_dist.core.errors import ConfigError, QEError
-from qe_dist.core.sample import Sample
+from qe_cluster.metrics import Metrics
+from qe_dist import __version__
+from qe_dist.core.errors import QEError, Stopped
+from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Prepared, finish, prepare_run, start
-from qe_dist.flow.plan import Plan, StagePlan
+from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
+from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.io.run_dir import RunDir
+from qe_dist.io.journal import JOURNAL, Journal
 
 IN_FLIGHT_PER_STAGE = 2
+STORE_SHARE = 4  # a batch in flight may lie in the object store twice, and half of the store is left to others
+LOSSES = 5  # in a row without a block finished: then it is no accident
+WATCH = 2.0  # seconds between two looks at the workers
 Listener = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass
 class Summary:
     seconds: float
-    stages: list[dict[str, float]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     bits_per_weight: float = 0.0
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
@@ -39,124 +52,292 @@ class Summary:
     """Blocks that an earlier call had finished."""
 
 
-def quantize(*runs: RunConfig, address: str | None = None, listen: Listener = lambda *_: None) -> Summary:
+def quantize(
+    *runs: RunConfig,
+    address: str | None = None,
+    listen: Listener = lambda *_: None,
+    stop: threading.Event | None = None,
+    patience: float = 60.0,
+) -> Summary:
     """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how. The summary's sizes and
-    fall-backs are those of the first run."""
-    begin, run = time.perf_counter(), runs[0]
-    ready = prepare_run(*runs)
-    store, blocks = RunDir(run.output), ready.plan.model.blocks
-    summary = Summary(0.0, continued=sum(store.has_block(b.index) for b in blocks))
-    if ready.runs:
-        start(ready)
-        if ready.plan.waves:
-            with ray_cluster(address, run.workers * run.threads):
-                _check_resources(run)
-                _run_waves(ready, listen, summary)
-        finish(ready)
-    manifest = read_manifest(run.output)
+    fall-backs are those of the first run.
+
+    stop: when it is set, the batches and blocks in flight are finished and `Stopped` is raised.
+    patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
+    """
+    begin = time.perf_counter()
+    ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
+    with opened(ready) as (ready, hold):
+        listen = _all_of(listen, Journal(ready.store.root / JOURNAL, listen))
+        summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
+        with ThreadPoolExecutor(1) as aside:
+            passed_on = aside.submit(start, ready)
+            if ready.next_block() is not None:
+                with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
+                    told = _all_of(listen, metrics)
+                    _Call(ready, told, stop or threading.Event(), hold, patience, summary).run()
+            passed_on.result()
+        finish(ready, hold)
+    manifest = read_manifest(runs[0].output)
     summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
     summary.seconds = time.perf_counter() - begin
+    listen("done", {"seconds": summary.seconds})
     return summary
 
 
-def _check_resources(run: RunConfig) -> None:
-    """Ray would wait for ever for what the cluster does not have."""
-    have = ray.cluster_resources()
-    need = {"CPU": run.workers * run.threads, "GPU": 0 if run.device == "cpu" else run.workers}
-    for kind, count in need.items():
-        if have.get(kind, 0) < count:
-            raise ConfigError(f"{run.workers} workers need {count} {kind}s, the cluster has {have.get(kind, 0):g}")
+class _Call:
+    """One call of the command, from wave to wave."""
+
+    def __init__(
+        self,
+        ready: Prepared,
+        listen: Listener,
+        stop: threading.Event,
+        hold: Hold,
+        patience: float,
+        summary: Summary,
+    ) -> None:
+        self.ready, self.listen, self.stop, self.hold, self.summary = ready, listen, stop, hold, summary
+        self.crew = Crew(ready.runs, ready.model.arch, patience)
+        self.number = 0
+        """Of the wave, from 1 on."""
+        self.watched: dict[Any, int] = {}
+        self.last_look = time.monotonic()
+
+    def run(self) -> None:
+        ready = self.ready
+        counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": self.summary.continued}
+        who = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
+        self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.run.workers})
+        try:
+            self._waves()
+            self.summary.stages = ray.get([worker.actor.usage.remote() for worker in self.crew.workers])
+        except RayError as error:
+            raise QEError(f"{_reason(error)}; finished blocks are safe, type the same command again") from None
+        finally:
+            self.crew.close()
+
+    def _waves(self) -> None:
+        ready = self.ready
+        while (first := ready.next_block()) is not None:
+            if first == 0 and ready.run.embeds_on == "cuda":
+                self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.spooled(0, i)})
+            workers = self.crew.muster()
+            if len(workers) < (ready.run.workers or 0):
+                told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
+                self.listen("note", {"text": told})
+            wave = plan_wave(ready.task, self.crew.seats(), first)
+            self.number += 1
+            stages = [self._who(part.worker) | {"blocks": [b.index for b in part.blocks]} for part in wave]
+            last = wave[-1].blocks[-1].index
+            self.listen("wave", {"number": self.number, "first": first, "last": last, "stages": stages})
+            self._wave(wave, workers)
+            ready.store.drop_batches_before(first)
+
+    def _wave(self, wave: Wave, workers: Sequence[Worker]) -> None:
+        """Brings a wave to its end through the loss of workers; or back, to be planned anew with fewer of them."""
+        parts = {part.worker: part for part in wave}
+        losses, fresh = 0, list(range(len(workers)))
+        while True:
+            done = self._num_finished()
+            try:
+                ray.get([workers[i].actor.load.remote(parts.get(i, StagePlan(i, ()))) for i in fresh])
+                self._stream(wave, again=losses > 0)
+                asyncio.run(self._fit(wave))
+                return
+            except RayError as error:
+                reason = _reason(error)
+            losses = 1 if self._num_finished() > done else losses + 1
+            if losses > LOSSES:
+                raise QEError(
+                    f"a worker was lost {losses} times while no block was finished, lastly: {reason}. Finished blocks "
+                    "are safe; if memory ran out, give fewer --blocks-per-worker or --samples-per-batch, and continue"
+                )
+            lost = self.crew.lost()
+            for worker in lost:
+                number = workers.index(worker)
+                blocks = [block.index for block in parts[number].blocks] if number in parts else []
+                self.listen("lost", self._who(number) | {"reason": reason, "blocks": blocks})
+            fresh = [workers.index(worker) for worker in lost]
+            replaced = [self.crew.replace(worker) for worker in lost]
+            if not all(replaced):
+                self.crew.disband()
+                return
+
+    def _num_finished(self) -> int:
+        return sum(self.ready.is_finished(block.index) for block in self.ready.model.blocks)
+
+    def _who(self, number: int) -> dict[str, Any]:
+        return {"worker": number, "node": self.crew.workers[number].address}
+
+    # -- batches
+
+    def _stream(self, wave: Wave, again: bool) -> None:
+        """Sends every batch that somebody lacks through the stages of a wave, a bounded number at a time."""
+        ready, first, after = self.ready, wave[0].blocks[0].index, self.ready.block_after(wave)
+        actors = [self.crew.workers[part.worker].actor for part in wave]
+        begin, depth = self._lacking(actors, after)
+        actors, after = actors[:depth], after if depth == len(wave) else None
+        if again and depth:
+            self.listen("again", {"wave": self.number, "from_batch": begin})
+        flight: deque[tuple[int, Any]] = deque()
+        limit, tokens, embedder = IN_FLIGHT_PER_STAGE * depth, 0, None
+        for index in range(begin if depth else len(ready.samples), len(ready.samples)):
+            while len(flight) >= limit:
+                count, size = self._land(flight)
+                tokens += count
+                limit = max(1, min(limit, _store_bytes() // (STORE_SHARE * size)))
+            if self.stop.is_set():
+                break
+            batch = ready.spooled(first, index)
+            if batch is None:
+                embedder = embedder or self.crew.embedder()
+                batch = embedder.embed.remote(index, ready.samples[index])
+            for actor in actors[:-1]:
+                batch = actor.forward.remote(batch)
+            flight.append((index, actors[-1].finish.remote(batch, after)))
+        while flight:
+            tokens += self._land(flight)[0]
+        ray.get([writer.flush.remote() for writer in (embedder, *actors[-1:]) if writer is not None])
+        self._check_stop()
+        self.crew.dismiss_embedders()
+        if begin == 0 and depth:
+            self.summary.tokens = tokens
+
+    def _lacking(self, actors: Sequence[Any], after: int | None) -> tuple[int, int]:
+        """The first batch that somebody lacks, and how many stages it has to go through."""
+        batches = range(len(self.ready.samples))
+        counted = ray.get([actor.counted.remote() for actor in actors])
+        lacking = {j: count for j, count in enumerate(counted) if count is not None and count < len(batches)}
+        unspooled = [i for i in batches if after is not None and not self.ready.spooled(after, i)]
+        depth = len(actors) if unspooled else max(lacking, default=-1) + 1
+        return min([*unspooled[:1], *lacking.values()], default=0), depth
+
+    def _land(self, flight: deque[tuple[int, Any]]) -> tuple[int, int]:
+        index, landing = flight.popleft()
+        tokens, size = ray.get(landing)
+        self.listen("batch", {"wave": self.number, "index": index, "tokens": tokens})
+        self.hold.check()
+        self._look()
+        return tokens, size
+
+    # -- fits
+
+    async def _fit(self, wave: Wave) -> None:
+        """All workers fit at the same time, those that have no block left for those that have."""
+        workers, seats = self.crew.workers, self.crew.seats()
+        after = self.ready.block_after(wave)
+        if after is not None:
+            for part in plan_wave(self.ready.task, seats, after):
+                workers[part.worker].actor.prefetch.remote(part.blocks)
+        lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
+        owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
+        places = self._places(owners, [seat.speed for seat in seats])
+        watch = asyncio.create_task(self._keep_looking())
+        stages = (self._fit_stage(part.worker, jobs, places) for part, jobs in zip(wave, lists, strict=True))
+        ends = await asyncio.gather(*stages, return_exceptions=True)
+        watch.cancel()
+        for end in ends:
+            if end is not None:
+                raise end
+        self._check_stop()
+
+    def _places(self, owners: Mapping[FitJob, int], speeds: Sequence[float]) -> dict[FitJob, int]:
+        groups = {job: self._group(job) for job in owners}
+        limit = _store_bytes() // STORE_SHARE
+        stay = {job for job, group in groups.items() if travel_bytes(group, self.ready.task, job.block) > limit}
+        return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
+
+    def _group(self, job: FitJob) -> Any:
+        recipe = self.ready.runs[job.run].recipe_for(job.block)
+        return view_of(self.ready.model.blocks[job.block], recipe.granularity).group(job.group)
+
+    async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+        """The blocks of one worker, one after the other, each published as it finishes."""
+        for index, of_block in groupby(jobs, key=lambda job: job.block):
+            self.hold.check()
+            if self.stop.is_set():
+                return
+            begin = time.perf_counter()
+            for _, of_run in groupby(of_block, key=lambda job: job.run):
+                await self._fit_block(owner, list(of_run), places)
+            self.hold.sync()
+            report = self.ready.store.block_report(index) | self._who(owner)
+            self.listen("block", report | {"seconds": time.perf_counter() - begin})
+
+    async def _fit_block(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+        try:
+            await self._fit_groups(owner, jobs, places)
+        except RayError as error:
+            if all(places[job] == owner for job in jobs):
+                raise
+            _reason(error)
+            await self._fit_groups(owner, jobs, dict.fromkeys(jobs, owner))  # a helper was lost
+
+    async def _fit_groups(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+        home, at = self.crew.workers[owner].actor, {job: self.crew.workers[places[job]].actor for job in jobs}
+        asks = {}
+        for job in sorted(jobs, key=lambda job: places[job] == owner):  # what others wait for goes first
+            problem = None if places[job] == owner else home.problem.remote(job)
+            asks[job] = at[job].draft.remote(job, problem)
+        answers = await asyncio.gather(*(_result(asks[job]) for job in jobs))
+        names = [job.group for job in jobs]
+        run, index = jobs[0].run, jobs[0].block
+        granted = self.ready.runs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
+        groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
+        await home.publish.remote(run, index, names, *groups)
+
+    # -- attention
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            self.listen("stop", {"reason": "asked to"})
+            raise Stopped("stopped as asked; what is done is published, type the same command again to continue")
+
+    async def _keep_looking(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(WATCH / 4)
+
+    def _look(self) -> None:
+        """Passes on what workers said of themselves, and asks again every now and then; never waits."""
+        said, _ = ray.wait(list(self.watched), num_returns=len(self.watched), timeout=0) if self.watched else ([], [])
+        for ref in said:
+            number = self.watched.pop(ref)
+            try:
+                self.listen("worker", self._who(number) | ray.get(ref))
+            except (RayError, IndexError):
+                continue  # whoever waits for its work will notice
+        if time.monotonic() - self.last_look > WATCH:
+            self.last_look = time.monotonic()
+            self.watched = {w.actor.usage.remote(): i for i, w in enumerate(self.crew.workers)}
 
 
-def _run_waves(ready: Prepared, listen: Listener, summary: Summary) -> None:
-    plan, samples = ready.plan, ready.samples
-    first = plan.waves[0][0].blocks[0].index
-    counts = {"batches": len(samples), "blocks": len(plan.model.blocks), "done": first, "waves": len(plan.waves)}
-    listen("start", counts)
-    actors: list[Any] = []
-    try:
-        embedder = _embedder(ready.runs[0], plan, samples)
-        actors.append(embedder)
-        for wave in plan.waves:
-            stages = [_stage(ready.runs, plan.model.arch, part) for part in wave]
-            actors += stages
-            ray.get([stage.load.remote() for stage in stages])
-            summary.tokens = _stream(embedder, stages, wave, samples, wave is plan.waves[-1], listen)
-            _fit(stages, wave, listen)
-            summary.stages += ray.get([s.usage.remote() for s in stages])
-            for stage in stages:
-                ray.kill(stage)
-    except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
+def _all_of(*listeners: Listener) -> Listener:
+    def tell(event: str, data: dict[str, Any]) -> None:
+        for listen in listeners:
+            listen(event, data)
+
+    return tell
+
+
+async def _result(ref: Any) -> Any:
+    return await ref
+
+
+def _store_bytes() -> int:
+    """Of the smallest object store in the cluster."""
+    return int(min(node["Resources"].get("object_store_memory", 2**30) for node in ray.nodes() if node["Alive"]))
+
+
+def _reason(error: RayError) -> str:
+    """Why a worker was lost, in a line. An error of the work itself is raised as itself."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if not isinstance(cause, RayError):
         raise cause from (None if isinstance(cause, QEError) else error)
-    except RayError as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if getattr(error, "actor_init_failed", False):
-            raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-        raise QEError(
-            f"a worker died: {said[0]}; finished blocks are safe, type the same command again to continue"
-        ) from None
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _stage(runs: Sequence[RunConfig], arch: str, part: StagePlan) -> Any:
-    gpus = 0 if runs[0].device == "cpu" else 1
-    return StageActor.options(num_cpus=runs[0].threads, num_gpus=gpus).remote(runs, arch, part)
-
-
-def _embedder(run: RunConfig, plan: Plan, samples: list[list[Sample]]) -> Any:
-    """On CPU it feeds the stages as they go. A GPU is lent to it first, and then given to a stage: the
-    second embedder finds every batch in the spool."""
-    arch = plan.model.arch
-    if run.device != "cpu" and plan.waves[0][0].blocks[0].index == 0:
-        first = EmbedActor.options(num_cpus=0, num_gpus=1).remote(run, arch)
-        ray.get([first.spool.remote(i, part) for i, part in enumerate(samples)])
-        ray.kill(first)
-    return EmbedActor.options(num_cpus=0).remote(run, arch)
-
-
-def _stream(
-    embedder: Any,
-    stages: list[Any],
-    wave: Sequence[StagePlan],
-    samples: list[list[Sample]],
-    last: bool,
-    listen: Listener,
-) -> int:
-    """Sends every batch through the stages of a wave, a bounded number at a time. Returns the tokens seen."""
-    first_block, next_block = wave[0].blocks[0].index, wave[-1].blocks[-1].index + 1
-    flight: deque[Any] = deque()
-    tokens = 0
-
-    def land() -> int:
-        count = ray.get(flight.popleft())
-        listen("batch", {"tokens": count})
-        return count
-
-    for index, part in enumerate(samples):
-        if len(flight) >= IN_FLIGHT_PER_STAGE * len(stages):
-            tokens += land()
-        batch = embedder.input_of.remote(first_block, index, part)
-        for stage in stages[:-1]:
-            batch = stage.forward.remote(batch)
-        flight.append(stages[-1].finish.remote(batch, None if last else next_block))
-    while flight:
-        tokens += land()
-    return tokens
-
-
-def _fit(stages: list[Any], wave: Sequence[StagePlan], listen: Listener) -> None:
-    """All stages fit their blocks at the same time; each block is published as it finishes."""
-    waiting = {
-        stage.fit.remote(block.index): block.index
-        for stage, part in zip(stages, wave, strict=True)
-        for block in part.blocks
-    }
-    while waiting:
-        done, _ = ray.wait(list(waiting), num_returns=1)
-        del waiting[done[0]]
-        listen("block", ray.get(done[0]))
+    said = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if getattr(cause, "actor_init_failed", False):
+        raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
+    return f"a worker died: {said[0]}"

@@ -1,17 +1,20 @@
 """`qe-dist <command>`. Modules of commands are light; what they need is imported when they run."""
 
+import os
 import sys
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qe_dist.core.errors import QEError
+from qe_dist.core.errors import QEError, Stopped
 from qe_pipelines.compare import compare
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
 from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
+from qe_pipelines.status import status
+from qe_pipelines.submit import submit
 from qe_pipelines.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -19,7 +22,9 @@ app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(demo)
+app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
 app.command()(verify)
+app.command()(status)
 
 
 @app.callback()
@@ -28,9 +33,13 @@ def about() -> None:
 
 
 def main() -> None:
-    """Console script. Errors of the user's making end in one paragraph and exit code 2."""
+    """Console script. Errors of the user's making end in one paragraph and exit code 2, a run that was asked to stop
+    with 75 (EX_TEMPFAIL: try again)."""
     try:
         app(standalone_mode=True)
+    except Stopped as stopped:
+        Console(stderr=True).print(escape(str(stopped)), highlight=False, soft_wrap=True)
+        sys.exit(os.EX_TEMPFAIL)
     except QEError as error:
         log.error(str(error))
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -1,16 +1,20 @@
-"""What a run shows while it works: a bar with time left, a line per finished block, a summary."""
+"""What a run shows while it works: bars with the time left, a line per finished block, and what went wrong."""
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.flow.state import RunState, step
+from qe_dist.io.journal import Record
+from qe_pipelines.status import time_left
 
 log = logging.getLogger("qe_dist")
 log.addHandler(logging.NullHandler())  # without a log file, nothing
@@ -36,27 +40,50 @@ class RunView:
 
     def __init__(self, console: Console, bar: Progress, lines: bool = True) -> None:
         self.console, self.bar, self.lines = console, bar, lines
-        self.stream = self.fit = None
+        self.state, self.begin = RunState(), monotonic()
 
     def without_lines(self) -> "RunView":
-        """The bar alone, for a caller that prints its own table."""
+        """No line per block, for a caller that prints its own table."""
         return RunView(self.console, self.bar, lines=False)
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
+        self.state = step(self.state, Record("", "", monotonic() - self.begin, event, data))
         if event == "start":
-            self.stream = self.bar.add_task("stream", total=data["batches"] * data["waves"])
-            self.fit = self.bar.add_task("fit blocks", total=data["blocks"], completed=data["done"])
-        elif event == "batch":
-            self.bar.advance(self.stream)
-        elif event == "block":
-            self.bar.advance(self.fit)
-            line = block_line(data)
+            self.stream = self.bar.add_task("stream", total=None, left="")
+            self.fit = self.bar.add_task("fit blocks", total=self.state.blocks, left="")
+        if self.state.blocks:
+            self._move_bars()
+        line = line_of(event, data)
+        if line is not None:
             log.info(line)
-            if self.lines:
-                self.console.print(line, highlight=False)
+            if self.lines or event != "block":
+                self.console.print(line, highlight=False, markup=False)
+
+    def _move_bars(self) -> None:
+        state, wave = self.state, self.state.wave
+        if wave is not None:
+            name = f"wave {wave.number} of {state.waves}"
+            self.bar.update(self.stream, description=name, total=state.batches, completed=wave.batches)
+        self.bar.update(self.fit, completed=state.done, left=time_left(state) if wave else "")
 
 
-def block_line(report: dict[str, Any]) -> str:
+def line_of(event: str, data: Mapping[str, Any]) -> str | None:
+    """What is worth a line of its own."""
+    match event:
+        case "block":
+            return block_line(data)
+        case "lost":
+            return f"lost worker {data['worker']} on {data['node']}: {data['reason']}"
+        case "again":
+            return f"wave {data['wave']} is streamed again, from batch {data['from_batch']}"
+        case "note":
+            return data["text"]
+        case "stop":
+            return f"stopped: {data['reason']}"
+    return None
+
+
+def block_line(report: Mapping[str, Any]) -> str:
     errors = {g.rsplit(".")[-1]: r["error"] for g, r in report["groups"].items()}
     parts = [f"{g} {'unmeasured' if e is None else format(e, '.4f')}" for g, e in errors.items()]
     note = f"  {len(report['fallbacks'])} fall-backs" if report["fallbacks"] else ""
@@ -70,7 +97,7 @@ def run_view(quiet: bool) -> Iterator[RunView]:
         TextColumn("{task.description:>10}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         yield RunView(console, bar)

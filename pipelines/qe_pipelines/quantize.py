@@ -1,15 +1,21 @@
 """`qe-dist quantize`: a model in, a low-bit checkpoint out, continued where it was interrupted."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from qe_dist.core.errors import ConfigError
 from qe_pipelines.progress import log, run_view, set_up_logging
 
 
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory")],
+    model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its URL (s3://, gs://)")],
     recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
     calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],
@@ -20,6 +26,12 @@ def quantize(
     samples_per_batch: Annotated[int, typer.Option(help="calibration samples per batch")] = 8,
     sample_tokens: Annotated[int, typer.Option(help="tokens kept per input group to fit experts on")] = 4096,
     blocks_per_worker: Annotated[int | None, typer.Option(help="default: as many as memory allows")] = None,
+    memory: Annotated[str | None, typer.Option(help="of a worker, like 20GiB; default: most of what is free")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="for Gram matrices that a GPU has no room for")] = None,
+    embed_device: Annotated[str | None, typer.Option(help="cpu: embed on nodes without a GPU")] = None,
+    from_block: Annotated[int, typer.Option(help="first block that --recipe is for; others stay as they are")] = 0,
+    mirror: Annotated[str | None, typer.Option(help="URL that gets a copy of all that is finished")] = None,
+    patience: Annotated[float, typer.Option(help="seconds to wait for workers; minutes where nodes start")] = 60.0,
     threads: Annotated[int, typer.Option(help="CPU threads per worker", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     quiet: Annotated[bool, typer.Option(help="print errors only")] = False,
@@ -39,25 +51,51 @@ def quantize(
         recipe=chosen,
         calibration=calibration,
         output=output,
-        workers=here.workers(threads) if workers is None else workers,
+        workers=here.workers(threads) if workers is None and ray_address is None else workers,
         resume=resume,  # type: ignore[arg-type]
         device=here.device if device == "auto" else device,
         samples_per_batch=samples_per_batch,
         sample_tokens=sample_tokens,
         blocks_per_worker=blocks_per_worker,
+        memory=num_bytes("--memory", memory),
+        host_memory=num_bytes("--host-memory", host_memory),
+        embed_device=embed_device,
+        from_block=from_block,
+        mirror=mirror,
         threads=threads,
         seed=seed,
     )
-    try:
-        with run_view(quiet) as view:
-            summary = driver.quantize(run, address=ray_address, listen=view)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; finished blocks are safe, type the same command again to continue", err=True)
-        raise typer.Exit(130) from None
+    with stopping() as stop, run_view(quiet) as view:
+        summary = driver.quantize(run, address=ray_address, listen=view, stop=stop, patience=patience)
     for line in summary_lines(summary, output):
         log.info(line)
         if not quiet:
             typer.echo(line)
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM, which lets what is in flight end; the second one ends the process."""
+    stop = threading.Event()
+
+    def ask(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def num_bytes(option: str, text: str | None) -> int | None:
+    """Of a size like 20GiB, 500MB or 1000000."""
+    try:
+        return None if text is None else TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise ConfigError(f"{option} must be a size like 20GiB, found {text!r}") from None
 
 
 def summary_lines(summary, output: Path) -> list[str]:

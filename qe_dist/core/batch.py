@@ -31,6 +31,10 @@ class Batch:
     def num_tokens(self) -> int:
         return int((self.modality != PADDING).sum())
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors().values())
+
     def token_keys(self) -> Int[Tensor, "B L"]:
         """A pseudo-random 63-bit number per token that depends on nothing but sample id and position."""
         positions = torch.arange(self.modality.shape[1], device=self.modality.device)

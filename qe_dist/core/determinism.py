@@ -1,5 +1,8 @@
 """The only place that touches torch's global state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -10,3 +13,18 @@ def pin(threads: int) -> None:
     """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """float32 products on a GPU read their factors with TF32's 10 bits, at eight times the speed, and sum in float32.
+
+    For iterations that forget the errors of their steps. On a CPU nothing changes.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

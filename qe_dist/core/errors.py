@@ -13,5 +13,9 @@ class CheckpointError(QEError):
     """A model or checkpoint on disk that is missing, damaged or not of the expected form."""
 
 
+class Stopped(QEError):
+    """The user asked to stop. Nothing is wrong; the same command continues."""
+
+
 class NumericalError(QEError):
     """Mathematics that did not succeed. Caught in one place only, the ladder in `methods/base.py`."""

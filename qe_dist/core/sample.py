@@ -20,6 +20,8 @@ class Sample:
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
     images: tuple[Path, ...] = ()
+    pixels: int = 0
+    """Of all its images."""
 
 
 @dataclass(frozen=True)

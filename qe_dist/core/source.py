@@ -1,6 +1,6 @@
 """What an architecture needs of a model on disk."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,4 +16,8 @@ class WeightSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def get(self, name: str) -> Tensor:
         """One tensor, read when asked for. CheckpointError names file and tensor."""
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begins to read ahead what will soon be asked for, and returns at once. A hint: nothing fails here."""
         ...

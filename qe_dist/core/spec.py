@@ -68,6 +68,11 @@ class ModelSpec:
     """Tensors outside the blocks, which the checkpoint takes over as they are."""
 
 
+def view_of(block: BlockSpec, granularity: Granularity) -> BlockSpec:
+    """The block with its groups as a recipe wants them."""
+    return per_linear(block) if granularity == "linear" else block
+
+
 def per_linear(block: BlockSpec) -> BlockSpec:
     """The block with every linear in a group of its own that routes on its own input (as the paper fits)."""
     groups = tuple(InputGroup(x.name, (x,), x.name, g.producers) for g in block.groups for x in g.linears)

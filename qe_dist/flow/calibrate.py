@@ -1,8 +1,9 @@
-"""The embed stage: samples -> hidden states before the first block, spooled once per run."""
+"""The embed stage: samples -> hidden states before the first block, once per run."""
 
 from collections.abc import Sequence
 
 from qe_dist import archs
+from qe_dist.archs.base import Encoder, Prelude
 from qe_dist.core.batch import Batch
 from qe_dist.core.determinism import pin
 from qe_dist.core.sample import Sample
@@ -10,6 +11,11 @@ from qe_dist.flow.config import RunConfig
 from qe_dist.flow.source import open_source
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.samples import load_images, read_samples
+from qe_dist.io.spool import Spool
+
+CHARACTERS_PER_TOKEN = 2  # English has about four, other languages fewer
+PIXELS_PER_TOKEN = 28 * 28  # Qwen's vision towers: patches of 14 x 14, merged two by two
+TEMPLATE_TOKENS = 64
 
 
 def make_batches(run: RunConfig) -> list[list[Sample]]:
@@ -19,30 +25,41 @@ def make_batches(run: RunConfig) -> list[list[Sample]]:
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-class Embedder:
-    """Feeds the first stage of a wave.
+def batch_tokens(batches: Sequence[Sequence[Sample]]) -> int:
+    """About how many tokens the largest batch has when it is padded, without tokenizing: enough to plan memory."""
+    return max(len(batch) * max(map(_tokens, batch)) for batch in batches)
 
-    The vision tower is loaded when a batch is asked for that is not in the spool yet.
-    """
+
+def _tokens(sample: Sample) -> int:
+    said = [part.get("text", "") for message in sample.messages for part in message["content"]]
+    characters = len(sample.text or "") + sum(map(len, said))
+    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + sample.pixels // PIXELS_PER_TOKEN
+
+
+class Embedder:
+    """Makes what enters block 0: embeddings and vision tower, loaded when the first batch is asked for."""
 
     def __init__(self, run: RunConfig, arch: str) -> None:
-        pin(run.threads)
         self.run, self.arch = run, archs.get(arch)
-        self.store = RunDir(run.output)
-        self.prelude = self.encoder = None
+        self.spool = Spool(RunDir(run.output))
+        self.prelude: Prelude | None = None
+        self.encoder: Encoder | None = None
 
-    def input_of(self, block: int, index: int, samples: Sequence[Sample]) -> Batch:
-        """Batch `index` as it enters a block: out of the spool, or for block 0 from the samples."""
-        if block > 0 or self.store.has_batch(block, index):
-            return self.store.get_batch(block, index)
+    def embed(self, index: int, samples: Sequence[Sample]) -> Batch:
+        """Batch `index` as it enters block 0; goes to the spool as well."""
+        pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
         if self.prelude is None or self.encoder is None:
             source = open_source(self.run)
-            self.encoder = self.arch.encoder(self.run.model)
-            self.prelude = self.arch.prelude(source, self.run.device, self.run.dtype)
+            self.encoder = self.arch.encoder(source.folder)
+            self.prelude = self.arch.prelude(source, self.run.embeds_on, self.run.dtype)
         batch = self.prelude([self.encoder(s, load_images(s)) for s in samples], index)
-        self.store.put_batch(block, batch)
+        self.spool.put(0, batch)
         return batch
 
-    def spool(self, index: int, samples: Sequence[Sample]) -> None:
+    def spool_only(self, index: int, samples: Sequence[Sample]) -> None:
         """Makes the batch ready for block 0 without handing it over."""
-        self.input_of(0, index, samples)
+        self.embed(index, samples)
+
+    def flush(self) -> None:
+        """Returns when what was embedded is on disk."""
+        self.spool.flush()

@@ -1,7 +1,6 @@
 """What a run is asked to do."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,43 +10,60 @@ from typing import Any, Literal
 import torch
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.io.bucket import is_url
+from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
-SAMPLED_BYTES = 1024
+_COUNTS = ("workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    model: Path
+    model: Path | str
+    """A directory, or a URL that fsspec opens."""
     recipe: Recipe
     calibration: Path
     output: Path
-    workers: int = 1
+    workers: int | None = 1
+    """The most to use; None: as many as the cluster has whenever a wave begins."""
     resume: Resume = "auto"
     device: str = "cpu"
+    embed_device: str | None = None
+    """Where embeddings and vision tower run; None: like everything else. `cpu` lets nodes without a GPU do it."""
     samples_per_batch: int = 8
     sample_tokens: int = 4096
     """Size of the token sample of every input group."""
     blocks_per_worker: int | None = None
     """None: as many as needed for one wave, if memory allows."""
+    memory: int | None = None
+    """Bytes that a worker may use on its device; None: most of what is free there."""
+    host_memory: int | None = None
+    """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    mirror: str | None = None
+    """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
+    from_block: int = 0
+    """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
+    earlier: tuple[tuple[int, Recipe], ...] = ()
+    """The recipes of those calls, each with its first block; read from the run directory."""
     threads: int = 1
     """Of each worker; part of what makes a result repeatable to the bit."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("model", "calibration", "output"):  # workers may run in other directories
-            object.__setattr__(self, name, Path(getattr(self, name)).resolve())
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"device must be cpu or cuda, found {self.device!r}")
+            if name != "model" or not is_url(self.model):
+                object.__setattr__(self, name, Path(getattr(self, name)).resolve())
+        for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
+            if device not in ("cpu", "cuda"):
+                raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must lie in 0..2^31-1, found {self.seed}")
-        for name in ("workers", "samples_per_batch", "sample_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.blocks_per_worker is not None and self.blocks_per_worker < 1:
-            raise ConfigError(f"blocks_per_worker must be at least 1, found {self.blocks_per_worker}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
         if self.resume not in ("auto", "required", "never"):
             raise ConfigError(f"resume must be auto, required or never, found {self.resume!r}")
 
@@ -56,30 +72,49 @@ class RunConfig:
         """Of the calibration forward: full precision on CPU, the model's own bf16 on a GPU."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
+    @property
+    def embeds_on(self) -> str:
+        return self.embed_device or self.device
+
+    def recipe_for(self, block: int) -> Recipe:
+        return self._policy(block)[1]
+
+    def start_of(self, block: int) -> int:
+        """The first block of those that have this block's recipe."""
+        return self._policy(block)[0]
+
+    def _policy(self, block: int) -> tuple[int, Recipe]:
+        return next(p for p in ((self.from_block, self.recipe), *reversed(self.earlier)) if p[0] <= block)
+
     def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
-        """What must be equal for a run to be continued; the number of workers and places on disk are not part of it.
+        """What must be equal for a run to be continued. Places on disk, and the number and kind of workers, may change;
+        the latter is part of a block's report.
 
         images: those that the calibration file names.
         """
         return {
-            "model": _fingerprint(self.model),
+            "model": SafetensorsSource(self.model).fingerprint(),
             "recipe": self.recipe.describe(),
+            "from_block": self.from_block,
+            "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
             "calibration": _hash(self.calibration.read_bytes()),
             "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
             "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
-            "device": self.device,
-            "threads": self.threads,
             "seed": self.seed,
         }
 
 
-def needs_of(runs: Sequence[RunConfig]) -> Needs:
-    """The statistics that serve all of these runs."""
+POLICY = ("recipe", "from_block", "earlier")
+"""What of an identity `--from-block` may change."""
+
+
+def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
+    """The statistics of a block that serve all of these runs."""
     needs = Needs()
     for run in runs:
-        needs |= run.recipe.needs()
+        needs |= run.recipe_for(block).needs()
     return needs
 
 
@@ -87,7 +122,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Runs that share one pass of the calibration may differ in recipe and output only."""
     first = runs[0]
     for run in runs[1:]:
-        if replace(run, recipe=first.recipe, output=first.output) != first:
+        own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}
+        if replace(run, **own) != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
@@ -97,22 +133,3 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _fingerprint(model: Path) -> str:
-    """Of config, tokenizer and processor files whole, and of every shard's header and some bytes of each tensor:
-    cheap for any size, and a retrained model shows."""
-    texts = [f for f in sorted(model.iterdir()) if f.suffix in (".json", ".jinja", ".txt")]
-    parts = [f.name.encode() + f.read_bytes() for f in texts]
-    for shard in sorted(model.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            parts.append(f"{shard.name} {shard.stat().st_size}".encode() + header)
-            for name, tensor in sorted(json.loads(header).items()):
-                if name != "__metadata__":
-                    begin, end = tensor["data_offsets"]
-                    middle = (begin + end) // 2
-                    file.seek(8 + length + middle)
-                    parts.append(file.read(min(SAMPLED_BYTES, end - middle)))
-    return _hash(b"\n".join(parts))

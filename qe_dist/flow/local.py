@@ -1,38 +1,114 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.flow.calibrate import Embedder, make_batches
-from qe_dist.flow.config import RunConfig, check_siblings
-from qe_dist.flow.plan import Plan, make_plan
+from qe_dist.core.spec import ModelSpec
+from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
+from qe_dist.flow.config import POLICY, RunConfig, check_siblings
+from qe_dist.flow.plan import Seat, Task, Wave, check_runs, local_seats, make_plan, plan_wave
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
+from qe_dist.io.lock import RunLock
+from qe_dist.io.remote import Mirror
 from qe_dist.io.run_dir import RunDir
+from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
 from qe_dist.methods import AXES
+from qe_dist.methods.recipes import recipe_from
+
+log = logging.getLogger("qe_dist")
+
+
+def quantize(*runs: RunConfig) -> None:
+    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
+
+    Several runs may differ in recipe and output: one pass of the calibration serves them all.
+    """
+    seats = local_seats(runs[0])
+    ready = prepare_run(*runs, seats=seats)
+    with opened(ready) as (ready, hold):
+        start(ready)
+        embedder = Embedder(ready.run, ready.model.arch)
+        while (first := ready.next_block()) is not None:
+            wave = plan_wave(ready.task, seats, first)
+            stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
+            for stage, part in zip(stages, wave, strict=True):
+                stage.load(part)
+            for i, samples in enumerate(ready.samples):
+                batch = ready.spooled(first, i) or embedder.embed(i, samples)
+                for stage in stages[:-1]:
+                    batch = stage.forward(batch)
+                stages[-1].finish(batch, ready.block_after(wave))
+            embedder.flush()
+            stages[-1].flush()
+            for stage, part in zip(stages, wave, strict=True):
+                for block in part.blocks:
+                    hold.check()
+                    stage.fit(block.index)
+                    hold.sync()
+            ready.store.drop_batches_before(first)
+        finish(ready, hold)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Runs that can begin: nothing is computed yet."""
+    """Runs that can begin: nothing is computed or written yet."""
 
     runs: tuple[RunConfig, ...]
-    """Those that are not finished; they share one pass of the calibration and differ in their recipe."""
+    """They share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: WeightSource
-    plan: Plan
+    model: ModelSpec
     identities: Mapping[RunConfig, Mapping[str, Any]]
 
+    @property
+    def run(self) -> RunConfig:
+        """The first, in whose directory activations are spooled; any of them where none is left."""
+        return (*self.runs, *self.identities)[0]
 
-def prepare_run(*runs: RunConfig) -> Prepared:
-    """Reads samples and headers, makes the plan, claims the output directories."""
+    @cached_property
+    def task(self) -> Task:
+        return Task(self.model, self.runs, batch_tokens(self.samples))
+
+    @property
+    def store(self) -> RunDir:
+        return RunDir(self.run.output)
+
+    def is_finished(self, block: int) -> bool:
+        """By every run."""
+        return all(RunDir(run.output).has_block(block) for run in self.runs)
+
+    def next_block(self) -> int | None:
+        """Where the next wave begins: the last block in front of all that is unfinished whose input is spooled."""
+        unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
+        return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
+
+    def spooled(self, block: int, index: int) -> Spooled | None:
+        """Batch `index` as it enters a block, if it lies on disk."""
+        return Spooled(block, index) if self.store.has_batch(block, index) else None
+
+    def block_after(self, wave: Wave) -> int | None:
+        """Whose input a wave leaves behind; None after the last one."""
+        following = wave[-1].blocks[-1].index + 1
+        return following if following < len(self.model.blocks) else None
+
+
+def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
+    """Reads samples and headers, and checks what can be checked now. Writes nothing.
+
+    seats: the workers, where they are known before the work begins.
+    """
+    runs = tuple(_with_policy(run) for run in runs)
     check_siblings(runs)
     samples = make_batches(runs[0])
     source = open_source(runs[0])
@@ -40,24 +116,70 @@ def prepare_run(*runs: RunConfig) -> Prepared:
     for run in runs:
         _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
-    left = tuple(run for run in runs if not RunDir(run.output).is_complete)
-    for run in left:
-        RunDir(run.output).check_files()
-    first = _first_block(left, len(model.blocks), len(samples))
-    plan = make_plan(model, left or runs, upper_bytes(source, model.passthrough), first)
     identities = {run: run.identity(images) for run in runs}
-    for run, identity in identities.items():
-        store = RunDir(run.output)
-        store.open(identity, run.resume)
-        if run not in left:
-            store.clean()
-    return Prepared(left, samples, source, plan, identities)
+    check_runs(model, runs, upper_bytes(source, model.passthrough))
+    ready = Prepared(runs, samples, source, model, identities)
+    if seats:
+        make_plan(ready.task, seats)
+    return ready
 
 
-def _first_block(left: Sequence[RunConfig], num_blocks: int, num_batches: int) -> int:
-    """Where to continue; activations are spooled in the directory of the first run."""
-    unfinished = min((RunDir(run.output).first_unfinished(num_blocks) for run in left), default=num_blocks)
-    return num_blocks if unfinished == num_blocks else RunDir(left[0].output).last_spooled(unfinished, num_batches)
+class Hold:
+    """What a call has a hold of: locks of its output directories, and their copies behind URLs."""
+
+    def __init__(self, locks: Sequence[RunLock], mirrors: list[Mirror]) -> None:
+        self.locks, self.mirrors = locks, mirrors
+
+    def check(self) -> None:
+        """QEError where another command took a directory over."""
+        for lock in self.locks:
+            lock.check()
+
+    def sync(self) -> None:
+        """Has what was finished copied, soon."""
+        for mirror in self.mirrors:
+            mirror.sync()
+
+    def flush(self) -> None:
+        """Returns when it is copied."""
+        self.sync()
+        for mirror in self.mirrors:
+            mirror.flush()
+
+
+@contextmanager
+def opened(ready: Prepared) -> Iterator[tuple[Prepared, Hold]]:
+    """Makes or continues the run directories and holds them against other commands. What is left of the runs are those
+    that are not finished."""
+    with ExitStack() as held:
+        hold = Hold([held.enter_context(RunDir(run.output).lock()) for run in ready.runs], [])
+        for run in ready.runs:
+            store, identity = RunDir(run.output), ready.identities[run]
+            if run.mirror is not None:
+                hold.mirrors.append(held.enter_context(Mirror(run.mirror, store)))
+                hold.mirrors[-1].restore(identity, run.resume)
+            if run.from_block:
+                store.change(identity, POLICY, run.from_block)
+            if store.open(identity, run.resume) and not store.is_complete:
+                for fault in store.check_files():
+                    log.warning("%s; it is made anew", fault)
+            if store.is_complete:
+                store.clean()
+        hold.sync()
+        yield replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete)), hold
+
+
+def _with_policy(run: RunConfig) -> RunConfig:
+    """With the recipes of the blocks before `from_block`, as the run directory has them."""
+    if not run.from_block:
+        return run
+    before = RunDir(run.output).identity()
+    policy = [*before["earlier"], [before["from_block"], before["recipe"]]]
+    earlier = tuple((first, recipe_from(content)) for first, content in policy if first < run.from_block)
+    for _, recipe in earlier:
+        if recipe.rotation != run.recipe.rotation:
+            raise ConfigError(f"from block {run.from_block} on the model would be rotated differently; it is one model")
+    return replace(run, earlier=earlier)
 
 
 def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
@@ -72,41 +194,17 @@ def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSou
         raise ConfigError(f"{run.calibration} has no image, but {names} must see some; add samples with images")
 
 
-def quantize(*runs: RunConfig) -> None:
-    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
-
-    Several runs may differ in recipe and output: one pass of the calibration serves them all.
-    """
-    ready = prepare_run(*runs)
-    if not ready.runs:
-        return
-    plan, arch = ready.plan, ready.plan.model.arch
-    start(ready)
-    embedder = Embedder(ready.runs[0], arch)
-    for wave in plan.waves:
-        stages = [Stage(ready.runs, arch, part) for part in wave]
-        for stage in stages:
-            stage.load()
-        for i, part in enumerate(ready.samples):
-            batch = embedder.input_of(wave[0].blocks[0].index, i, part)
-            for stage in stages[:-1]:
-                batch = stage.forward(batch)
-            stages[-1].finish(batch, None if wave is plan.waves[-1] else wave[-1].blocks[-1].index + 1)
-        for stage, part in zip(stages, wave, strict=True):
-            for block in part.blocks:
-                stage.fit(block.index)
-    finish(ready)
-
-
 def start(ready: Prepared) -> None:
     """Writes what is taken over unchanged."""
     for run in ready.runs:
-        put_passthrough(RunDir(run.output), ready.plan.model, ready.source)
+        put_passthrough(RunDir(run.output), ready.model, ready.source)
 
 
-def finish(ready: Prepared) -> None:
+def finish(ready: Prepared, hold: Hold) -> None:
     """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
+    hold.flush()
     for run in ready.runs:
         store = RunDir(run.output)
-        assemble(store, ready.plan.model, ready.source, run.recipe.describe(), ready.identities[run])
+        assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])
         store.clean()
+    hold.sync()

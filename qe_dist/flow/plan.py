@@ -1,20 +1,34 @@
 """Who does which blocks, in which wave, and whether it can work at all. Pure, before the first byte of work."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import psutil
 import torch
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.methods.base import Shares
+from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
-STATE_BYTES = 4  # statistics and fits are float32
+FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
+MOVED = 1.2  # what a fit costs elsewhere, with the way there
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one worker offers."""
+
+    memory: int
+    """Bytes for blocks: weights, statistics, fit."""
+    speed: float = 1.0
+    """Relative to other workers; only ratios count."""
+    node: str = "this machine"
 
 
 @dataclass(frozen=True)
@@ -25,71 +39,145 @@ class StagePlan:
     blocks: tuple[BlockSpec, ...]
 
 
+Wave = tuple[StagePlan, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     model: ModelSpec
-    waves: tuple[tuple[StagePlan, ...], ...]
+    waves: tuple[Wave, ...]
 
     @property
     def stages(self) -> tuple[StagePlan, ...]:
         return tuple(stage for wave in self.waves for stage in wave)
 
 
-def make_plan(
-    model: ModelSpec,
-    runs: Sequence[RunConfig],
-    passthrough_bytes: int = 0,
-    first_block: int = 0,
-    memory: int | None = None,
-) -> Plan:
-    """Cuts the blocks from `first_block` on into waves of at most `workers` stages. Refuses what would fail later.
+@dataclass(frozen=True)
+class Task:
+    """What is to be done, as far as plans ask."""
 
-    runs: all that are served by one pass of the calibration (see `flow.local.quantize`).
-    memory: bytes that all workers together may use; default 80 % of what this machine, or on CUDA its first GPU
-    for each worker, has free.
-    """
-    run = runs[0]
-    for each in runs:
-        _check_scheme(model, each)
-        _check_budget(model, each)
-    memory = memory or int(0.8 * _free_memory(run))
-    need = max(block_bytes(b, runs) for b in model.blocks)
-    fitting = memory // run.workers // need
-    if fitting == 0:
+    model: ModelSpec
+    runs: tuple[RunConfig, ...]
+    """All that are served by one pass of the calibration (see `flow.local.quantize`)."""
+    batch_tokens: int
+    """Of the largest batch, padding included."""
+
+    def footprint(self, block: BlockSpec) -> Footprint:
+        run = self.runs[0]
+        recipes = [run.recipe_for(block.index) for run in self.runs]
+        return footprint(block, recipes, run.sample_tokens, self.batch_tokens, run.dtype.itemsize)
+
+
+def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> Plan:
+    """All waves from `first_block` on, if nobody comes or goes."""
+    waves, model = [], task.model
+    while first_block < len(model.blocks):
+        waves.append(plan_wave(task, seats, first_block))
+        first_block = waves[-1][-1].blocks[-1].index + 1
+    return Plan(model, tuple(waves))
+
+
+def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
+    """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size."""
+    left = task.model.blocks[first_block:]
+    needs = [task.footprint(block) for block in left]
+    kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
+    at_most = task.runs[0].blocks_per_worker or len(left)
+    room = [min(max(0, seat.memory - passing) // kept, at_most) for seat in seats]
+    if not sum(room):
+        largest = max(seats, key=lambda seat: seat.memory)
         raise ConfigError(
-            f"one block needs {need / 2**30:.1f} GiB (weights, statistics, fit), but {run.workers} workers have "
-            f"{memory / run.workers / 2**30:.1f} GiB each; use fewer workers or a machine with more memory"
+            f"one block needs {_gib(kept + passing)}: {_gib(kept)} for weights and statistics, {_gib(passing)} while a "
+            f"batch goes through or a fit is made; but of {len(seats)} workers the largest, on {largest.node}, has "
+            f"{_gib(largest.memory)}. Use fewer workers, --memory, fewer --samples-per-batch, or a larger machine"
         )
-    each = run.blocks_per_worker or max(1, min(-(-(len(model.blocks) - first_block) // run.workers), fitting))
-    left = model.blocks[first_block:]
-    passed_on = len(runs) * passthrough_bytes if first_block == 0 else 0
-    _check_disk(run, sum(_output_bytes(left, each) for each in runs) + passed_on)
-    return Plan(model, _waves(left, run.workers, each))
+    waves = -(-len(left) // sum(room))
+    counts = share_out(-(-len(left) // waves), room, [seat.speed for seat in seats])
+    ends = list(accumulate(counts))
+    return tuple(
+        StagePlan(worker, left[end - count : end])
+        for worker, (count, end) in enumerate(zip(counts, ends, strict=True))
+        if count
+    )
 
 
-def _waves(blocks: tuple[BlockSpec, ...], workers: int, each: int) -> tuple[tuple[StagePlan, ...], ...]:
-    waves = []
-    for start in range(0, len(blocks), workers * each):
-        part = blocks[start : start + workers * each]
-        stages = [part[i : i + each] for i in range(0, len(part), each)]
-        waves.append(tuple(StagePlan(w, stage) for w, stage in enumerate(stages)))
-    return tuple(waves)
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
-def block_bytes(block: BlockSpec, runs: Sequence[RunConfig]) -> int:
-    """Memory that a worker needs per block while it gathers and fits: weights twice, Grams, token samples."""
-    run = runs[0]
-    weights = 2 * STATE_BYTES * block.num_weights
-    widths = [g.in_features for g in block.groups]
-    grams = STATE_BYTES * (M + 2) * sum(w * w for w in widths) if needs_of(runs).gram else 0
-    samples = STATE_BYTES * 2 * run.sample_tokens * 2 * sum(widths)
-    return weights + grams + samples
+def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[int]:
+    """Gives `count` equal blocks to workers so that the slowest is done soonest; none gets more than has room."""
+    shares = [0] * len(room)
+    for _ in range(min(count, sum(room))):
+        free = [i for i, most in enumerate(room) if shares[i] < most]
+        shares[min(free, key=lambda i: ((shares[i] + 1) / speeds[i], i))] += 1
+    return shares
 
 
-def _free_memory(run: RunConfig) -> int:
+@dataclass(frozen=True)
+class FitJob:
+    """One input group of one block for one run."""
+
+    run: int
+    block: int
+    group: str
+
+
+def balance(
+    costs: Mapping[FitJob, float],
+    owners: Mapping[FitJob, int],
+    speeds: Sequence[float],
+    stay: Collection[FitJob] = (),
+) -> dict[FitJob, int]:
+    """Which worker fits what. A job leaves its owner, who has the weights and statistics, only for one who is done
+    with it before the owner would be: longest first, each to who finishes it first.
+
+    stay: jobs that are too large to travel.
+    """
+    busy = [0.0] * len(speeds)
+    for job, owner in owners.items():
+        busy[owner] += costs[job] / speeds[owner]
+    placed = dict(owners)
+    for job in sorted(costs.keys() - set(stay), key=lambda j: (-costs[j], j.block, j.run, j.group)):
+        owner = owners[job]
+        other = min(range(len(speeds)), key=lambda w: (busy[w] + costs[job] / speeds[w], w))
+        if busy[other] + MOVED * costs[job] / speeds[other] < busy[owner]:
+            busy[owner] -= costs[job] / speeds[owner]
+            busy[other] += MOVED * costs[job] / speeds[other]
+            placed[job] = other
+    return placed
+
+
+def fit_cost(group: InputGroup) -> float:
+    """Multiplications of a fit, roughly: factorizing the Gram matrix, and a few products of weights with it."""
+    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
+    return float(width) ** 3 + 4.0 * outputs * width**2
+
+
+def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
+    """Refuses what would fail later, whatever the workers."""
+    for run in runs:
+        if run.from_block >= len(model.blocks):
+            raise ConfigError(f"from_block is {run.from_block}, but the model ends with block {len(model.blocks) - 1}")
+        _check_scheme(model, run)
+        _check_budget(model, run)
+        written = sum(f.stat().st_size for f in run.output.rglob("*.safetensors")) if run.output.exists() else 0
+        _check_disk(run, passthrough_bytes + _output_bytes(model.blocks, run) - written)
+
+
+def local_seats(run: RunConfig) -> list[Seat]:
+    """The workers that this machine alone can offer: 80 % of its free memory among them, or a GPU for each."""
+    workers = run.workers or 1
     if run.device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] * run.workers
-    return psutil.virtual_memory().available
+        return [Seat(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]))] * workers
+    return [Seat(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
+
+
+def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
+    """What goes to another worker that fits a group: weights, Gram matrices, token sample, in float32."""
+    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
+    gram = M * width * width if needs_of(task.runs, block).gram else 0
+    return 4 * (width * outputs + gram + 2 * task.runs[0].sample_tokens * width)
 
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:

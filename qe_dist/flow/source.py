@@ -18,5 +18,6 @@ def open_source(run: RunConfig) -> WeightSource:
         return source
     pin(run.threads)  # its weights are sums
     sites = archs.for_config(source.config).rotation_sites(source)
+    source.prefetch(sites.norms)
     gains = torch.stack([source.get(name).float() for name in sorted(sites.norms)])
     return RotatedSource(source, sites, rotation.bases(sites.widths, gains))

@@ -1,83 +1,181 @@
 """The work of one worker: forward batches through its blocks, gather statistics, fit and publish.
 
-Plain Python; Ray makes an actor of it in one line. Batches must come in order of their index: statistics
-are sums, and only a fixed order of summation gives the same bits whatever the number of workers. One pass of
-statistics serves any number of runs that differ in their recipe.
+Plain Python; Ray makes an actor of it. Batches are counted in order of their index: statistics are sums, and only a
+fixed order of summation gives the same bits whatever the number of workers. A batch that was counted already is only
+forwarded, so a wave may be streamed again for a worker that was lost. One pass of statistics serves any number of runs
+that differ in their recipe.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor, nn
 
 from qe_dist import archs
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.determinism import pin
-from qe_dist.core.spec import BlockSpec, Granularity, InputGroup, per_linear
+from qe_dist.core.machine import cpu_name, give_back_memory, matmul_rate
+from qe_dist.core.quantized import QuantizedGroup
+from qe_dist.core.source import WeightSource
+from qe_dist.core.spec import BlockSpec, InputGroup, view_of
 from qe_dist.flow.config import RunConfig, needs_of
-from qe_dist.flow.plan import StagePlan
+from qe_dist.flow.plan import FitJob, StagePlan
 from qe_dist.flow.source import open_source
 from qe_dist.io.checkpoint import block_tensors, report_dict
 from qe_dist.io.run_dir import RunDir
+from qe_dist.io.spool import Spool, Spooled
 from qe_dist.methods.base import GroupProblem
+from qe_dist.methods.recipe import Ask, Draft
 from qe_dist.numerics.stats import GroupStats
 
 
 class Stage:
-    """Consecutive blocks on one device. Blocks that are finished only forward."""
+    """Consecutive blocks on one device, others in every wave. Blocks that are finished only forward."""
 
-    def __init__(self, runs: Sequence[RunConfig], arch: str, part: StagePlan) -> None:
+    def __init__(self, runs: Sequence[RunConfig], arch: str) -> None:
         self.run, self.runs, self.arch = runs[0], runs, archs.get(arch)
         pin(self.run.threads)
-        self.part, self.blocks = part, []
-        self.next_index = 0
+        self.stores = [RunDir(run.output) for run in runs]
+        self.spool = Spool(self.stores[0])
+        self.blocks: dict[int, _Block] = {}
+        self.drafts: dict[FitJob, Draft] = {}
+        self.num_counted = 0
+        self.source: WeightSource | None = None
+        self.activity = "idle"
         self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
 
-    def load(self) -> None:
-        """Reads the blocks' weights. Apart from the constructor, so that an error arrives as itself from an actor."""
-        start = time.perf_counter()
-        self.source = open_source(self.run)
-        self.blocks = [_Block(self, spec) for spec in self.part.blocks]
-        self.seconds["load"] += time.perf_counter() - start
+    def load(self, part: StagePlan) -> None:
+        """Reads the weights of the blocks of a wave, and forgets those of the one before."""
+        with self._busy("load"):
+            self.blocks, self.drafts, self.num_counted = {}, {}, 0
+            self.source = self.source or open_source(self.run)
+            self.blocks = {spec.index: _Block(self, spec) for spec in part.blocks}
 
-    def forward(self, batch: Batch) -> Batch:
-        """Hidden states after this stage's blocks; counts the batch into the statistics."""
-        assert batch.index == self.next_index, f"batch {batch.index} out of order"
-        self.next_index += 1
-        start = time.perf_counter()
-        for block in self.blocks:
-            batch = batch.with_hidden(block.forward(batch))
-        self.seconds["forward"] += time.perf_counter() - start
-        return batch.with_hidden(batch.hidden.cpu())
+    def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
+        """Has the weights of the next wave read ahead, if there is time."""
+        names = self.source.names()
+        self.source.prefetch([name for spec in blocks for name in names if name.startswith(spec.prefix)])
 
-    def finish(self, batch: Batch, next_block: int | None) -> int:
-        """Forward of the last stage of a wave: spools what enters `next_block`. Returns the number of tokens."""
+    def counted(self) -> int | None:
+        """Batches in the statistics; None where every block is finished and nothing is counted."""
+        return self.num_counted if any(block.stats for block in self.blocks.values()) else None
+
+    def forward(self, batch: Batch | Spooled) -> Batch:
+        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before."""
+        with self._busy("forward"):
+            if isinstance(batch, Spooled):
+                batch = self.spool.get(batch)
+            if batch.index > self.num_counted and self.counted() is not None:
+                raise LookupError(f"batch {batch.index} came before batch {self.num_counted}")
+            is_next = batch.index == self.num_counted
+            for block in self.blocks.values():
+                batch = batch.with_hidden(block.forward(batch, count=is_next))
+            self.num_counted += is_next
+            return batch.with_hidden(batch.hidden.cpu())
+
+    def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
+        """Forward where a batch ends; spools what enters `next_block`. Returns its tokens and bytes."""
         batch = self.forward(batch)
         if next_block is not None:
-            RunDir(self.run.output).put_batch(next_block, batch)
-        return batch.num_tokens
+            self.spool.put(next_block, batch)
+        return batch.num_tokens, batch.num_bytes
 
-    def fit(self, index: int) -> dict[str, Any]:
-        """Fits and publishes one block for every run, and forgets its statistics. Returns the first run's report."""
-        start = time.perf_counter()
-        block = next(b for b in self.blocks if b.spec.index == index)
-        for run in self.runs:
-            store = RunDir(run.output)
-            if not store.has_block(index):
-                view = block.views[run.recipe.granularity]
-                groups = run.recipe.fit_block({g.name: block.problem(g, run) for g in view.groups})
-                store.put_block(index, block_tensors(view, groups, self.source), report_dict(index, groups, view))
-        block.stats.clear()
-        self.seconds["fit"] += time.perf_counter() - start
-        return RunDir(self.run.output).block_report(index) | {"seconds": time.perf_counter() - start}
+    def flush(self) -> None:
+        """Returns when what was spooled is on disk."""
+        self.spool.flush()
 
-    def usage(self) -> dict[str, float]:
-        """Seconds by activity and peak memory of this process in MiB."""
+    # -- fits: each group where there is time for it, each block published by its owner
+
+    def jobs(self) -> list[FitJob]:
+        """What is to be fitted here: every group of every block that is not finished, block by block."""
+        return [
+            FitJob(run, index, group.name)
+            for index, block in self.blocks.items()
+            for run, store in enumerate(self.stores)
+            if not store.has_block(index)
+            for group in block.view(self.runs[run]).groups
+        ]
+
+    def problem(self, job: FitJob) -> GroupProblem:
+        """All that a fit needs, for another worker."""
+        block, run = self.blocks[job.block], self.runs[job.run]
+        return block.problem(block.view(run).group(job.group), run)
+
+    def draft(self, job: FitJob, problem: GroupProblem | None = None) -> Ask | None:
+        """Transforms and rounds a group, ours or another worker's. Returns what it could make of the block's budget."""
+        with self._busy("fit"):
+            self.drafts[job] = self.runs[job.run].recipe_for(job.block).draft(problem or self.problem(job))
+            return self.drafts[job].ask
+
+    def settle(self, job: FitJob, granted: int | None) -> QuantizedGroup:
+        """The drafted group with the repair that was granted to it."""
+        with self._busy("fit"):
+            return self.runs[job.run].recipe_for(job.block).settle(self.drafts.pop(job), granted)
+
+    def publish(self, run: int, index: int, names: Sequence[str], *groups: QuantizedGroup) -> dict[str, Any]:
+        """Writes a block whose groups are settled; forgets its statistics after the last run. Returns its report."""
+        with self._busy("fit"):
+            block, store = self.blocks[index], self.stores[run]
+            view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
+            made = {
+                "recipe_from": self.runs[run].start_of(index),
+                "device": self.run.device,
+                "threads": self.run.threads,
+            }
+            report = report_dict(index, done, view) | made
+            store.put_block(index, block_tensors(view, done, self.source), report)
+            if all(store.has_block(index) for store in self.stores):
+                block.stats.clear()
+            return store.block_report(index)
+
+    def fit(self, index: int) -> None:
+        """All of it in this process, one group after the other."""
+        for run in range(len(self.runs)):
+            jobs = [job for job in self.jobs() if (job.run, job.block) == (run, index)]
+            asks = {job.group: self.draft(job) for job in jobs}
+            granted = self.runs[run].recipe_for(index).grant(asks)
+            if jobs:
+                self.publish(run, index, list(asks), *(self.settle(job, granted[job.group]) for job in jobs))
+
+    # -- what others want to know
+
+    def usage(self) -> dict[str, Any]:
+        """What it does, seconds by activity, memory of this process now and at its peak in MiB."""
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return self.seconds | {"peak_mib": peak}
+        now = psutil.Process().memory_info().rss / 2**20
+        return self.seconds | {
+            "activity": self.activity,
+            "blocks": list(self.blocks),
+            "memory_mib": now,
+            "peak_mib": peak,
+        }
+
+    def survey(self) -> dict[str, Any]:
+        """Kind, speed and free bytes of the device."""
+        pin(self.run.threads)
+        if self.run.device == "cuda":
+            kind, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+        else:
+            kind, free = f"{cpu_name()}, {self.run.threads} threads", psutil.virtual_memory().available
+        return {"kind": kind, "free": free, "speed": matmul_rate(self.run.device, self.run.dtype)}
+
+    @contextmanager
+    def _busy(self, activity: str) -> Iterator[None]:
+        pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
+        self.activity, start = activity, time.perf_counter()
+        try:
+            yield
+        finally:
+            if activity != "forward":
+                give_back_memory()
+            self.seconds[activity] += time.perf_counter() - start
+            self.activity = "idle"
 
 
 class _Block:
@@ -86,15 +184,19 @@ class _Block:
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
         self.inputs: dict[str, Tensor] = {}
         self.stats: dict[str, GroupStats] = {}
-        waiting = [r for r in stage.runs if not RunDir(r.output).has_block(spec.index)]
-        self.views = {r.recipe.granularity: _view(spec, r.recipe.granularity) for r in waiting}
+        waiting = [r for r, store in zip(stage.runs, stage.stores, strict=True) if not store.has_block(spec.index)]
+        self.views = {g: view_of(spec, g) for g in {r.recipe_for(spec.index).granularity: None for r in waiting}}
         for view in self.views.values():
             for group in view.groups:
                 self.stats[group.name] = GroupStats.empty(
-                    self.weights(group), view.router_width(group), needs_of(waiting), run.sample_tokens
+                    self.weights(group), view.router_width(group), needs_of(waiting, spec.index), run.sample_tokens
                 )
                 reader = self.module.get_submodule(group.linears[0].name)
                 reader.register_forward_pre_hook(self._catcher(group.name))
+
+    def view(self, run: RunConfig) -> BlockSpec:
+        """The block's groups as this run's recipe wants them."""
+        return self.views[run.recipe_for(self.spec.index).granularity]
 
     def _catcher(self, name: str):
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -106,9 +208,9 @@ class _Block:
         modules = {x.name: self.module.get_submodule(x.name) for x in group.linears}
         return {name: module.weight.float() for name, module in modules.items()}
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, count: bool) -> Tensor:
         hidden = self.arch.run_block(self.module, batch)
-        if self.stats:
+        if self.stats and count:
             real = batch.modality != PADDING
             modality, keys = batch.modality[real], batch.token_keys()[real]
             real = real.to(hidden.device)
@@ -116,13 +218,11 @@ class _Block:
             modality, keys = modality.to(hidden.device), keys.to(hidden.device)
             for group in (g for view in self.views.values() for g in view.groups):
                 self.stats[group.name].update(rows[group.name], rows[group.router_input], modality, keys)
-            self.inputs.clear()
+        self.inputs.clear()
         return hidden
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
         seed = run.seed + 1000 * self.spec.index
-        return GroupProblem(group, self.weights(group), self.stats[group.name], run.recipe.scheme, seed)
-
-
-def _view(spec: BlockSpec, granularity: Granularity) -> BlockSpec:
-    return per_linear(spec) if granularity == "linear" else spec
+        return GroupProblem(
+            group, self.weights(group), self.stats[group.name], run.recipe_for(self.spec.index).scheme, seed
+        )

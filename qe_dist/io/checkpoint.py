@@ -29,6 +29,8 @@ INDEX = "model.safetensors.index.json"
 PART_BYTES = 2**30
 """Of one file of what is passed through; a larger tensor has a file of its own."""
 MANIFEST = "qe_manifest.json"
+MADE = ("recipe_from", "device", "threads")
+"""How a block was made, where blocks of one checkpoint may differ: from which block on its recipe holds, and where."""
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
@@ -74,6 +76,7 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
     for group in spec.groups:
         done = groups[group.name]
         modules[group.name] = {
+            "scheme": str(done.scheme),
             "router_input": group.router_input,
             "input": described(input_tensors(done.input)),
             "linears": {
@@ -139,13 +142,13 @@ def assemble(
         **cost_per_weight(spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
         "blocks": [
-            {"index": b.index, "prefix": b.prefix, "groups": r["groups"]}
+            {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
             for b, r in zip(spec.blocks, reports, strict=True)
         ],
     }
     publish_json(run.output / MANIFEST, manifest)
     config = dict(source.config)
-    config["quantization_config"] = quantization_config(recipe, [r["layout"] for r in reports])
+    config["quantization_config"] = quantization_config([r["layout"] for r in reports])
     publish_json(run.output / "config.json", config)
 
 
@@ -161,7 +164,7 @@ def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]) -> dict[str, Any]:
+def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
     """What config.json says: equal block layouts are written once."""
     distinct: list[dict[str, Any]] = []
     of_block = []
@@ -172,8 +175,7 @@ def quantization_config(recipe: Mapping[str, Any], layouts: list[dict[str, Any]]
     return {
         "quant_method": "qe",
         "format": "pack-quantized",
-        "version": 1,
-        "scheme": recipe["scheme"],
+        "version": 2,
         "layouts": distinct,
         "block_layouts": of_block,
     }

@@ -1,6 +1,6 @@
 """A model rewritten into another one that computes the same, tensor by tensor, when asked for."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class RotatedSource:
             dtype=tensor.dtype if site.stored else torch.float32,
         )
         return turned.reshape(tensor.shape)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """What these tensors are made of; gains of norms are small and come when they are asked for."""
+        sites = self.sites.tensors
+        self.source.prefetch(dict.fromkeys(sites[n].source if n in sites else n for n in names))
 
     def _kept_gain(self, norm: str) -> Tensor:
         gain = self.source.get(norm)

@@ -8,7 +8,7 @@ a config is whole.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,33 @@ class RunDir:
             return False
         if resume == "never":
             raise ConfigError(f"{self.output} holds a run already (resume=never)")
-        before = read_json(marker)
-        different = _differences(before, json.loads(json.dumps(identity)))
-        if different:
-            raise ConfigError(
-                f"{self.output} belongs to another run, which differs in {'; '.join(different)}. "
-                "Choose another output directory, or the same settings to continue it"
-            )
+        self._check_same(identity, read_json(marker).keys())
         self._sweep()
         return True
+
+    def identity(self) -> dict[str, Any]:
+        """What the run in this directory was asked to do, lastly."""
+        if not self._marker.exists():
+            raise ConfigError(f"{self.output} holds no run; a recipe can be changed from a block on where there is one")
+        return read_json(self._marker)
+
+    def change(self, identity: Mapping[str, Any], what: Collection[str], first: int) -> None:
+        """Lets the run go on as another one that differs in `what`: blocks from `first` on are forgotten."""
+        before = self.identity()
+        self._check_same(identity, before.keys() - set(what))
+        now = json.loads(json.dumps(identity))
+        if any(before[name] != now[name] for name in what):
+            self.reset_blocks(first)  # first: a crash in between must not leave blocks under a recipe not theirs
+            publish_json(self._marker, now)
+
+    def _check_same(self, identity: Mapping[str, Any], names: Collection[str]) -> None:
+        before, now = read_json(self._marker), json.loads(json.dumps(identity))
+        different = differences({k: before[k] for k in names}, {k: now.get(k) for k in names})
+        if different:
+            raise ConfigError(
+                f"{self.output} belongs to another run, which differs in {'; '.join(different)}. Choose another output "
+                "directory, or the same settings to continue it (--from-block changes the recipe from a block on)"
+            )
 
     def _refuse_foreign(self) -> None:
         """A directory in which an earlier call could not even write its marker counts as empty."""
@@ -186,10 +204,6 @@ class RunDir:
     def block_report(self, index: int) -> dict[str, Any]:
         return self.file_report(self.block_name(index))
 
-    def first_unfinished(self, num_blocks: int) -> int:
-        """The first block that is not there yet; `num_blocks` when every block is finished."""
-        return next((i for i in range(num_blocks) if not self.has_block(i)), num_blocks)
-
     def reset_blocks(self, first: int) -> None:
         """Forgets the finished blocks from `first` on; a finished checkpoint is one no longer."""
         (self.output / "config.json").unlink(missing_ok=True)
@@ -212,12 +226,13 @@ def _index(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each entry that is not equal, by its path, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
+            found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} ({a!r} then, {b!r} now)")
     return found

@@ -5,6 +5,7 @@ or short {"image": ..., "prompt": ..., "answer": ...}, or {"text": ...}. Paths a
 """
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,12 @@ def _sample(line: str, index: int, origin: str, folder: Path) -> Sample:
         messages = _from_short(record, origin)
     else:
         raise ConfigError(f"{origin}: expected 'messages', 'text', or 'prompt' and 'answer'; found {sorted(record)}")
-    images = tuple(
-        _image_path(part["image"], origin, folder)
-        for message in messages
-        for part in message["content"]
-        if part["type"] == "image"
-    )
+    names = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    images = tuple(_image_path(name, origin, folder) for name in names)
+    # A damaged image should stop the run now, not at its batch.
+    pixels = sum(math.prod(_decoded(path, origin).size) for path in images)
     kind = str(record.get("kind", "image" if images else "chat"))
-    return Sample(index, origin, kind, messages=tuple(messages), images=images)
+    return Sample(index, origin, kind, messages=tuple(messages), images=images, pixels=pixels)
 
 
 def _from_short(record: dict[str, Any], origin: str) -> list[dict[str, Any]]:
@@ -102,7 +101,6 @@ def _image_path(name: str, origin: str, folder: Path) -> Path:
     path = folder / name
     if not path.is_file():
         raise ConfigError(f"{origin}: image {path} does not exist")
-    _decoded(path, origin)  # a damaged image should stop the run now, not at its batch
     return path
 
 

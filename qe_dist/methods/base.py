@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from qe_dist.core.batch import TEXT
+from qe_dist.core.determinism import tensor_cores
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
@@ -127,8 +128,8 @@ class ErrorProblem:
         return torch.cat(list(self.errors.values()))
 
     @property
-    def output_sizes(self) -> list[int]:
-        return [e.shape[0] for e in self.errors.values()]
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.errors.values())).dtype
 
     def error_of(self, modality: int) -> Float[Tensor, "O I"]:
         """What Q(W) misses for tokens of one modality: `stacked`, but where these have a scale of their own."""
@@ -141,7 +142,8 @@ class ErrorProblem:
 
 def _energy(rows: Tensor, gram: Tensor) -> Tensor:
     """Of what each row makes of the inputs. [R]"""
-    return ((rows @ gram) * rows).sum(dim=1)
+    with tensor_cores():
+        return (rows @ gram).mul_(rows).sum(dim=1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
-from qe_dist.numerics.stats import Needs
+from qe_dist.numerics.stats import GroupStats, Needs
 
 # The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
 LADDER: tuple[tuple[str, Callable[[GroupProblem], GroupProblem]], ...] = (
@@ -66,15 +66,16 @@ class Recipe:
         return self.fit_block({problem.group.name: problem})[problem.group.name]
 
     def fit_block(self, problems: Mapping[str, GroupProblem]) -> dict[str, QuantizedGroup]:
-        """All groups of a block. Under a byte budget they share it: what can be cut is cut where it does least."""
-        problems = {name: replace(problem, scheme=self.scheme) for name, problem in problems.items()}
-        drafts = {name: self._climb(problem) for name, problem in problems.items()}
-        drafts |= self._shared({name: draft for name, draft in drafts.items() if draft.gains is not None})
-        return {name: self._finished(draft, problems[name]) for name, draft in drafts.items()}
+        """All groups of a block. The groups may as well be drafted and settled in different places."""
+        drafts = {name: self.draft(problem) for name, problem in problems.items()}
+        granted = self.grant({name: draft.ask for name, draft in drafts.items()})
+        return {name: self.settle(draft, granted[name]) for name, draft in drafts.items()}
 
-    def _climb(self, problem: GroupProblem) -> "Draft":
-        """Climbs the ladder where the mathematics fails, and says so."""
+    def draft(self, problem: GroupProblem) -> "Draft":
+        """Transforms and rounds a group; repairs it, unless that waits for what the block's budget grants it.
+        Climbs the ladder where the mathematics fails, and says so."""
         start = time.perf_counter()
+        problem = replace(problem, scheme=self.scheme)
         fallbacks = _missing_tokens(problem)
         if problem.stats.num_tokens:
             for name, change in LADDER:
@@ -85,9 +86,9 @@ class Recipe:
                     continue
                 if name != LADDER[0][0]:
                     fallbacks.append(f"solved by '{name}'")
-                return replace(draft, seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
+                return replace(draft, asked=problem, seconds=_since(start), fallbacks=tuple(fallbacks))
         fallbacks.append("plain rounding without transform and compensation")
-        return replace(self._plain(problem), seconds=time.perf_counter() - start, fallbacks=tuple(fallbacks))
+        return replace(self._plain(problem), seconds=_since(start), fallbacks=tuple(fallbacks))
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
         moved = self.transform.fit(problem)
@@ -95,19 +96,27 @@ class Recipe:
         if isinstance(self.compensation, TakesOver):
             weights = self.compensation.left_to_round(moved, self.budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
-        weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
-        codes = {n: self.quantizer.fit(w, moved.stats, self.scheme) for n, w in weights.items()}
+        if exempt.numel():
+            weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
+        codes = self._rounded(weights, moved.stats)
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
         repair = ErrorProblem(moved, errors, self.budget)
         if self.budget.extra_bits is not None and isinstance(self.compensation, Shares):
-            return Draft(repair, codes, gains=self.compensation.gains(repair))
-        return Draft(repair, codes, self._repaired(repair))
+            return Draft(problem, repair, codes, gains=self.compensation.gains(repair))
+        return Draft(problem, repair, codes, self._repaired(repair))
+
+    def _rounded(self, weights: Mapping[str, Tensor], stats: GroupStats) -> dict[str, Codes]:
+        """All linears of a group at once: their rows are rounded each by itself, and share what their input costs."""
+        found = self.quantizer.fit(torch.cat(list(weights.values())), stats, self.scheme)
+        sizes = [len(w) for w in weights.values()]
+        parts = zip(weights, found.codes.split(sizes), found.scale.split(sizes), strict=True)
+        return {n: Codes(codes, scale.clone()) for n, codes, scale in parts}
 
     def _plain(self, problem: GroupProblem) -> "Draft":
         bits, size = self.scheme.weight_bits, self.scheme.group_size
         scales = {n: weight_scale(w, bits, size) for n, w in problem.weights.items()}
         codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
-        return Draft(ErrorProblem(problem, {}, self.budget), codes)
+        return Draft(problem, ErrorProblem(problem, {}, self.budget), codes)
 
     def _repaired(self, repair: ErrorProblem) -> Correction:
         correction = self.compensation.fit(repair)
@@ -115,29 +124,28 @@ class Recipe:
             raise NumericalError("the compensation has a NaN or Inf")
         return correction
 
-    def _shared(self, drafts: Mapping[str, "Draft"]) -> dict[str, "Draft"]:
-        """Repairs the groups of a block with what its budget allows them, by marginal error per bit."""
-        problems = [draft.repair.problem for draft in drafts.values()]
+    def grant(self, asks: Mapping[str, "Ask | None"]) -> dict[str, int | None]:
+        """The ranks of a block's groups under its byte budget, by marginal error per bit; None for who does not ask."""
+        asking = {name: ask for name, ask in asks.items() if ask is not None}
         factor_bits = self.budget.factor_bits
         scale_bits = 0 if factor_bits == 16 else 16  # of every row of a factor
-        spare = sum((self.budget.extra_bits or 0.0) * p.num_weights - scale_bits * p.num_outputs for p in problems)
+        spare = sum((self.budget.extra_bits or 0.0) * a.weights - scale_bits * a.outputs for a in asking.values())
         step = 2 if factor_bits == 4 else 1  # directions that share their bytes, see `even_rank`
-        costs = [float(step * (factor_bits * (p.num_outputs + p.group.in_features) + scale_bits)) for p in problems]
-        gains = [_in_steps(draft.gains, step) for draft in drafts.values() if draft.gains is not None]
-        done = {}
-        for (name, draft), steps in zip(drafts.items(), allot(gains, costs, float(spare)), strict=True):
-            rank = step * steps
-            try:
-                repaired = replace(draft, correction=self._repaired(replace(draft.repair, granted=rank)))
-            except (NumericalError, torch.linalg.LinAlgError) as error:
-                repaired = replace(draft, fallbacks=(*draft.fallbacks, f"no repair of rank {rank}: {error}"))
-            done[name] = repaired
-        return done
+        costs = [float(step * (factor_bits * (a.outputs + a.inputs) + scale_bits)) for a in asking.values()]
+        gains = [_in_steps(a.gains, step) for a in asking.values()]
+        steps = dict(zip(asking, allot(gains, costs, float(spare)), strict=True))
+        return {name: step * steps[name] if name in steps else None for name in asks}
 
-    def _finished(self, draft: "Draft", problem: GroupProblem) -> QuantizedGroup:
+    def settle(self, draft: "Draft", granted: int | None) -> QuantizedGroup:
+        """A drafted group as it is stored, with the repair that was granted to it."""
         start = time.perf_counter()
+        if granted is not None:
+            try:
+                draft = replace(draft, correction=self._repaired(replace(draft.repair, granted=granted)))
+            except (NumericalError, torch.linalg.LinAlgError) as error:
+                draft = replace(draft, fallbacks=(*draft.fallbacks, f"no repair of rank {granted}: {error}"))
         group = stored(draft.repair.problem, draft.codes, draft.correction, self.budget.factor_bits)
-        return with_report(group, problem, draft.seconds + time.perf_counter() - start, draft.fallbacks)
+        return with_report(group, draft.asked, draft.seconds + _since(start), draft.fallbacks)
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data: what identifies a run, and what goes into the manifest."""
@@ -157,12 +165,36 @@ class Recipe:
 class Draft:
     """A group that is rounded, but not yet stored: its repair may wait for what the block grants it."""
 
+    asked: GroupProblem
+    """As it was before any transform."""
     repair: ErrorProblem
     codes: Mapping[str, Codes]
     correction: Correction = field(default_factory=Correction)
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
+
+    @property
+    def ask(self) -> "Ask | None":
+        if self.gains is None:
+            return None
+        problem = self.repair.problem
+        return Ask(self.gains.cpu(), problem.num_outputs, problem.group.in_features, problem.num_weights)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a group could make of the block's budget: small, so that it travels."""
+
+    gains: Float[Tensor, " R"]
+    """Squared error that each further direction takes off."""
+    outputs: int
+    inputs: int
+    weights: int
+
+
+def _since(start: float) -> float:
+    return time.perf_counter() - start
 
 
 def _in_steps(gains: Tensor, step: int) -> Tensor:

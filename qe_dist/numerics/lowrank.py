@@ -7,15 +7,20 @@ be used as they are: E G E^T = (E X^T)(E X^T)^T.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qe_dist.core.determinism import tensor_cores
 from qe_dist.core.errors import NumericalError
 
 OVERSAMPLE = 8
 STEPS = 8
+ROUGH = 6
+"""The first of them, whose products a GPU may make with tensor cores: the last ones and the projection make up for it,
+even where one channel is ten thousand times as loud as the others. With all of them rough it costs a quarter there."""
 
 
 def gram_product(gram: Float[Tensor, "I I"]) -> Callable[[Tensor], Tensor]:
@@ -55,10 +60,12 @@ def low_rank(
     def step(q: Tensor) -> Tensor:
         return unit @ times_gram(unit.T @ q)
 
-    start = torch.randn(outputs, width, generator=torch.Generator().manual_seed(0))
-    basis = start.to(error)
-    for _ in range(STEPS):
-        basis = _orthonormal(step(basis))
+    fixed = torch.Generator(error.device).manual_seed(0)
+    basis = torch.randn(outputs, width, generator=fixed, device=error.device).to(error)
+    for turn in range(STEPS):
+        with tensor_cores() if turn < ROUGH else nullcontext():
+            image = step(basis)
+        basis = _orthonormal(image)
     small = basis.T @ step(basis)
     if not torch.isfinite(small).all():
         raise NumericalError("the Gram matrix has a NaN or Inf")
@@ -70,7 +77,24 @@ def low_rank(
 def _orthonormal(columns: Tensor) -> Tensor:
     if not torch.isfinite(columns).all():
         raise NumericalError("subspace iteration met a NaN or Inf")
-    return torch.linalg.qr(columns).Q
+    basis = cholesky_qr(columns) if columns.is_cuda else None
+    return torch.linalg.qr(columns).Q if basis is None else basis
+
+
+INDEPENDENT = 1e-4
+"""Least share of a column that must be left after those before it, for `cholesky_qr` to be as exact as float32 is."""
+
+
+def cholesky_qr(columns: Float[Tensor, "O R"]) -> Float[Tensor, "O R"] | None:
+    """The Q of a QR decomposition by matrix products alone, in float64; None where columns are too nearly dependent.
+
+    On a GPU a tenth of the time of Householder's reflections, which go column by column.
+    """
+    tall = (columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)).double()
+    factor, failed = torch.linalg.cholesky_ex(tall.T @ tall)
+    if failed or factor.diagonal().min() < INDEPENDENT:
+        return None
+    return torch.linalg.solve_triangular(factor.T, tall, upper=True, left=False).to(columns)
 
 
 def fit_up(

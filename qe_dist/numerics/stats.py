@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from qe_dist.core.batch import MODALITIES, TEXT
+from qe_dist.numerics.gram import add_gram
 from qe_dist.numerics.lowrank import capped
 
 M = len(MODALITIES)
@@ -49,6 +50,14 @@ class TokenSample:
     def joined(self, other: "TokenSample") -> "TokenSample":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return TokenSample(*(torch.cat(pair) for pair in pairs))
+
+    def smallest_with(self, other: "TokenSample", count: int) -> "TokenSample":
+        """The smallest of both; `self` is in order, as `smallest` left it. Copies only what has a chance to come in:
+        next to nothing of a batch, once the sample is full."""
+        if 0 < count == len(self.keys):
+            may = other.keys < self.keys[-1]
+            other = TokenSample(other.keys[may], other.x[may], other.router_x[may], other.modality[may])
+        return self.joined(other.smallest(count)).smallest(count)
 
 
 @dataclass
@@ -110,29 +119,27 @@ class GroupStats:
         modality: Int8[Tensor, " T"],
         keys: Int[Tensor, " T"],
     ) -> None:
-        """Adds the tokens of one batch (padding already removed)."""
-        x, router_x = x.float(), router_x.float()
+        """Adds the tokens of one batch (padding already removed). Their dtype stays as it is: wide copies are dear."""
         finite = torch.isfinite(x).all(dim=1) & torch.isfinite(router_x).all(dim=1)
         if not finite.all():
             self.nonfinite += int((~finite).sum())
             x, router_x, modality, keys = (t[finite] for t in (x, router_x, modality, keys))
-        magnitude = x.abs()
         for m in range(M):
             rows = (modality == m).nonzero().squeeze(1)
             if rows.numel() == 0:
                 continue
-            part, own = magnitude[rows], x[rows]
+            own = x if rows.numel() == len(x) else x[rows]
+            magnitude = own.abs()
             self.count[m] += rows.numel()
-            self.abs_sum[m] += part.sum(dim=0, dtype=torch.float64)
-            self.abs_max[m] = torch.maximum(self.abs_max[m], part.amax(dim=0))
+            self.abs_sum[m] += magnitude.sum(dim=0, dtype=torch.float64)
+            self.abs_max[m] = torch.maximum(self.abs_max[m], magnitude.amax(dim=0))
             if self.gram is not None:
-                self.gram[m] += own.T @ own
-            score = part * self.importance if self.top_count else part
+                add_gram(self.gram[m], own)
+            score = magnitude * self.importance if self.top_count else magnitude
             for k, count in self.top_count.items():
                 top = score.topk(capped(x.shape[1], k), dim=1).indices
                 count[m] += torch.bincount(top.flatten(), minlength=x.shape[1])
-        new = TokenSample(keys, x, router_x, modality).smallest(self.sample_size)
-        self.sample = self.sample.joined(new).smallest(self.sample_size)
+        self.sample = self.sample.smallest_with(TokenSample(keys, x, router_x, modality), self.sample_size)
 
     def merge(self, other: "GroupStats") -> "GroupStats":
         """The statistics of both parts together."""
@@ -148,7 +155,7 @@ class GroupStats:
             abs_max=torch.maximum(self.abs_max, other.abs_max),
             gram=add(self.gram, other.gram),
             top_count={k: count + other.top_count[k] for k, count in self.top_count.items()},
-            sample=self.sample.joined(other.sample).smallest(self.sample_size),
+            sample=self.sample.smallest_with(other.sample, self.sample_size),
         )
 
     @property
@@ -174,7 +181,7 @@ class GroupStats:
         """The statistics of x / scale, one scale or one per modality, with weights that are multiplied by text's."""
         scale = scale.view(-1, scale.shape[-1])
         of_token = scale if len(scale) == 1 else scale[self.sample.modality.long()]
-        gram = None if self.gram is None else self.gram / scale[:, None] / scale[:, :, None]
+        gram = None if self.gram is None else (self.gram / scale[:, None]).div_(scale[:, :, None])
         return replace(
             self,
             abs_sum=self.abs_sum / scale,

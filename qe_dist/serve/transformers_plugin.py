@@ -18,7 +18,7 @@ from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
 
 METHOD = "qe"
-VERSION = 1
+VERSION = 2
 
 
 class QEConfig(QuantizationConfigMixin):
@@ -26,7 +26,6 @@ class QEConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        scheme: str,
         layouts: list[dict[str, Any]],
         block_layouts: list[int],
         version: int = VERSION,
@@ -36,7 +35,7 @@ class QEConfig(QuantizationConfigMixin):
         if version != VERSION:
             raise CheckpointError(f"this checkpoint has format version {version}, this qe_dist reads {VERSION}")
         self.quant_method = METHOD
-        self.scheme, self.layouts, self.block_layouts = scheme, layouts, block_layouts
+        self.layouts, self.block_layouts = layouts, block_layouts
         self.version, self.format = version, format
 
 
@@ -55,7 +54,7 @@ class QEQuantizer(HfQuantizer):
             )
         modality = TokenModality(model.config)
         for block, index in zip(blocks, config.block_layouts, strict=True):
-            replace_linears(block, config.layouts[index], Scheme.parse(config.scheme), modality)
+            replace_linears(block, config.layouts[index], modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
             modality.follow(model.base_model)
 
@@ -67,15 +66,16 @@ class QEQuantizer(HfQuantizer):
         return False
 
 
-def replace_linears(block: nn.Module, layout: dict[str, Any], scheme: Scheme, modality: TokenModality) -> None:
+def replace_linears(block: nn.Module, layout: dict[str, Any], modality: TokenModality) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
-    inputs = {name: QEInput(scheme, group["input"], len(group["linears"]), modality) for name, group in layout.items()}
+    schemes = {name: Scheme.parse(group["scheme"]) for name, group in layout.items()}
+    inputs = {n: QEInput(schemes[n], g["input"], len(g["linears"]), modality) for n, g in layout.items()}
     for name, group in layout.items():
         inputs[name].route_on(inputs[group["router_input"]])
         block.set_submodule(f"{name}_input", inputs[name])
         for linear, shapes in group["linears"].items():
             old = block.get_submodule(linear)
-            block.set_submodule(linear, QELinear(scheme, shapes, inputs[name], old))
+            block.set_submodule(linear, QELinear(schemes[name], shapes, inputs[name], old))
 
 
 def register() -> None:

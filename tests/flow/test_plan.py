@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import block_bytes, make_plan
+from qe_dist.flow.plan import FitJob, Seat, Task, balance, check_runs, make_plan, share_out
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -24,28 +24,80 @@ def model(num_blocks: int, width: int = 64) -> ModelSpec:
     return ModelSpec("some", tuple(block(i) for i in range(num_blocks)), ())
 
 
-@given(st.integers(1, 90), st.integers(1, 9), st.one_of(st.none(), st.integers(1, 9)), st.integers(0, 90))
-def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, workers, each, first):
-    run = replace(RUN, workers=workers, blocks_per_worker=each)
-    plan = make_plan(model(blocks), [run], first_block=min(first, blocks))
+def task(num_blocks: int, run: RunConfig = RUN, width: int = 64) -> Task:
+    return Task(model(num_blocks, width), (run,), batch_tokens=100)
+
+
+def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
+    return [Seat(m, s) for m, s in zip(memory, speeds or (1.0,) * len(memory), strict=True)]
+
+
+@given(st.integers(1, 90), st.lists(st.floats(0.2, 5.0), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 90))
+def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds, each, first):
+    run = replace(RUN, blocks_per_worker=each or None)
+    workers = seats(*[2**40] * len(speeds), speeds=tuple(speeds))
+    plan = make_plan(task(blocks, run), workers, first_block=min(first, blocks))
     done = [b.index for wave in plan.waves for stage in wave for b in stage.blocks]
     assert done == list(range(min(first, blocks), blocks))
-    assert all(len(wave) <= workers for wave in plan.waves)
+    assert all(len({stage.worker for stage in wave}) == len(wave) <= len(workers) for wave in plan.waves)
     assert all(len(stage.blocks) <= each for stage in plan.stages) if each else len(plan.waves) <= 1
 
 
-def test_blocks_per_worker_follow_from_memory():
-    one = block_bytes(model(1).blocks[0], [RUN])
-    plan = make_plan(model(12), [replace(RUN, workers=2)], memory=int(2 * 3.5 * one))
-    assert [len(stage.blocks) for stage in plan.stages] == [3, 3, 3, 3]
-    assert len(plan.waves) == 2
+def test_blocks_per_worker_follow_from_the_memory_of_each():
+    need = task(12).footprint(task(12).model.blocks[0])
+    memory = [need.passing + int(count * need.kept) for count in (3.5, 0.5, 1.5)]
+    plan = make_plan(task(12), seats(*memory))
+    assert [[(s.worker, len(s.blocks)) for s in wave] for wave in plan.waves] == [[(0, 3), (2, 1)]] * 3
+
+
+def test_waves_are_of_equal_size_so_that_none_holds_more_than_it_must():
+    plan = make_plan(task(10, replace(RUN, blocks_per_worker=4)), seats(2**40, 2**40))
+    assert [sum(len(s.blocks) for s in wave) for wave in plan.waves] == [5, 5]
+
+
+@given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 20), st.floats(0.1, 10.0)), min_size=1, max_size=6))
+def test_nobody_could_be_done_sooner_with_one_block_moved(count, workers):
+    room, speeds = [r for r, _ in workers], [s for _, s in workers]
+    shares = share_out(count, room, speeds)
+    assert sum(shares) == min(count, sum(room))
+    assert all(0 <= share <= most for share, most in zip(shares, room, strict=True))
+    latest = max(share / speed for share, speed in zip(shares, speeds, strict=True))
+    slow = next(i for i in range(len(room)) if shares[i] / speeds[i] == latest)
+    for i in range(len(room)):
+        if i != slow and shares[i] < room[i]:
+            assert (shares[i] + 1) / speeds[i] >= latest
+
+
+def test_fits_leave_a_worker_only_for_one_who_would_otherwise_wait():
+    jobs = {FitJob(0, block, group): cost for block in (0, 1) for group, cost in (("qkv", 1.0), ("down", 9.0))}
+    even = balance(jobs, {job: job.block for job in jobs}, [1.0, 1.0])
+    assert even == {job: job.block for job in jobs}
+    one_idle = balance(jobs, dict.fromkeys(jobs, 0), [1.0, 1.0])
+    assert sorted(one_idle.values()) == [0, 0, 1, 1] or sorted(one_idle.values()) == [0, 0, 0, 1]
+    assert balance(jobs, dict.fromkeys(jobs, 0), [1.0, 1.0], stay=jobs) == dict.fromkeys(jobs, 0)
+    slow_help = balance(jobs, dict.fromkeys(jobs, 0), [1.0, 0.01])
+    assert slow_help == dict.fromkeys(jobs, 0)
+
+
+@given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=12), st.lists(st.floats(0.5, 2.0), min_size=1, max_size=5))
+def test_balanced_fits_never_end_later_than_unbalanced_ones(costs, speeds):
+    jobs = {FitJob(0, i, "o"): cost for i, cost in enumerate(costs)}
+    owners = {job: job.block % len(speeds) for job in jobs}
+
+    def end(places):
+        return max(
+            sum(c * (1.2 if places[j] != owners[j] else 1.0) for j, c in jobs.items() if places[j] == w) / speed
+            for w, speed in enumerate(speeds)
+        )
+
+    assert end(balance(jobs, owners, speeds)) <= end(owners) * (1 + 1e-9)
 
 
 def test_a_block_that_does_not_fit_is_refused_now():
-    with pytest.raises(ConfigError, match=r"one block needs .* GiB .* use fewer workers"):
-        make_plan(model(2, width=4096), [replace(RUN, workers=2)], memory=2**20)
+    with pytest.raises(ConfigError, match=r"one block needs .* GiB .* on here, has 0.0 GiB\. Use fewer workers"):
+        make_plan(task(2, width=4096), [Seat(2**20, node="here")])
 
 
 def test_a_full_disk_is_refused_now():
     with pytest.raises(ConfigError, match=r"MiB free, the checkpoint needs about"):
-        make_plan(model(2), [RUN], passthrough_bytes=2**60)
+        check_runs(model(2), [RUN], passthrough_bytes=2**60)

@@ -69,7 +69,7 @@ def test_it_combines_with_transforms_and_compensations(run, transform):
 def test_what_the_blocks_are_calibrated_on_is_what_the_checkpoint_computes(run):
     """The first block's input, of a run and of its loaded checkpoint, to the bit."""
     sample = read_samples(run.calibration)[0]
-    batch = Embedder(replace(run, output=run.output / "apart"), "qwen2_vl").input_of(0, 0, [sample])
+    batch = Embedder(replace(run, output=run.output / "apart"), "qwen2_vl").embed(0, [sample])
     run = replace(run, output=run.output / "run")
     quantize(run)
     arch = archs.get("qwen2_vl")

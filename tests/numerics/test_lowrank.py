@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qe_dist.core.errors import NumericalError
+from qe_dist.numerics import lowrank
 from qe_dist.numerics.lowrank import (
     PAPER_WIDTH,
     capped,
+    cholesky_qr,
     fit_up,
     gram_product,
     low_rank,
@@ -147,6 +150,53 @@ def test_equal_inputs_give_equal_bits(normal: Normal, same: Callable[[Any, Any],
     first = low_rank(error, token_product(x), 8)
     torch.manual_seed(1234)  # the global state has no say
     assert same(low_rank(error, token_product(x), 8), first)
+
+
+class Tf32(TorchDispatchMode):
+    """Products as tensor cores make them: factors with 10 bits behind the point, sums in float32."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.mm.default:
+            args = tuple(((a.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for a in args)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loud", [1.0, 1e4], ids=["alike", "one channel ten thousand times as loud"])
+def test_ten_bits_are_enough_for_the_iteration(
+    normal: Normal, inputs: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, loud: float
+) -> None:
+    """On a GPU the iteration uses tensor cores; every step filters what the one before rounded."""
+    error, x = normal(35, 128, 96), inputs(36, 400, 96)
+    x[:, 3] *= loud
+    single = error_of(error, x, *low_rank(error, gram_product(x.T @ x), 32))
+    monkeypatch.setattr(lowrank, "tensor_cores", Tf32)
+    assert error_of(error, x, *low_rank(error, gram_product(x.T @ x), 32)) < 1.0001 * single
+    monkeypatch.setattr(lowrank, "ROUGH", lowrank.STEPS)
+    if loud > 1:
+        assert error_of(error, x, *low_rank(error, gram_product(x.T @ x), 32)) > 1.01 * single  # so the last are not
+
+
+@pytest.mark.parametrize("sizes", [1.0, 1e-20], ids=["alike", "of very different size"])
+def test_columns_are_made_orthonormal_by_products_alone(normal: Normal, sizes: float) -> None:
+    columns = normal(37, 200, 24) * torch.linspace(0, 1, 24).mul(math.log(sizes)).exp()
+    basis = cholesky_qr(columns)
+    assert (basis.T @ basis - torch.eye(24)).abs().max() < 1e-5
+    wanted = torch.linalg.qr(columns.double() / columns.double().norm(dim=0)).Q
+    assert (basis.double() @ (basis.double().T @ wanted) - wanted).norm() < 1e-4  # the same span
+
+
+def test_columns_that_hardly_differ_are_left_to_reflections(normal: Normal) -> None:
+    columns = normal(38, 200, 8)
+    columns[:, 5] = columns[:, 2] + 1e-6 * columns[:, 5]
+    assert cholesky_qr(columns) is None
+    assert cholesky_qr(torch.zeros(20, 3)) is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_as_good_a_repair(normal: Normal, inputs: Callable[..., Tensor]) -> None:
+    error, x = normal(39, 600, 400), inputs(40, 2000, 400)
+    up, down = low_rank(error.cuda(), gram_product((x.T @ x).cuda()), 32)
+    assert error_of(error, x, up.cpu(), down.cpu()) <= SLACK * best_error(error, x, 32)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -39,7 +39,7 @@ class QERA:
         return Correction(shared_up=up, shared_down=down)
 
     def _metric(self, problem: ErrorProblem) -> Callable[[Tensor], Tensor]:
-        gram = problem.stats.total_gram.to(problem.stacked.dtype)
+        gram = problem.stats.total_gram.to(problem.dtype)
         return gram_product(gram) if self.metric == "exact" else diagonal_product(gram.diagonal())
 
 

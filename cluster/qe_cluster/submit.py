@@ -1,0 +1,105 @@
+"""Our own commands as jobs of a Ray cluster, through its Jobs API.
+
+The nodes have torch, transformers and Ray; qe_dist travels with the job, as a wheel of this checkout or as it is
+installed here. It is unpacked first: a whole wheel in `py_modules` is installed with all its dependencies, by pip and
+from the network, on every node.
+"""
+
+import asyncio
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+import qe_dist
+from qe_cluster.launch import TOKEN_HELP
+from qe_dist.core.errors import ConfigError, QEError
+
+PACKAGES = ("qe_dist", "qe_kernels", "qe_cluster", "qe_pipelines")
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """address: the cluster's dashboard, http://HOST:8265, or HOST:PORT of a cluster whose network this machine is in;
+    default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster of this machine."""
+    if address is not None:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else the variable wins over what was said
+    try:
+        return JobSubmissionClient()
+    except AuthenticationError as error:
+        raise ConfigError(f"the Ray cluster refuses our token: {str(error).splitlines()[0]}; {TOKEN_HELP}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster takes jobs: {error} Name its dashboard by --address http://HOST:8265; where it is bound "
+            "to the head node's localhost, forward the port: ssh -L 8265:localhost:8265 HOST"
+        ) from None
+
+
+def submit(client: JobSubmissionClient, command: Sequence[str]) -> str:
+    """Starts `qe-dist COMMAND` on the head node, and returns the job's id."""
+    entrypoint = shlex.join(["python", "-m", "qe_pipelines.main", *command])
+    with packages() as folders:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"py_modules": [str(f) for f in folders]})
+        except (OSError, RuntimeError) as error:
+            raise QEError(f"the Ray cluster did not take the job: {error}") from None
+
+
+@contextmanager
+def packages() -> Iterator[list[Path]]:
+    """The folders of our packages: those of a wheel of this checkout, or those that a wheel was installed to."""
+    home = Path(qe_dist.__file__).parents[1]
+    if not (home / "pyproject.toml").exists():
+        yield [home / name for name in PACKAGES]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder, "packages")
+        with zipfile.ZipFile(_wheel(home, Path(folder))) as wheel:
+            wheel.extractall(unpacked)
+        yield [unpacked / name for name in PACKAGES]
+
+
+def _wheel(source: Path, folder: Path) -> Path:
+    """Builds in `folder`: what setuptools leaves in a checkout, it puts into the next wheel."""
+    config = folder / "build.cfg"
+    config.write_text(f"[build]\nbuild_base = {folder / 'build'}\n[egg_info]\negg_base = {folder}\n")
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    built = subprocess.run(command, env=os.environ | {"DIST_EXTRA_CONFIG": str(config)}, capture_output=True, text=True)
+    if built.returncode != 0:
+        said = f"{built.stdout}\n{built.stderr}".strip()
+        raise QEError(f"no wheel could be built from {source}; that needs pip, setuptools >= 80 and wheel. {said}")
+    return next(folder.glob("*.whl"))
+
+
+def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
+    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command; 1 where
+    it was stopped or never ran. The job does not notice when this is interrupted."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            write(text)
+
+    try:
+        client.get_job_info(job)
+    except RuntimeError:
+        known = ", ".join(str(one.submission_id) for one in client.list_jobs() if one.submission_id) or "none"
+        raise ConfigError(f"the cluster has no job {job}; its jobs: {known}") from None
+    try:
+        asyncio.run(tail())
+        end = client.get_job_info(job)
+    except (ClientError, OSError, RuntimeError) as error:
+        raise QEError(
+            f"the log of job {job} broke off: {error}. The job may go on: qe-dist submit --attach {job}"
+        ) from None
+    if end.driver_exit_code is None and end.status != JobStatus.SUCCEEDED:
+        write(f"job {job}: {end.status.value.lower()}: {end.message}\n")
+        return 1
+    return end.driver_exit_code or 0

@@ -1,0 +1,267 @@
+"""How a run is doing, as a pure fold over its journal: the same for the command's own view and for `qe-dist status`.
+
+The driver's events and their data:
+
+    start   batches, blocks, done, first, workers, host, pid, version     done: blocks that earlier calls finished
+    wave    number, first, last, stages: [{worker, node, blocks}]         its blocks are loaded, then batches stream
+    worker  worker, node, activity (load, forward, fit or idle), blocks, memory_mib, peak_mib, and its seconds of each
+    batch   wave, index, tokens                                           has gone through the wave
+    block   the block's report, worker, seconds                           is published
+    lost    worker, node, reason, blocks
+    again   wave, from_batch                                              the wave is streamed again
+    note    text
+    stop    reason
+    done    seconds
+
+Other events change nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+from qe_dist.io.journal import Record
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker said last."""
+
+    node: str
+    blocks: tuple[int, ...]
+    activity: str = "load"
+    memory_mib: float | None = None
+    peak_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker that died."""
+
+    time: str
+    worker: int
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Blocks that are held by workers at the same time. Seconds are those of the call."""
+
+    number: int
+    first: int
+    last: int
+    stages: tuple[tuple[int, ...], ...]
+    """The blocks of each worker, which it fits one after another."""
+    begun: float
+    """When it began, or was last streamed again."""
+    batches: int = 0
+    """That have gone through."""
+    since: float | None = None
+    """When the first batch since then had gone through."""
+    until: float = 0.0
+    """When the last one had."""
+    gaps: int = 0
+    """Batches between the two, and their tokens."""
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None before there are two batches to measure between."""
+        return self.tokens / (self.until - self.since) if self.gaps and self.until > self.since else None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run after some of its events; what is said of `this call` begins anew when the command is typed again."""
+
+    call: str = ""
+    calls: int = 0
+    began: str = ""
+    """Wall clock when this call began, and at the last event."""
+    time: str = ""
+    elapsed: float = 0.0
+    """Seconds of this call at the last event."""
+    batches: int = 0
+    blocks: int = 0
+    before: int = 0
+    """Number of blocks that were finished before this call."""
+    earlier: frozenset[int] = frozenset()
+    """Which they are, as far as the journal knows."""
+    finished: frozenset[int] = frozenset()
+    """Blocks that this call finished."""
+    wave: Wave | None = None
+    workers: Mapping[int, Worker] = field(default_factory=dict)
+    end: str | None = None
+    """`done` or `stop`, and why."""
+    reason: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Measured so far, in any call: of a wave until its first batch is through (`load`), of a `batch`, and of the `fit`
+    of a block."""
+    lost: tuple[Lost, ...] = ()
+    """Of all calls."""
+    fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Steps of the ladder by layer, of all calls."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> int:
+        """Finished blocks."""
+        return self.before + len(self.finished)
+
+    @property
+    def waves(self) -> int:
+        """Of this call, if the others are as long as this one."""
+        wave = self.wave
+        return 0 if wave is None else wave.number + -(-(self.blocks - 1 - wave.last) // (wave.last - wave.first + 1))
+
+    @property
+    def left(self) -> "Left":
+        """Time until the end, at the last event."""
+        work = {} if self.end else self._work()
+        known = sum(count * self.seconds.get(part, 0.0) for part, count in work.items())
+        return Left(known, bool(self.wave) and all(part in self.seconds for part, count in work.items() if count))
+
+    def _work(self) -> dict[str, float]:
+        """What is still to do one after another, by part."""
+        wave = self.wave
+        if wave is None:
+            return {}
+        later, waiting = self.waves - wave.number, wave.since is None
+        unfitted = [len(set(blocks) - self.finished - self.earlier) for blocks in wave.stages]
+        unfitted_later = self.blocks - self.done - sum(unfitted)
+        at_once = (wave.last - wave.first + 1) / max(map(len, wave.stages))
+        return {
+            "load": later + waiting,
+            "batch": later * (self.batches - 1) + self.batches - wave.batches - waiting,
+            "fit": max(unfitted) + unfitted_later / at_once,
+        }
+
+
+@dataclass(frozen=True)
+class Left:
+    seconds: float
+    whole: bool
+    """Else there are parts that were never measured yet, and it takes longer."""
+
+
+def read_state(records: Iterable[Record], state: RunState | None = None) -> RunState:
+    """The state after these records, which follow those of `state`."""
+    return reduce(step, records, state or RunState())
+
+
+def step(state: RunState, record: Record) -> RunState:
+    if record.call != state.call:
+        state = RunState(
+            call=record.call,
+            calls=state.calls + 1,
+            began=record.time,
+            batches=state.batches,
+            blocks=state.blocks,
+            before=state.done,
+            earlier=state.earlier | state.finished,
+            seconds=state.seconds,
+            lost=state.lost,
+            fallbacks=state.fallbacks,
+        )
+    state = replace(state, time=record.time, elapsed=record.elapsed)
+    return _STEPS[record.event](state, record.data) if record.event in _STEPS else state
+
+
+def _start(state: RunState, data: Mapping[str, Any]) -> RunState:
+    taken_back = data["done"] < len(state.earlier)  # by --from-block
+    return replace(
+        state,
+        batches=data["batches"],
+        blocks=data["blocks"],
+        before=data["done"],
+        earlier=frozenset() if taken_back else state.earlier,
+    )
+
+
+def _wave(state: RunState, data: Mapping[str, Any]) -> RunState:
+    parts = {}
+    for part in data["stages"]:
+        before = state.workers.get(part["worker"], Worker("", ()))
+        parts[part["worker"]] = replace(before, node=part["node"], blocks=tuple(part["blocks"]), activity="load")
+    wave = Wave(
+        number=data["number"],
+        first=data["first"],
+        last=data["last"],
+        stages=tuple(worker.blocks for worker in parts.values()),
+        begun=state.elapsed,
+    )
+    return replace(state, wave=wave, workers=parts)
+
+
+def _worker(state: RunState, data: Mapping[str, Any]) -> RunState:
+    worker = Worker(data["node"], tuple(data["blocks"]), data["activity"], data["memory_mib"], data["peak_mib"])
+    return replace(state, workers={**state.workers, data["worker"]: worker})
+
+
+def _batch(state: RunState, data: Mapping[str, Any]) -> RunState:
+    wave, now = state.wave, state.elapsed
+    if wave is None:
+        return state
+    if wave.since is None:
+        wave = replace(wave, since=now, until=now, batches=data["index"] + 1)
+        return replace(state, wave=wave, seconds={**state.seconds, "load": now - wave.begun})
+    gaps = wave.gaps + 1
+    wave = replace(wave, until=now, batches=data["index"] + 1, gaps=gaps, tokens=wave.tokens + data["tokens"])
+    return replace(state, wave=wave, seconds={**state.seconds, "batch": (now - wave.since) / gaps})
+
+
+def _block(state: RunState, data: Mapping[str, Any]) -> RunState:
+    finished, before = state.finished | {data["index"]}, state.seconds.get("fit", 0.0)
+    seconds = before + (data["seconds"] - before) / len(finished)  # the mean of this call
+    steps = {layer: tuple(steps) for layer, steps in data["fallbacks"].items()}
+    return replace(
+        state,
+        finished=finished,
+        seconds={**state.seconds, "fit": seconds},
+        fallbacks={**state.fallbacks, **steps},
+    )
+
+
+def _lost(state: RunState, data: Mapping[str, Any]) -> RunState:
+    lost = Lost(state.time, data["worker"], data["node"], data["reason"])
+    worker = Worker(data["node"], tuple(data["blocks"]), "lost")
+    workers = {**state.workers, lost.worker: worker}
+    return replace(state, lost=(*state.lost, lost), workers=workers, wave=_anew(state, state.wave))
+
+
+def _again(state: RunState, data: Mapping[str, Any]) -> RunState:
+    wave = _anew(state, state.wave)
+    return replace(state, wave=wave and replace(wave, batches=data["from_batch"]))
+
+
+def _anew(state: RunState, wave: Wave | None) -> Wave | None:
+    """Measures from now on: until here it waited for a worker."""
+    return wave and replace(wave, begun=state.elapsed, since=None, gaps=0, tokens=0)
+
+
+def _note(state: RunState, data: Mapping[str, Any]) -> RunState:
+    return replace(state, notes=(*state.notes, data["text"]))
+
+
+def _stop(state: RunState, data: Mapping[str, Any]) -> RunState:
+    return replace(state, end="stop", reason=data["reason"], workers={})
+
+
+def _done(state: RunState, data: Mapping[str, Any]) -> RunState:
+    return replace(state, end="done", workers={})
+
+
+_STEPS: Mapping[str, Callable[[RunState, Mapping[str, Any]], RunState]] = {
+    "start": _start,
+    "wave": _wave,
+    "worker": _worker,
+    "batch": _batch,
+    "block": _block,
+    "lost": _lost,
+    "again": _again,
+    "note": _note,
+    "stop": _stop,
+    "done": _done,
+}

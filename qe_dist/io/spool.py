@@ -1,0 +1,50 @@
+"""The activations between two waves: written behind and read ahead, so that nobody waits for the disk."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from qe_dist.core.batch import Batch
+from qe_dist.io.run_dir import RunDir
+
+BEHIND = 2  # batches that may wait to be written
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """A batch that lies on disk as it enters a block."""
+
+    block: int
+    index: int
+
+
+class Spool:
+    """One thread each way. A write that failed is raised by the next `put` or `flush`."""
+
+    def __init__(self, store: RunDir) -> None:
+        self.store = store
+        self.writer, self.reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.written: list[Future[None]] = []
+        self.ahead: dict[Spooled, Future[Batch]] = {}
+
+    def put(self, block: int, batch: Batch) -> None:
+        """Soon on disk; at once if it is there already."""
+        if self.store.has_batch(block, batch.index):
+            return
+        while len(self.written) >= BEHIND:
+            self.written.pop(0).result()
+        self.written.append(self.writer.submit(self.store.put_batch, block, batch))
+
+    def flush(self) -> None:
+        """Returns when everything is on disk."""
+        while self.written:
+            self.written.pop(0).result()
+
+    def get(self, where: Spooled) -> Batch:
+        """A batch; the next one is being read when this returns."""
+        found = self.ahead.pop(where, None) or self._read(where)
+        following = Spooled(where.block, where.index + 1)
+        self.ahead = {following: self._read(following)} if self.store.has_batch(where.block, following.index) else {}
+        return found.result()
+
+    def _read(self, where: Spooled) -> Future[Batch]:
+        return self.reader.submit(self.store.get_batch, where.block, where.index)

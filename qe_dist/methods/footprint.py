@@ -1,0 +1,105 @@
+"""Memory that a block takes while its statistics are gathered and while it is fitted, counted from its shapes.
+
+Upper bounds: of several groups, and of steps that follow each other, the largest. What is kept is told from what is
+used in passing, for a worker keeps the statistics of several blocks, but streams and fits them one at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from qe_dist.core.spec import BlockSpec, InputGroup
+from qe_dist.methods.base import SPREAD
+from qe_dist.methods.recipe import Recipe
+from qe_dist.numerics.factors import rank_within
+from qe_dist.numerics.gram import PANEL
+from qe_dist.numerics.lowrank import OVERSAMPLE, capped
+from qe_dist.numerics.stats import M, Needs
+
+FLOAT = 4
+"""Bytes: statistics and fits are float32."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device."""
+
+    weights: int
+    statistics: int
+    """Gram matrices and the token sample."""
+    forward: int
+    """In passing, for one batch: activations, and what the statistics make of them."""
+    fit: int
+    """In passing, for one block: weights, errors and codes of all its groups, and the work on the widest one."""
+
+    @property
+    def kept(self) -> int:
+        return self.weights + self.statistics
+
+    @property
+    def passing(self) -> int:
+        return max(self.forward, self.fit)
+
+    @property
+    def peak(self) -> int:
+        """Of a worker with one block; each further block adds what is `kept`."""
+        return self.kept + self.passing
+
+
+def footprint(
+    block: BlockSpec, recipes: Sequence[Recipe], sample_tokens: int, batch_tokens: int, itemsize: int
+) -> Footprint:
+    """recipes: of all runs that share the pass. batch_tokens: of the largest batch, padding included.
+    itemsize: bytes of a weight and of an activation in the forward, 2 on a GPU, 4 on a CPU."""
+    needs = Needs()
+    for recipe in recipes:
+        needs |= recipe.needs()
+    widths = {g.name: g.in_features for g in block.groups}
+    grams = M * sum(w * w for w in widths.values()) if needs.gram else 0
+    sample = sample_tokens * sum(w + widths[g.router_input] for w, g in zip(widths.values(), block.groups, strict=True))
+    fits = [_fit(block, recipe, sample_tokens) for recipe in recipes]
+    as_float = 0 if itemsize == FLOAT else FLOAT * block.num_weights
+    return Footprint(
+        weights=itemsize * block.num_weights,
+        statistics=FLOAT * (grams + sample),
+        forward=_forward(block, needs, sample_tokens, batch_tokens, itemsize),
+        fit=as_float + max(fits),
+    )
+
+
+def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, itemsize: int) -> int:
+    """The inputs of all groups, once as they are and once without padding, and one update with the widest."""
+    widest = max(g.in_features for g in block.groups)
+    inputs = 2 * itemsize * tokens * sum(g.in_features for g in block.groups)
+    by_modality = (2 * itemsize + 8) * tokens * widest  # a copy, its size, and that in float64 to be summed
+    panel = FLOAT * min(PANEL, widest) * widest if needs.gram else 0
+    sample = 2 * FLOAT * 2 * sample_tokens * widest
+    return inputs + max(by_modality, panel + itemsize * tokens * widest, sample)
+
+
+def _fit(block: BlockSpec, recipe: Recipe, sample_tokens: int) -> int:
+    """Errors and codes stay until all groups share the budget."""
+    drafts = (FLOAT + 1) * block.num_weights
+    return drafts + max(_group(g, recipe, sample_tokens) for g in block.groups)
+
+
+def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
+    """The largest of rounding, repairing and measuring one group."""
+    width, outputs = group.in_features, [x.out_features for x in group.linears]
+    gram = width * width if recipe.needs().gram else 0
+    linear, whole = max(outputs) * width, sum(outputs) * width
+    rank = _most_rank(group, recipe) + OVERSAMPLE
+    rounding = max(3 * gram, 2 * gram + 3 * linear) if recipe.quantizer.needs().gram else 2 * linear
+    searching = gram + 2 * whole + 8 * rank * (sum(outputs) + width)
+    weighing = gram + 3 * whole
+    measuring = 2 * linear + sample_tokens * (6 * width + 3 * max(outputs))
+    return FLOAT * max(rounding, searching, weighing, measuring)
+
+
+def _most_rank(group: InputGroup, recipe: Recipe) -> int:
+    budget, width = recipe.budget, group.in_features
+    if budget.rank is not None:
+        return capped(width, budget.rank)
+    outputs = sum(x.out_features for x in group.linears)
+    bits = (budget.extra_bits or 0.0) * prod((outputs, width))
+    return min(SPREAD * rank_within(bits, outputs, width, budget.factor_bits), outputs, width)

@@ -1,0 +1,58 @@
+"""The memory of a command is that of all its processes, wherever they hang, and no one else's."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+HOLD = "import time; kept = bytearray(b'1') * (100 * 2**20); time.sleep(2)"
+ORPHAN = f"""
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])",
+                  {HOLD!r}], start_new_session=True).wait()
+{HOLD}
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a file of benchmarks, which are scripts and no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(("code", "arrays"), [(HOLD, 1), (ORPHAN, 2)], ids=["one process", "with an orphan"])
+def test_the_memory_of_every_process_of_a_command_is_counted(script, tmp_path, code, arrays):
+    watched = script("memory").watch([sys.executable, "-c", code], tmp_path / "log", interval=0.05)
+    assert watched.code == 0, (tmp_path / "log").read_text()
+    assert 100 * arrays < watched.peak.total < 100 * arrays + 60
+
+
+def test_the_exit_code_and_the_output_are_kept(script, tmp_path):
+    watched = script("memory").watch([sys.executable, "-c", "print('said'); raise SystemExit(75)"], tmp_path / "log")
+    assert watched.code == 75
+    assert (tmp_path / "log").read_text() == "said\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("ray::Stage.forward", "stage"),
+        ("ray::Embedder", "embedder"),
+        ("ray::IDLE", "ray"),
+        ("/x/raylet --store_socket_name=y", "ray"),
+        ("python -m qe_pipelines.main quantize model", "driver"),
+    ],
+)
+def test_kinds_of_processes_are_told_by_their_command_lines(script, line, kind):
+    assert script("memory")._kind(line) == kind
+
+
+def test_a_long_run_is_thinned_and_keeps_its_peak(script):
+    memory, benchmark = script("memory"), script("out_of_core")
+    samples = [memory.Sample(i / 5, {"driver": 1000.0 if i == 777 else i % 7}) for i in range(5000)]
+    points = benchmark.thinned(memory.Watched(samples=samples))
+    assert len(points) <= benchmark.POINTS
+    assert (155.4, 1000.0) in points

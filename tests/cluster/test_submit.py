@@ -1,0 +1,96 @@
+"""`qe-dist submit` against a real cluster: the command's bytes, its exit code, its log, whoever follows it."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from qe_cluster.submit import PACKAGES, packages
+
+import qe_dist
+from qe_dist.flow import local
+from qe_dist.flow.config import RunConfig
+from qe_dist.methods.recipes import load_recipe
+from tests.tiny import calibration, tiny_model
+
+ROOT = Path(__file__).parents[2]
+QE_DIST = ("-m", "qe_pipelines.main")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    root = tmp_path_factory.mktemp("submit")
+    model, data = tiny_model(root / "model"), calibration(root / "data")
+    return RunConfig(model, load_recipe("qe-w4a6"), data, root / "local", samples_per_batch=2, sample_tokens=512)
+
+
+def quantize(run: RunConfig, output: Path) -> list[str]:
+    words = ("quantize", run.model, "--recipe", "qe-w4a6", "--calibration", run.calibration, "--output", output)
+    return [*map(str, words), "--samples-per-batch", "2", "--sample-tokens", "512", "--workers", "1"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.ray
+def test_a_job_goes_on_when_ctrl_c_ends_its_log_and_gives_the_bytes_of_one_process(started, run, tmp_path) -> None:
+    command = [sys.executable, *QE_DIST, "submit", "--address", started.dashboard, *quantize(run, tmp_path / "out")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=started.environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        job = process.stderr.readline().removeprefix("job ").partition(";")[0]
+        assert any("Running entrypoint" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert f"job {job} goes on" in said
+    assert f"qe-dist submit --attach {job}" in said
+
+    again = started.run(*QE_DIST, "submit", "--address", started.dashboard, "--attach", job)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Running entrypoint" in again.stdout
+    assert f"wrote {tmp_path / 'out'}" in again.stdout
+    local.quantize(run)
+    assert files(tmp_path / "out") == files(run.output)
+
+
+@pytest.mark.ray
+def test_the_exit_code_and_the_error_are_those_of_the_command(started, tmp_path) -> None:
+    command = ("quantize", tmp_path, "--recipe", "nonsense", "--calibration", tmp_path, "--output", tmp_path / "out")
+    done = started.run(*QE_DIST, "submit", "--", *command, RAY_API_SERVER_ADDRESS=started.dashboard)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error:" in done.stdout
+    assert "nonsense" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("words", "change", "said"),
+    [
+        (("--attach", "nobody"), {}, "the cluster has no job nobody"),
+        (("--attach", "nobody"), {"RAY_AUTH_TOKEN": "wrong"}, "set RAY_AUTH_MODE=token"),
+        (("--address", "http://127.0.0.1:1", "--attach", "nobody"), {}, "Name its dashboard by --address"),
+        ((), {}, "qe-dist submit quantize"),
+    ],
+    ids=["job", "token", "address", "command"],
+)
+def test_what_cannot_be_followed_is_named(started, words, change, said) -> None:
+    done = started.run(*QE_DIST, "submit", *words, RAY_API_SERVER_ADDRESS=started.dashboard, **change)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_checkout_travels_as_its_wheel_and_stays_clean() -> None:
+    before = set(ROOT.iterdir())
+    with packages() as folders:
+        assert [folder.name for folder in folders] == list(PACKAGES)
+        assert all((folder / "__init__.py").is_file() for folder in folders)
+        assert not folders[0].is_relative_to(ROOT)
+    assert set(ROOT.iterdir()) == before
+
+
+def test_an_installed_wheel_travels_as_it_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(qe_dist, "__file__", str(tmp_path / "qe_dist" / "__init__.py"))
+    with packages() as folders:
+        assert folders == [tmp_path / name for name in PACKAGES]

@@ -116,6 +116,7 @@ def finished(store, spec, source):
     """All that assemble needs, with hardly a weight in it."""
     for block in spec.blocks:
         report = {"index": block.index, "groups": {"g": GROUP}, "fallbacks": {}, "layout": {}}
+        report |= {"recipe_from": 0, "device": "cpu", "threads": 1}
         store.put_block(block.index, {f"{block.prefix}w": torch.zeros(2)}, report)
     put_passthrough(store, spec, source)
 

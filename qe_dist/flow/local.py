@@ -90,6 +90,8 @@ class Prepared:
 
     def next_block(self) -> int | None:
         """Where the next wave begins: the last block in front of all that is unfinished whose input is spooled."""
+        for run in self.runs:
+            RunDir(run.output).refresh()
         unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
         return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
 

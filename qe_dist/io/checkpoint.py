@@ -20,7 +20,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.publish import publish, publish_json, read_json, refresh
+from qe_dist.io.publish import publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
@@ -117,7 +117,7 @@ def assemble(
 
     Reads the reports alone, whatever the size of the model.
     """
-    refresh(run.finished)
+    run.refresh()
     blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
     parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
     weight_map, files = {}, {}

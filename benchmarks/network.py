@@ -134,7 +134,6 @@ exec env --ignore-signal=CHLD cat > /dev/null
 _CARD = """
 ip link set eth0 mtu 9000 up
 ip address add {address}/24 dev eth0
-ip route add default via {address}
 tc qdisc add dev eth0 root tbf rate {mbit}mbit burst 256kb latency 200ms
 """
 

@@ -43,7 +43,8 @@ from qe_dist.flow.calibrate import make_batches
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.schedule import Costs, Work, even_waves, predict
 from qe_dist.io.journal import JOURNAL, Record, read_journal
-from qe_dist.io.run_dir import RunDir, sha256
+from qe_dist.io.publish import sha256
+from qe_dist.io.run_dir import RunDir
 from qe_dist.io.samples import load_images
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe

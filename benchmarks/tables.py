@@ -15,13 +15,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import schedule
 from qe_pipelines import compare
 from qe_pipelines.compare import Entry, front
 from qe_pipelines.demo import HEADER, Case, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md")
+DOCUMENTS = (
+    "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
+)  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 MODELS = ("plain", "outlier")
@@ -233,6 +236,84 @@ def sharing(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "sharing")
 
 
+def block(result: dict[str, Any]) -> str:
+    """Measured."""
+    rows = [
+        (name, f"{row['seconds']:.2f}", *(("", "") if not row["floor"] else _beside(row)), _mib(row["peak_bytes"]))
+        for name, row in result["parts"].items()
+    ]
+    rows.append(("all", f"{result['seconds']:.2f}", f"{result['floor']:.2f}", "", _mib(result["peak_bytes"])))
+    header = ("part", "seconds", "floor", "x floor", "peak MiB")
+    said = f"\nExpected peak: {_mib(result['expected_peak_bytes'])} MiB of tensors.\n"
+    return (
+        "\n" + markdown(header, rows) + said + source(result, f"block_{'cpu' if result['device'] == 'cpu' else 'cuda'}")
+    )
+
+
+def _beside(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['floor']:.2f}", f"{row['seconds'] / row['floor']:.1f}"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.0f}"
+
+
+def block_predicted(result: dict[str, Any]) -> str:
+    """From counted work and rates."""
+    names = ("flop", "flop32", "rough", "decomposed")
+    rows = [
+        (
+            name,
+            *(f"{row[n] / 1e12:.1f}" if row[n] else "" for n in names),
+            f"{row['bytes'] / 1e9:.1f}" if row["bytes"] else "",
+            f"{row['calls'] / 1e3:.1f}" if row["calls"] else "",
+            f"{row['floor']:.2f}",
+            f"{row['seconds']:.2f}",
+        )
+        for name, row in result["parts"].items()
+    ]
+    rows.append(("all", *[""] * 6, *(f"{result['total'][n]:.2f}" for n in ("floor", "seconds"))))
+    header = ("part", "TFLOP bf16", "float32", "TF32", "decompositions", "GB", "1000 calls", "floor s", "predicted s")
+    return "\n" + markdown(header, rows) + source(result, "block_predicted")
+
+
+def block_memory(result: dict[str, Any]) -> str:
+    kinds = ("weights", "statistics", "forward", "fit", "peak")
+    sizes = {name: found for name, found in result["memory"].items() if name != "asked"}
+    rows = [
+        (name, *(f"{found[k] / 1e9:.1f}" for k in kinds), *(str(n) for n in found["blocks"].values()))
+        for name, found in sizes.items()
+    ]
+    devices = next(iter(sizes.values()))["blocks"]
+    header = ("block of", *(f"{k} GB" for k in kinds), *(f"blocks in {d}" for d in devices))
+    return "\n" + markdown(header, rows) + source(result, "block_predicted")
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Ours by the number of workers, and beside the peer."""
+    rows = [
+        (name, *(f"{run['seconds'][key]:.1f}" for key in ("command", "around", "first_batch", "fit")),
+         f"{run['predicted']['seconds']:.1f}", f"{run['error']:+.0%}")
+        for name, run in result["runs"].items()
+    ]  # fmt: skip
+    recipe = result["peer"]["recipe"]
+    for threads, seconds in result["peer"]["command_seconds"].items():
+        rows.append((f"llm-compressor, {recipe}, one process of {threads}", f"{seconds:.1f}", *[""] * 5))
+    header = ("run", "seconds", "before and after", "first batch", "fits", "predicted", "error")
+    told = ", ".join(f"{value:.2f} {name}" for name, value in result["efficiency"].items())
+    floor = result["efficiency_of_independent_processes"]
+    return f"\n{markdown(header, rows)}\nEfficiency of two workers: {told}; " + (
+        f"of two processes that share nothing but the machine {floor:.2f}.\n" + source(result, "scaling")
+    )
+
+
+def schedule_at_scale(result: dict[str, Any]) -> str:
+    rows = [schedule.cells(row) for row in result["rows"]]
+    return f"\nPredictions ({result['slower']['source']}):\n\n{markdown(schedule.HEADER, rows)}" + (
+        source(result, "schedule")
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -240,6 +321,12 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "channels": ("channels", channels, ()),
     "models": ("models", training, ()),
     "sharing": ("sharing", sharing, ()),
+    "block cpu": ("block_cpu", block, ()),
+    "block cuda": ("block_cuda", block, ()),
+    "block predicted": ("block_predicted", block_predicted, ()),
+    "block memory": ("block_predicted", block_memory, ()),
+    "scaling": ("scaling", scaling, ()),
+    "schedule": ("schedule", schedule_at_scale, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

@@ -33,7 +33,7 @@ class Meter:
     def reset(self) -> None:
         self.gets: list[str] = []
         self.puts: list[str] = []
-        self.bytes_out = 0
+        self.bytes_out = self.bytes_in = 0
 
     def __call__(self, environ, start_response) -> Iterator[bytes]:
         if self.faults:
@@ -41,6 +41,7 @@ class Meter:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         {"GET": self.gets, "PUT": self.puts}.get(method, []).append(path.removeprefix(f"/{BUCKET}/"))
+        self.bytes_in += int(environ.get("CONTENT_LENGTH") or 0)
         for part in self.app(environ, start_response):
             self.bytes_out += len(part)
             yield part

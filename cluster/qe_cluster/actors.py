@@ -8,7 +8,7 @@ from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.stage import Stage
 
 
-@ray.remote(concurrency_groups={"watch": 1})
+@ray.remote(concurrency_groups={"watch": 1}, enable_tensor_transport=True)
 class StageActor(Stage):
     """A stage that can be asked how it does while it works."""
 

@@ -2,13 +2,15 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qe_cluster.actors import EmbedActor, StageActor
@@ -34,6 +36,7 @@ class Worker:
     speed: float
     free: int
     """Bytes on its device before it loaded anything."""
+    has_nixl: bool
 
 
 class Crew:
@@ -42,15 +45,19 @@ class Crew:
     def __init__(self, runs: Sequence[RunConfig], arch: str, patience: float) -> None:
         self.runs, self.run, self.arch, self.patience = runs, runs[0], arch, patience
         self.workers: list[Worker] = []
+        self.vacant: list[Place] = []
+        """Of workers that were lost and not replaced; Ray finds such a bundle another node when there is one."""
         self.groups: list[PlacementGroup] = []
         self.embedders: list[Any] = []
 
     def muster(self) -> list[Worker]:
         """Those at hand, and others that the cluster has by now. Only the first call waits for as many as were asked
         for; later, what is left of a cluster is made do with."""
-        wanted = self.run.workers or max(1, self._slots())
-        missing = wanted - len(self.workers)
-        if missing > 0 and not self._hire(missing, SOON if self.workers else self.patience):
+        placed = [place for place in self.vacant if _is_placed(*place)]
+        self.vacant = [place for place in self.vacant if place not in placed]
+        self.workers += self._welcome(placed)
+        missing = (self.run.workers or max(1, self._slots())) - len(self.workers) - len(self.vacant)
+        if missing > 0 and not self._hire(missing, SOON if self.groups else self.patience):
             self._hire(min(missing, self._free_slots()), SOON)
         if not self.workers:
             have, free = ray.cluster_resources(), ray.available_resources()
@@ -85,6 +92,19 @@ class Crew:
         here = min(worker.free, node.get("memory", worker.free))  # Ray knows the limit of a container
         return int(FREE_SHARE * here) // sum(other.node == worker.node for other in self.workers)
 
+    def forward(self, number: int) -> Callable[[Any], Any]:
+        """Submits a batch to a worker. Its result goes from GPU to GPU where NIXL is installed for all, else through
+        Ray's object store."""
+        method = self.workers[number].actor.forward
+        if all(worker.has_nixl and self.run.device == "cuda" for worker in self.workers):
+            return lambda batch: method.options(tensor_transport="nixl").remote(batch, stay=True)
+        return method.remote
+
+    def check_embedder(self) -> None:
+        """Forgets one that died."""
+        if self.embedders and not _answered(self.embedders[0].flush.remote(), SILENT):
+            self.embedders = []
+
     def lost(self) -> list[Worker]:
         """Who does not answer. Returns when every worker has answered, died, or kept silent for too long."""
         asked = {worker.actor.usage.remote(): worker for worker in self.workers}
@@ -92,32 +112,30 @@ class Crew:
         return [worker for ref, worker in asked.items() if not _answered(ref, 0)]
 
     def replace(self, worker: Worker) -> bool:
-        """Puts a new worker in the place of a lost one, where there is room for it soon."""
+        """Puts a new worker in the place of a lost one, where there is room for it soon; else goes on without."""
         ray.kill(worker.actor)
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if worker.node not in alive and not self._free_slots():
-            return False
-        try:
-            self.workers[self.workers.index(worker)] = self._welcome([worker.place])[0]
-        except GetTimeoutError:
-            return False
-        return True
+        deadline = time.monotonic() + SOON
+        while not _is_placed(*worker.place) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if _is_placed(*worker.place):
+            with suppress(RayError):  # a node may die again
+                self.workers[self.workers.index(worker)] = self._welcome([worker.place])[0]
+                return True
+        self.workers.remove(worker)
+        self.vacant.append(worker.place)
+        return False
 
-    def disband(self) -> None:
+    def close(self) -> None:
         """Gives all workers and their places back."""
+        self.dismiss_embedders()
         for worker in self.workers:
             ray.kill(worker.actor)
         for group in self.groups:
             remove_placement_group(group)
-        self.workers, self.groups = [], []
-
-    def close(self) -> None:
-        self.dismiss_embedders()
-        self.disband()
 
     def embedder(self) -> Any:
-        """Makes the first block's inputs beside the workers, on any node; made anew when it died."""
-        if not self.embedders or not _answered(self.embedders[0].flush.remote(), SILENT):
+        """Makes the first block's inputs beside the workers, on any node."""
+        if not self.embedders:
             self.embedders = [EmbedActor.options(num_cpus=0).remote(self.run, self.arch)]
         return self.embedders[0]
 
@@ -185,6 +203,12 @@ class Crew:
             memory=needs.get("memory"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         ).remote(self.runs, self.arch)
+
+
+def _is_placed(group: PlacementGroup, bundle: int) -> bool:
+    """Whether a living node holds the bundle."""
+    node = placement_group_table(group)["bundles_to_node_id"].get(bundle)
+    return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
 
 
 def _answered(ref: Any, timeout: float) -> bool:

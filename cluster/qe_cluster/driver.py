@@ -13,8 +13,9 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -23,7 +24,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from qe_cluster.crew import Crew, Worker
-from qe_cluster.launch import ray_cluster
+from qe_cluster.launch import cluster_address, ray_cluster
 from qe_cluster.metrics import Metrics
 from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
@@ -33,6 +34,7 @@ from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, star
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
+from qe_dist.io.run_dir import RunDir
 
 IN_FLIGHT_PER_STAGE = 2
 STORE_SHARE = 4  # a batch in flight may lie in the object store twice, and half of the store is left to others
@@ -65,10 +67,9 @@ def quantize(
     stop: when it is set, the batches and blocks in flight are finished and `Stopped` is raised.
     patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
     """
-    begin = time.perf_counter()
+    begin, address = time.perf_counter(), cluster_address(address)
     ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
-    with opened(ready) as (ready, hold):
-        listen = _all_of(listen, Journal(ready.store.root / JOURNAL, listen))
+    with opened(ready) as (ready, hold), _last_word(listen, ready) as listen:
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
         with ThreadPoolExecutor(1) as aside:
             passed_on = aside.submit(start, ready)
@@ -78,11 +79,22 @@ def quantize(
                     _Call(ready, told, stop or threading.Event(), hold, patience, summary).run()
             passed_on.result()
         finish(ready, hold)
-    manifest = read_manifest(runs[0].output)
-    summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
-    summary.seconds = time.perf_counter() - begin
-    listen("done", {"seconds": summary.seconds})
+        manifest = read_manifest(runs[0].output)
+        summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
+        summary.seconds = time.perf_counter() - begin
+        listen("done", {"seconds": summary.seconds})
     return summary
+
+
+@contextmanager
+def _last_word(listen: Listener, ready: Prepared) -> Iterator[Listener]:
+    """To the caller and to the journal of each run. A call that ends early says why."""
+    told = _all_of(listen, *(Journal(RunDir(run.output).root / JOURNAL, listen) for run in ready.runs))
+    try:
+        yield told
+    except BaseException as error:
+        told("stop", {"reason": str(error) or type(error).__name__})
+        raise
 
 
 class _Call:
@@ -122,6 +134,8 @@ class _Call:
         while (first := ready.next_block()) is not None:
             if first == 0 and ready.run.embeds_on == "cuda":
                 self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
+            elif ready.entering(0, 0) is None and first == 0:
+                self.crew.embedder()  # its imports take as long as those of the workers
             workers = self.crew.muster()
             if len(workers) < (ready.run.workers or 0):
                 told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
@@ -153,6 +167,7 @@ class _Call:
                     f"a worker was lost {losses} times while no block was finished, lastly: {reason}. Finished blocks "
                     "are safe; if memory ran out, give fewer --blocks-per-worker or --samples-per-batch, and continue"
                 )
+            self.crew.check_embedder()
             lost = self.crew.lost()
             for worker in lost:
                 number = workers.index(worker)
@@ -161,7 +176,6 @@ class _Call:
             fresh = [workers.index(worker) for worker in lost]
             replaced = [self.crew.replace(worker) for worker in lost]
             if not all(replaced):
-                self.crew.disband()
                 return
 
     def _num_finished(self) -> int:
@@ -181,20 +195,20 @@ class _Call:
         if again and depth:
             self.listen("again", {"wave": self.number, "from_batch": begin})
         flight: deque[tuple[int, Any]] = deque()
-        limit, tokens, embedder = IN_FLIGHT_PER_STAGE * depth, 0, None
+        limit, tokens, store, embedder = IN_FLIGHT_PER_STAGE * depth, 0, _store_bytes(), None
         for index in range(begin if depth else len(ready.samples), len(ready.samples)):
             while len(flight) >= limit:
                 count, size = self._land(flight)
                 tokens += count
-                limit = max(1, min(limit, _store_bytes() // (STORE_SHARE * size)))
+                limit = max(1, min(limit, store // (STORE_SHARE * size)))
             if self.stop.is_set():
                 break
             batch = ready.entering(first, index)
             if batch is None:
                 embedder = embedder or self.crew.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
-            for actor in actors[:-1]:
-                batch = actor.forward.remote(batch)
+            for part in wave[: depth - 1]:
+                batch = self.crew.forward(part.worker)(batch)
             flight.append((index, actors[-1].finish.remote(batch, after)))
         while flight:
             tokens += self._land(flight)[0]
@@ -291,7 +305,6 @@ class _Call:
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
-            self.listen("stop", {"reason": "asked to"})
             raise Stopped("stopped as asked; what is done is published, type the same command again to continue")
 
     async def _keep_looking(self) -> None:
@@ -340,4 +353,4 @@ def _reason(error: RayError) -> str:
     said = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(cause, "actor_init_failed", False):
         raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-    return f"a worker died: {said[0]}"
+    return f"a worker died: {next((line for line in said if ' because ' in line), said[0])}"

@@ -1,13 +1,15 @@
 """Our own commands as jobs of a Ray cluster, through its Jobs API.
 
 The nodes have torch, transformers and Ray; qe_dist travels with the job, as a wheel of this checkout or as it is
-installed here. It is unpacked first: a whole wheel in `py_modules` is installed with all its dependencies, by pip and
-from the network, on every node.
+installed here. It is unpacked and becomes the job's working directory, which comes first in the search for modules, on
+the head and on workers. (A wheel in `py_modules` is installed with all its dependencies, from the network, on every
+node; folders in `py_modules` come behind whatever lies where the head node was started.)
 """
 
 import asyncio
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,25 +48,26 @@ def connect(address: str | None) -> JobSubmissionClient:
 def submit(client: JobSubmissionClient, command: Sequence[str]) -> str:
     """Starts `qe-dist COMMAND` on the head node, and returns the job's id."""
     entrypoint = shlex.join(["python", "-m", "qe_pipelines.main", *command])
-    with packages() as folders:
+    with packages() as folder:
         try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env={"py_modules": [str(f) for f in folders]})
+            return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(folder)})
         except (OSError, RuntimeError) as error:
             raise QEError(f"the Ray cluster did not take the job: {error}") from None
 
 
 @contextmanager
-def packages() -> Iterator[list[Path]]:
-    """The folders of our packages: those of a wheel of this checkout, or those that a wheel was installed to."""
+def packages() -> Iterator[Path]:
+    """A folder with our packages: those of a wheel of this checkout, or those that a wheel was installed to."""
     home = Path(qe_dist.__file__).parents[1]
-    if not (home / "pyproject.toml").exists():
-        yield [home / name for name in PACKAGES]
-        return
     with tempfile.TemporaryDirectory() as folder:
         unpacked = Path(folder, "packages")
-        with zipfile.ZipFile(_wheel(home, Path(folder))) as wheel:
-            wheel.extractall(unpacked)
-        yield [unpacked / name for name in PACKAGES]
+        if (home / "pyproject.toml").exists():
+            with zipfile.ZipFile(_wheel(home, Path(folder))) as wheel:
+                wheel.extractall(unpacked)
+        else:
+            for name in PACKAGES:
+                shutil.copytree(home / name, unpacked / name, ignore=shutil.ignore_patterns("__pycache__"))
+        yield unpacked
 
 
 def _wheel(source: Path, folder: Path) -> Path:
@@ -80,8 +83,9 @@ def _wheel(source: Path, folder: Path) -> Path:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
-    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command; 1 where
-    it was stopped or never ran. The job does not notice when this is interrupted."""
+    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command. Ray
+    keeps none of what was stopped, which can be continued (75), and of what never ran (1). Interrupting this leaves
+    the job as it is."""
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
@@ -99,7 +103,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
         raise QEError(
             f"the log of job {job} broke off: {error}. The job may go on: qe-dist submit --attach {job}"
         ) from None
-    if end.driver_exit_code is None and end.status != JobStatus.SUCCEEDED:
-        write(f"job {job}: {end.status.value.lower()}: {end.message}\n")
-        return 1
-    return end.driver_exit_code or 0
+    if end.driver_exit_code is not None:
+        return end.driver_exit_code
+    write(f"job {job}: {end.message}\n")
+    return os.EX_TEMPFAIL if end.status == JobStatus.STOPPED else 1

@@ -32,6 +32,10 @@ class Prelude(Protocol):
 class Arch(Protocol):
     model_types: tuple[str, ...]
 
+    def warm_up(self) -> None:
+        """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
+        ...
+
     def spec(self, source: WeightSource) -> ModelSpec:
         """Names and shapes, checked against the tensors on disk."""
         ...

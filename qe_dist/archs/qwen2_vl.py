@@ -90,6 +90,10 @@ class _Prelude:
 class Qwen2VL:
     model_types = ("qwen2_vl",)
 
+    def warm_up(self) -> None:
+        import accelerate  # noqa: F401
+        import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
+
     def hf_config(self, source: WeightSource) -> Any:
         from transformers import Qwen2VLConfig
 

@@ -1,8 +1,10 @@
 """What travels between stages: the hidden states of some samples, and what the blocks need beside them."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
@@ -26,6 +28,10 @@ class Batch:
 
     def with_hidden(self, hidden: Tensor) -> "Batch":
         return replace(self, hidden=hidden)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """With every tensor there."""
+        return Batch.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +57,15 @@ class Batch:
             **context,
         }
 
+    def __reduce__(self):
+        """On a CPU as arrays, which Ray moves without copying them into a pickle; tensors it would copy twice."""
+        if self.hidden.is_cuda:
+            return Batch.from_tensors, (self.tensors(),)
+        arrays = {
+            n: (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for n, t in self.tensors().items()
+        }
+        return _from_arrays, (arrays, {n: t.dtype for n, t in self.tensors().items()})
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
         context = {k[8:]: v for k, v in tensors.items() if k.startswith("context.")}
@@ -61,6 +76,12 @@ class Batch:
             tensors["sample_ids"],
             context,
         )
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, torch.dtype]) -> Batch:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that they are read-only; nobody writes into a batch
+        return Batch.from_tensors({n: torch.from_numpy(a).view(dtypes[n]) for n, a in arrays.items()})
 
 
 def _mix(x: Tensor) -> Tensor:

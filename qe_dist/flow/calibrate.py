@@ -41,6 +41,7 @@ class Embedder:
 
     def __init__(self, run: RunConfig, arch: str) -> None:
         self.run, self.arch = run, archs.get(arch)
+        self.arch.warm_up()
         self.spool = Spool(RunDir(run.output))
         self.prelude: Prelude | None = None
         self.encoder: Encoder | None = None

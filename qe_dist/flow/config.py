@@ -129,6 +129,9 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
     if len({run.output for run in runs}) < len(runs):
         raise ConfigError("every recipe needs an output directory of its own")
+    mirrors = [run.mirror for run in runs if run.mirror is not None]
+    if len(set(mirrors)) < len(mirrors):
+        raise ConfigError("every recipe needs a mirror of its own")
 
 
 def _hash(content: bytes) -> str:

@@ -9,6 +9,7 @@ that differ in their recipe.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -39,6 +40,7 @@ class Stage:
     def __init__(self, runs: Sequence[RunConfig], arch: str) -> None:
         self.run, self.runs, self.arch = runs[0], runs, archs.get(arch)
         pin(self.run.threads)
+        self.arch.warm_up()
         self.stores = [RunDir(run.output) for run in runs]
         self.spool = Spool(self.stores[0])
         self.blocks: dict[int, _Block] = {}
@@ -53,6 +55,7 @@ class Stage:
         with self._busy("load"):
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
+            self.prefetch(part.blocks)
             self.blocks = {spec.index: _Block(self, spec) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
@@ -64,8 +67,11 @@ class Stage:
         """Batches in the statistics; None where every block is finished and nothing is counted."""
         return self.num_counted if any(block.stats for block in self.blocks.values()) else None
 
-    def forward(self, batch: Batch | Spooled) -> Batch:
-        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before."""
+    def forward(self, batch: Batch | Spooled, stay: bool = False) -> Batch:
+        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before.
+
+        stay: leaves the batch on the device, for a transport that takes it from there.
+        """
         with self._busy("forward"):
             if isinstance(batch, Spooled):
                 batch = self.spool.get(batch)
@@ -75,7 +81,7 @@ class Stage:
             for block in self.blocks.values():
                 batch = batch.with_hidden(block.forward(batch, count=is_next))
             self.num_counted += is_next
-            return batch.with_hidden(batch.hidden.cpu())
+            return batch.to(batch.hidden.device if stay else "cpu")
 
     def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
         """Forward where a batch ends; spools what enters `next_block`. Returns its tokens and bytes."""
@@ -121,13 +127,10 @@ class Stage:
         with self._busy("fit"):
             block, store = self.blocks[index], self.stores[run]
             view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
-            made = {
-                "recipe_from": self.runs[run].start_of(index),
-                "device": self.run.device,
-                "threads": self.run.threads,
-            }
-            report = report_dict(index, done, view) | made
-            store.put_block(index, block_tensors(view, done, self.source), report)
+            start = self.runs[run].start_of(index)
+            made = {"recipe_from": start, "device": self.run.device, "threads": self.run.threads}
+            tensors = block_tensors(view, done, self.source)
+            store.put_block(index, tensors, report_dict(view, done, tensors) | made)
             if all(store.has_block(index) for store in self.stores):
                 block.stats.clear()
             return store.block_report(index)
@@ -157,13 +160,14 @@ class Stage:
         }
 
     def survey(self) -> dict[str, Any]:
-        """Kind, speed and free bytes of the device."""
+        """Kind, speed and free bytes of the device, and whether tensors can leave it directly."""
         pin(self.run.threads)
         if self.run.device == "cuda":
             kind, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
         else:
             kind, free = f"{cpu_name()}, {self.run.threads} threads", psutil.virtual_memory().available
-        return {"kind": kind, "free": free, "speed": matmul_rate(self.run.device, self.run.dtype)}
+        facts = {"kind": kind, "free": free, "has_nixl": find_spec("nixl") is not None}
+        return facts | {"speed": matmul_rate(self.run.device, self.run.dtype)}
 
     @contextmanager
     def _busy(self, activity: str) -> Iterator[None]:

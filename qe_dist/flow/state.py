@@ -56,6 +56,8 @@ class Wave:
     """The blocks of each worker, which it fits one after another."""
     begun: float
     """When it began, or was last streamed again."""
+    opening: str = "load"
+    """What comes before its first batch: with the first wave, or for who was lost, processes `start`, too."""
     batches: int = 0
     """That have gone through."""
     since: float | None = None
@@ -97,8 +99,8 @@ class RunState:
     """`done` or `stop`, and why."""
     reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Measured so far, in any call: of a wave until its first batch is through (`load`), of a `batch`, and of the `fit`
-    of a block."""
+    """Measured so far, in any call: of a wave until its first batch is through (`start` or `load`), of a `batch`, and
+    of the `fit` of a block."""
     lost: tuple[Lost, ...] = ()
     """Of all calls."""
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -133,7 +135,8 @@ class RunState:
         unfitted_later = self.blocks - self.done - sum(unfitted)
         at_once = (wave.last - wave.first + 1) / max(map(len, wave.stages))
         return {
-            "load": later + waiting,
+            "start": waiting and wave.opening == "start",
+            "load": later + (waiting and wave.opening == "load"),
             "batch": later * (self.batches - 1) + self.batches - wave.batches - waiting,
             "fit": max(unfitted) + unfitted_later / at_once,
         }
@@ -170,13 +173,11 @@ def step(state: RunState, record: Record) -> RunState:
 
 
 def _start(state: RunState, data: Mapping[str, Any]) -> RunState:
-    taken_back = data["done"] < len(state.earlier)  # by --from-block
     return replace(
         state,
         batches=data["batches"],
         blocks=data["blocks"],
         before=data["done"],
-        earlier=frozenset() if taken_back else state.earlier,
     )
 
 
@@ -191,6 +192,7 @@ def _wave(state: RunState, data: Mapping[str, Any]) -> RunState:
         last=data["last"],
         stages=tuple(worker.blocks for worker in parts.values()),
         begun=state.elapsed,
+        opening="start" if data["number"] == 1 else "load",
     )
     return replace(state, wave=wave, workers=parts)
 
@@ -206,7 +208,7 @@ def _batch(state: RunState, data: Mapping[str, Any]) -> RunState:
         return state
     if wave.since is None:
         wave = replace(wave, since=now, until=now, batches=data["index"] + 1)
-        return replace(state, wave=wave, seconds={**state.seconds, "load": now - wave.begun})
+        return replace(state, wave=wave, seconds={**state.seconds, wave.opening: now - wave.begun})
     gaps = wave.gaps + 1
     wave = replace(wave, until=now, batches=data["index"] + 1, gaps=gaps, tokens=wave.tokens + data["tokens"])
     return replace(state, wave=wave, seconds={**state.seconds, "batch": (now - wave.since) / gaps})
@@ -238,7 +240,7 @@ def _again(state: RunState, data: Mapping[str, Any]) -> RunState:
 
 def _anew(state: RunState, wave: Wave | None) -> Wave | None:
     """Measures from now on: until here it waited for a worker."""
-    return wave and replace(wave, begun=state.elapsed, since=None, gaps=0, tokens=0)
+    return wave and replace(wave, begun=state.elapsed, opening="start", since=None, gaps=0, tokens=0)
 
 
 def _note(state: RunState, data: Mapping[str, Any]) -> RunState:

@@ -66,11 +66,13 @@ def block_tensors(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], source:
     return tensors
 
 
-def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, Any]:
+def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Shapes and types of a block's tensors, so that a loader can make empty modules for them."""
 
-    def described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in sorted(tensors.items())}
+    def described(module: str) -> dict[str, Any]:
+        prefix = f"{spec.prefix}{module}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        return {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in sorted(own.items()) if n != "bias"}
 
     modules = {}
     for group in spec.groups:
@@ -78,10 +80,8 @@ def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> dict[str, A
         modules[group.name] = {
             "scheme": str(done.scheme),
             "router_input": group.router_input,
-            "input": described(input_tensors(done.input)),
-            "linears": {
-                x.name: described(linear_tensors(done.linears[x.name], done.scheme.weight_bits)) for x in group.linears
-            },
+            "input": described(group.module),
+            "linears": {x.name: described(x.name) for x in group.linears},
         }
     return modules
 
@@ -181,14 +181,14 @@ def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def report_dict(index: int, groups: Mapping[str, QuantizedGroup], spec: BlockSpec) -> dict[str, Any]:
+def report_dict(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A block's line in the manifest, and what only its own report has: layout and seconds, which differ every time."""
     reports = {name: group.report for name, group in groups.items()}
     return {
-        "index": index,
+        "index": spec.index,
         "groups": {n: {k: v for k, v in asdict(r).items() if k != "seconds"} for n, r in reports.items() if r},
         "fallbacks": {f"{spec.prefix}{n}": list(r.fallbacks) for n, r in reports.items() if r and r.fallbacks},
-        "layout": layout(spec, groups),
+        "layout": layout(spec, groups, tensors),
         "fit_seconds": sum(r.seconds for r in reports.values() if r),
     }
 

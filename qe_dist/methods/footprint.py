@@ -11,6 +11,7 @@ from math import prod
 from qe_dist.core.spec import BlockSpec, InputGroup
 from qe_dist.methods.base import SPREAD
 from qe_dist.methods.recipe import Recipe
+from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.factors import rank_within
 from qe_dist.numerics.gram import PANEL
 from qe_dist.numerics.lowrank import OVERSAMPLE, capped
@@ -78,21 +79,28 @@ def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, it
 
 
 def _fit(block: BlockSpec, recipe: Recipe, sample_tokens: int) -> int:
-    """Errors and codes stay until all groups share the budget."""
+    """Errors and codes stay until all groups share the budget; so does what a transform has moved."""
     drafts = (FLOAT + 1) * block.num_weights
+    if not isinstance(recipe.transform, NoTransform):
+        widths = [g.in_features for g in block.groups]
+        grams = M * sum(w * w for w in widths) if recipe.needs().gram else 0
+        drafts += FLOAT * (block.num_weights + grams + sample_tokens * sum(widths))
     return drafts + max(_group(g, recipe, sample_tokens) for g in block.groups)
 
 
 def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
-    """The largest of rounding, repairing and measuring one group."""
-    width, outputs = group.in_features, [x.out_features for x in group.linears]
+    """The largest of rounding, repairing and measuring one group. Each term counts matrices that are there at once:
+    a Gram matrix, the weights of the group, those of its largest linear, and what the tokens of the sample make."""
+    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
     gram = width * width if recipe.needs().gram else 0
-    linear, whole = max(outputs) * width, sum(outputs) * width
-    rank = _most_rank(group, recipe) + OVERSAMPLE
-    rounding = max(3 * gram, 2 * gram + 3 * linear) if recipe.quantizer.needs().gram else 2 * linear
-    searching = gram + 2 * whole + 8 * rank * (sum(outputs) + width)
+    whole, linear = outputs * width, max(x.out_features for x in group.linears) * width
+    rank, experts = _most_rank(group, recipe) + OVERSAMPLE, getattr(recipe.compensation, "num_experts", 0)
+    rounding = whole + max(3 * gram, 2 * gram + 4 * whole) if recipe.quantizer.needs().gram else 4 * whole
+    searching = gram + 2 * whole + 8 * rank * (outputs + width)
+    if experts:
+        searching += gram + 3 * whole + 9 * sample_tokens * (outputs + width) + experts * rank * (outputs + width)
     weighing = gram + 3 * whole
-    measuring = 2 * linear + sample_tokens * (6 * width + 3 * max(outputs))
+    measuring = 2 * linear + sample_tokens * (6 * width + 3 * outputs)
     return FLOAT * max(rounding, searching, weighing, measuring)
 
 

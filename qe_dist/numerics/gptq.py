@@ -30,7 +30,7 @@ from qe_dist.core.errors import NumericalError
 from qe_dist.numerics.clipping import scaled
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 
-CHANNELS = 512
+CHANNELS = 128
 """Turned into codes at a time, once all are settled."""
 
 
@@ -126,31 +126,30 @@ class _Layer:
         work = self.weight.clone()  # what each channel asks to be rounded to
         error = torch.empty_like(work)
         steps = scale.to(work.dtype).T.contiguous()
-        lowest, highest = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-
-        def settle(low: int, high: int) -> None:
-            """Rounds the channels high - 1 .. low, which the error of all those from `high` on has reached.
-
-            As few calls as possible for a channel: on a GPU they, not their work, are what it costs.
-            """
-            if high - low == 1:
-                step = steps[self.group[low]]
-                point = (work[low] / step).round_().clamp_(lowest, highest).mul_(step)
-                torch.sub(self.weight[low], point, out=error[low])
-                return
-            middle = (low + high) // 2
-            settle(middle, high)
-            work[low:middle].addmm_(self.feedback[middle:high, low:middle].T, error[middle:high])
-            settle(low, middle)
-
         for low, high in [(0, len(work))] if late is None else _spans(self.group):
             if late is not None:
                 g = self.group[low]
                 scale[:, g, None] = scaled(weight_scale(self.expected(work, low, high), self.bits, None), late)
                 steps[g] = scale[:, g]
-            settle(low, high)
+            self._settle(work, error, steps, low, high)
             work[:low].addmm_(self.feedback[low:high, :low].T, error[low:high])
         return self._rounded(work, scale)
+
+    def _settle(self, work: Tensor, error: Tensor, steps: Tensor, low: int, high: int) -> None:
+        """Rounds the channels high - 1 .. low, which the error of all those from `high` on has reached.
+
+        As few calls as possible for a channel: on a GPU they, not their work, are what it costs. No closure, for one
+        that calls itself would keep `work` and `error` until Python looks for cycles.
+        """
+        if high - low == 1:
+            step, top = steps[self.group[low]], 2 ** (self.bits - 1)
+            point = (work[low] / step).round_().clamp_(-top, top - 1).mul_(step)
+            torch.sub(self.weight[low], point, out=error[low])
+            return
+        middle = (low + high) // 2
+        self._settle(work, error, steps, middle, high)
+        work[low:middle].addmm_(self.feedback[middle:high, low:middle].T, error[middle:high])
+        self._settle(work, error, steps, low, middle)
 
     def _rounded(self, work: Float[Tensor, "L O"], scale: Float[Tensor, "O G"]) -> _Rounded:
         """What the channels asked for, rounded; some of them at a time, which bounds the memory."""

@@ -1,4 +1,4 @@
-"""The work that benchmarks/gpu/work.py counts is the work that the code does; what a block keeps is what is predicted."""
+"""The matrix products that benchmarks/gpu/work.py counts are those that the code makes."""
 
 import importlib.util
 import sys

@@ -1,0 +1,124 @@
+"""What a block takes, counted from its shapes, against the tensors that are alive when the real code runs."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec
+from qe_dist.methods.base import GroupProblem
+from qe_dist.methods.footprint import Footprint, footprint
+from qe_dist.methods.recipe import Recipe
+from qe_dist.methods.recipes import load_recipe
+from qe_dist.numerics.stats import GroupStats
+
+TOKENS = SAMPLE = 256
+HIDDEN = 256
+
+
+def block(wide: int) -> BlockSpec:
+    def group(name: str, inputs: int, outputs: list[int], reads: str | None = None) -> InputGroup:
+        linears = (LinearSpec(f"{name}.{i}", inputs, o, False, "column") for i, o in enumerate(outputs))
+        return InputGroup(name, tuple(linears), reads or name)
+
+    qkv, gate_up = group("qkv", HIDDEN, [HIDDEN, 64, 64]), group("gate_up", HIDDEN, [wide, wide])
+    return BlockSpec(0, "", (qkv, group("o", HIDDEN, [HIDDEN], "qkv"), gate_up, group("down", wide, [HIDDEN])), ())
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made under it that are not gone yet, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.fixture
+def no_cycles() -> Iterator[None]:
+    """Whatever waits for Python to look for cycles counts: a large tensor must not."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def measured(spec: BlockSpec, recipe: Recipe, dtype: torch.dtype, normal: Callable[..., Tensor]) -> Footprint:
+    inputs = {g.name: normal(i, TOKENS, g.in_features).to(dtype) for i, g in enumerate(spec.groups)}
+    keys, modality = torch.arange(TOKENS), (torch.arange(TOKENS) % 2).to(torch.int8)
+    with Alive() as alive:
+        linears = [x for g in spec.groups for x in g.linears]
+        weights = {x.name: torch.randn(x.out_features, x.in_features, dtype=dtype) for x in linears}
+        own = alive.now
+        problems = {}
+        for g in spec.groups:
+            as_float = {x.name: weights[x.name].float() for x in g.linears}
+            stats = GroupStats.empty(as_float, spec.router_width(g), recipe.needs(), SAMPLE)
+            problems[g.name] = lambda g=g, stats=stats: GroupProblem(
+                g, {x.name: weights[x.name].float() for x in g.linears}, stats, recipe.scheme
+            )
+            for batch in range(2):
+                stats.update(inputs[g.name], inputs[g.router_input], modality, keys + TOKENS * batch)
+        del as_float, stats
+        kept = alive.most = alive.now
+        recipe.fit_block({name: problem() for name, problem in problems.items()})
+        return Footprint(weights=own, statistics=kept - own, forward=0, fit=alive.most - kept)
+
+
+@pytest.mark.usefixtures("no_cycles")
+@pytest.mark.parametrize(
+    ("name", "wide", "dtype", "slack"),
+    [
+        ("qe-w4a6", 512, torch.float32, 1.15),  # the dtype of a CPU
+        ("qe-w4a6", 1024, torch.bfloat16, 1.15),  # that of a GPU
+        ("smoothquant+gptq-w4a6", 1024, torch.bfloat16, 1.15),
+        ("awq-w4a8", 512, torch.float32, 1.6),
+        ("serq-w4a4", 512, torch.bfloat16, 1.6),
+        ("qe-paper-w4a6", 1024, torch.bfloat16, 1.6),
+    ],
+)
+def test_a_block_takes_what_is_counted_and_no_more(
+    normal: Callable[..., Tensor], name: str, wide: int, dtype: torch.dtype, slack: float
+) -> None:
+    spec, recipe = block(wide), load_recipe(name)
+    said = footprint(spec, [recipe], SAMPLE, TOKENS, dtype.itemsize)
+    found = measured(spec, recipe, dtype, normal)
+    assert found.weights == said.weights
+    assert said.statistics <= found.statistics <= 1.02 * said.statistics  # beside them, a few numbers per channel
+    assert found.fit <= said.fit <= slack * found.fit
+
+
+def test_runs_that_share_a_pass_share_their_statistics() -> None:
+    spec, qe, rtn = block(512), load_recipe("qe-w4a6"), load_recipe("rtn-w4a8")
+    alone, both = (footprint(spec, runs, SAMPLE, TOKENS, 2) for runs in ([qe], [qe, rtn]))
+    assert both == alone
+    assert footprint(spec, [rtn], SAMPLE, TOKENS, 2).statistics < alone.statistics
+
+
+def test_a_worker_keeps_statistics_of_every_block_and_fits_one() -> None:
+    found = footprint(block(512), [load_recipe("qe-w4a6")], SAMPLE, TOKENS, 2)
+    assert found.peak == found.kept + max(found.forward, found.fit)

@@ -133,8 +133,8 @@ class _Call:
         ready = self.ready
         while (first := ready.next_block()) is not None:
             if first == 0 and ready.run.embeds_on == "cuda":
-                self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.spooled(0, i)})
-            elif ready.spooled(0, 0) is None and first == 0:
+                self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
+            elif ready.entering(0, 0) is None and first == 0:
                 self.crew.embedder()  # its imports take as long as those of the workers
             workers = self.crew.muster()
             if len(workers) < (ready.run.workers or 0):
@@ -203,7 +203,7 @@ class _Call:
                 limit = max(1, min(limit, store // (STORE_SHARE * size)))
             if self.stop.is_set():
                 break
-            batch = ready.spooled(first, index)
+            batch = ready.entering(first, index)
             if batch is None:
                 embedder = embedder or self.crew.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
@@ -223,7 +223,7 @@ class _Call:
         batches = range(len(self.ready.samples))
         counted = ray.get([actor.counted.remote() for actor in actors])
         lacking = {j: count for j, count in enumerate(counted) if count is not None and count < len(batches)}
-        unspooled = [i for i in batches if after is not None and not self.ready.spooled(after, i)]
+        unspooled = [i for i in batches if after is not None and not self.ready.store.has_batch(after, i)]
         depth = len(actors) if unspooled else max(lacking, default=-1) + 1
         return min([*unspooled[:1], *lacking.values()], default=0), depth
 

@@ -45,7 +45,7 @@ def quantize(*runs: RunConfig) -> None:
             for stage, part in zip(stages, wave, strict=True):
                 stage.load(part)
             for i, samples in enumerate(ready.samples):
-                batch = ready.spooled(first, i) or embedder.embed(i, samples)
+                batch = ready.entering(first, i) or embedder.embed(i, samples)
                 for stage in stages[:-1]:
                     batch = stage.forward(batch)
                 stages[-1].finish(batch, ready.block_after(wave))
@@ -90,12 +90,15 @@ class Prepared:
 
     def next_block(self) -> int | None:
         """Where the next wave begins: the last block in front of all that is unfinished whose input is spooled."""
+        for run in self.runs:
+            RunDir(run.output).refresh()
         unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
         return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
 
-    def spooled(self, block: int, index: int) -> Spooled | None:
-        """Batch `index` as it enters a block, if it lies on disk."""
-        return Spooled(block, index) if self.store.has_batch(block, index) else None
+    def entering(self, block: int, index: int) -> Spooled | None:
+        """Batch `index` as it enters a block, or None for one that is to be embedded. Beyond block 0 nobody could make
+        one that is not there (removed as damaged a moment ago, or not seen yet on NFS): who reads it says so."""
+        return Spooled(block, index) if block > 0 or self.store.has_batch(block, index) else None
 
     def block_after(self, wave: Wave) -> int | None:
         """Whose input a wave leaves behind; None after the last one."""

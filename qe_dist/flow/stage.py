@@ -203,8 +203,10 @@ class _Block:
         return self.views[run.recipe_for(self.spec.index).granularity]
 
     def _catcher(self, name: str):
+        inputs = self.inputs  # not self, which holds the module: nothing but the garbage collector would free them
+
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs[name] = args[0]
+            inputs[name] = args[0]
 
         return catch
 

@@ -17,16 +17,19 @@ from safetensors import SafetensorError, safe_open
 
 from qe_dist import archs
 from qe_dist.archs.base import Arch, Encoder
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.io.checkpoint import INDEX, MANIFEST, read_manifest
+from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.publish import DTYPES, read_json, sha256
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 
 SLICE_BYTES = 2**26
 """Of a tensor that is looked at, at a time."""
+NEEDED = {
+    "config.json": {"quantization_config"}, MANIFEST: {"files", "blocks", "recipe"}, INDEX: {"weight_map"},
+}  # fmt: skip
 Described = tuple[Any, ...]
 """dtype and shape, as `config.json` says them."""
 
@@ -46,17 +49,20 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Reads JSON and headers. ConfigError where there is no checkpoint of ours."""
-        for name in ("config.json", MANIFEST, INDEX):
+        for name in NEEDED:
             if not (folder / name).exists():
                 raise ConfigError(f"{folder} has no {name}; give a finished checkpoint of qe-dist")
+        said = {name: read_json(folder / name) for name in NEEDED}
+        for name, keys in NEEDED.items():
+            if missing := keys - {*said[name]}:
+                raise CheckpointError(f"{folder / name} has no {min(missing)}: damaged, or not written by this qe-dist")
         tensors, unreadable = {}, {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 tensors[path.name] = _header(path)
             except (SafetensorError, OSError) as error:
                 unreadable[path.name] = str(error)
-        index, config = read_json(folder / INDEX), read_json(folder / "config.json")
-        return cls(folder, config, read_manifest(folder), index["weight_map"], tensors, unreadable)
+        return cls(folder, said["config.json"], said[MANIFEST], said[INDEX]["weight_map"], tensors, unreadable)
 
     @property
     def layouts(self) -> list[Mapping[str, Any]]:
@@ -107,8 +113,10 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
 
 def check_layout(checkpoint: Checkpoint) -> list[str]:
     """Every quantized linear that config.json describes has all its tensors, in type and shape as described."""
-    faults = []
-    for block, layout in zip(checkpoint.manifest["blocks"], checkpoint.layouts, strict=True):
+    blocks, layouts, faults = checkpoint.manifest["blocks"], checkpoint.layouts, []
+    if len(blocks) != len(layouts):
+        return [f"config.json: {len(layouts)} blocks, {MANIFEST} has {len(blocks)}"]
+    for block, layout in zip(blocks, layouts, strict=True):
         for name, expected in _described(block["prefix"], layout).items():
             faults += _compare(name, expected, checkpoint.find(name))
     return faults

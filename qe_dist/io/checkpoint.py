@@ -1,6 +1,5 @@
 """The checkpoint on disk: tensors of a block, config.json, index and manifest (DESIGN section 5)."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
-from qe_dist.io.publish import publish, publish_json, refresh
+from qe_dist.io.publish import publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
@@ -118,7 +117,7 @@ def assemble(
 
     Reads the reports alone, whatever the size of the model.
     """
-    refresh(run.finished)
+    run.refresh()
     blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
     parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
     weight_map, files = {}, {}
@@ -208,4 +207,4 @@ def _move_up(run: RunDir, name: str, size: int) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
+    return read_json(folder / MANIFEST)

@@ -87,6 +87,12 @@ class RunDir:
         if any(p != self.root and self.locks not in (p, p.parent) and not p.name.endswith(".tmp") for p in inside):
             raise ConfigError(f"{self.output} exists and is not a run of ours; choose an empty output directory")
 
+    def refresh(self) -> None:
+        """To be called before asking what other hosts have finished or spooled meanwhile (see `publish.refresh`)."""
+        spools = self.root / "activations"
+        for folder in (self.finished, spools, *spools.glob("block-*")):
+            refresh(folder)
+
     @property
     def is_complete(self) -> bool:
         return (self.output / "config.json").exists()
@@ -111,8 +117,7 @@ class RunDir:
         makes it anew."""
         path = self._batch_path(block, index)
         if not path.exists():  # as far as this host knows
-            refresh(path.parent.parent)
-            refresh(path.parent)
+            self.refresh()
         try:
             return Batch.from_tensors(read_sealed(path))
         except CheckpointError as error:
@@ -164,7 +169,7 @@ class RunDir:
     def check_files(self) -> list[str]:
         """Hashes every finished file against its report. One that is damaged is named in the result, and forgotten, so
         that it alone is made anew. Reads each file once, some at a time."""
-        refresh(self.finished)
+        self.refresh()
         names = sorted(p.stem for p in self.finished.glob("*.json"))
         with ThreadPoolExecutor() as pool:
             faults = list(pool.map(self._fault, names))

@@ -1,6 +1,6 @@
 """The activations between two waves: written behind and read ahead, so that nobody waits for the disk."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from qe_dist.core.batch import Batch
@@ -30,14 +30,21 @@ class Spool:
         """Soon on disk; at once if it is there already."""
         if self.store.has_batch(block, batch.index):
             return
-        while len(self.written) >= BEHIND:
-            self.written.pop(0).result()
+        self._wait(BEHIND - 1)
         self.written.append(self.writer.submit(self.store.put_batch, block, batch))
 
     def flush(self) -> None:
         """Returns when everything is on disk."""
-        while self.written:
-            self.written.pop(0).result()
+        self._wait(0)
+
+    def _wait(self, left: int) -> None:
+        """For all writes but so many; after one that failed for all, so that nothing is half done when it is told."""
+        try:
+            while len(self.written) > left:
+                self.written.pop(0).result()
+        except BaseException:
+            wait(self.written)
+            raise
 
     def get(self, where: Spooled) -> Batch:
         """A batch; the next one is being read when this returns."""

@@ -80,9 +80,16 @@ def quantize_from(run, block, output):
     return driver.quantize(replace(run, output=output, workers=2))
 
 
-def stage_actors():
-    """Processes of workers of this process's Ray."""
-    return [p for p in psutil.Process().children(recursive=True) if "ray::StageActor" in " ".join(p.cmdline())]
+def actors(kind="ray::StageActor"):
+    """Processes of actors of this process's Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if title(p).startswith(kind)]
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
 
 
 @pytest.mark.parametrize(
@@ -97,7 +104,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_finished_is_done_again(
     def listen(event, data):
         events.append((event, data))
         if event == moment and [e for e, _ in events].count(moment) == nth and not killed:
-            killed.append(stage_actors()[who])
+            killed.append(actors()[who])
             killed[0].kill()
 
     driver.quantize(one, listen=listen)
@@ -113,10 +120,10 @@ def test_an_embedder_that_is_killed_is_replaced(run, expected, cluster, tmp_path
     one, killed = replace(run, output=tmp_path / "out"), []
 
     def listen(event, data):
-        actors = [p for p in psutil.Process().children(recursive=True) if "ray::Embed" in " ".join(p.cmdline())]
-        if event == "batch" and actors and not killed:
-            killed.extend(actors)
-            actors[0].kill()
+        if event == "batch" and not killed:
+            killed.extend(actors("ray::Embed"))
+            for embedder in killed:
+                embedder.kill()
 
     driver.quantize(one, listen=listen)
     assert killed
@@ -126,8 +133,8 @@ def test_an_embedder_that_is_killed_is_replaced(run, expected, cluster, tmp_path
 def test_a_worker_that_dies_again_and_again_ends_the_call_with_the_reason(run, cluster, tmp_path):
     def listen(event, data):
         if event == "batch":
-            for actor in stage_actors():
-                actor.kill()
+            for worker in actors():
+                worker.kill()
 
     with pytest.raises(QEError, match=r"a worker was lost 6 times while no block was finished, lastly: a worker died"):
         driver.quantize(replace(run, output=tmp_path / "out"), listen=listen)

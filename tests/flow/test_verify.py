@@ -201,8 +201,9 @@ def test_a_tensor_of_another_shape_than_in_the_model_is_named(sound, folder):
 
 def test_the_checkpoint_of_a_model_with_more_blocks_is_not_of_this_one(sound, folder):
     edit_json(folder / "config.json", lambda c: c["quantization_config"]["block_layouts"].append(0))
-    (fault,) = check_source(Checkpoint.open(folder), sound.model)
-    assert fault == f"config.json: 3 blocks, {sound.model} has 2"
+    checkpoint = Checkpoint.open(folder)
+    assert check_source(checkpoint, sound.model) == [f"config.json: 3 blocks, {sound.model} has 2"]
+    assert check_layout(checkpoint) == [f"config.json: 3 blocks, {MANIFEST} has 2"]
 
 
 def test_images_move_the_logits_unless_the_model_is_blind_or_computes_none(sound):
@@ -232,6 +233,15 @@ def test_what_is_no_checkpoint_of_ours_is_refused(sound, tmp_path):
         Checkpoint.open(sound.model)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{", "is damaged: "), ("{}", r"has no blocks: damaged, or not written by this qe-dist")]
+)
+def test_a_damaged_manifest_is_named(folder, content, said):
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST} {said}"):
+        Checkpoint.open(folder)
 
 
 @pytest.fixture
@@ -288,12 +298,12 @@ print(len(faults), max(seen) - before)
 
 
 def test_the_checks_of_files_hold_a_part_of_a_tensor_whatever_its_size(folder):
-    """A tensor of 512 MiB, of which there are at most a few slices of 64 MiB at a time."""
+    """A tensor of 256 MiB, looked at in slices."""
     big = folder / "passthrough-00002.safetensors"
-    save_file({"big": torch.ones(2**16, 2**12, dtype=torch.bfloat16)}, big, metadata={"format": "pt"})
+    save_file({"big": torch.ones(2**15, 2**12, dtype=torch.bfloat16)}, big, metadata={"format": "pt"})
     edit_json(folder / INDEX, lambda index: index["weight_map"].update(big=big.name))
     edit_json(folder / MANIFEST, lambda manifest: manifest["files"].update({big.name: sha256(big)}))
     said = subprocess.run([sys.executable, "-c", MEMORY, folder], capture_output=True, text=True, check=True).stdout
     faults, mib = said.split()
-    assert int(faults) == 0
-    assert float(mib) < 256
+    assert faults == "0"
+    assert float(mib) < 100

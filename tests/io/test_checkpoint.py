@@ -12,7 +12,7 @@ from qe_dist.core.errors import CheckpointError
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.io import checkpoint
-from qe_dist.io.checkpoint import INDEX, MADE, assemble, passthrough_parts, put_passthrough, read_manifest
+from qe_dist.io.checkpoint import INDEX, assemble, passthrough_parts, put_passthrough, read_manifest
 from qe_dist.io.publish import sha256
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import SafetensorsSource
@@ -115,7 +115,8 @@ GROUP = {"bytes": 1, "active_bytes": 1, "macs": 1}
 def finished(store, spec, source):
     """All that assemble needs, with hardly a weight in it."""
     for block in spec.blocks:
-        report = {"index": block.index, "groups": {"g": GROUP}, "fallbacks": {}, "layout": {}} | dict.fromkeys(MADE)
+        report = {"index": block.index, "groups": {"g": GROUP}, "fallbacks": {}, "layout": {}}
+        report |= {"recipe_from": 0, "device": "cpu", "threads": 1}
         store.put_block(block.index, {f"{block.prefix}w": torch.zeros(2)}, report)
     put_passthrough(store, spec, source)
 

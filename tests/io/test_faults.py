@@ -45,6 +45,10 @@ def files(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
+def finished(run):
+    return [i for i in range(BLOCKS) if RunDir(run.output).has_block(i)]
+
+
 class Puts:
     """The blocks that were published while this was watching; ends the run, as a kill would, before block `stop`."""
 
@@ -68,7 +72,7 @@ def killed(whole, tmp_path_factory):
         Puts(patch, stop=2)
         with pytest.raises(KeyboardInterrupt):
             quantize(run)
-    assert RunDir(run.output).first_unfinished(BLOCKS) == 2
+    assert finished(run) == [0, 1]
     return run
 
 
@@ -105,11 +109,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def wait_until_nothing_is_left_in(folder):
+    """A batch that another thread was writing behind goes its way."""
+    deadline = time.monotonic() + 10
+    while leftovers(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leftovers(folder) == []
+
+
 def leftovers(folder):
     return [p for p in folder.rglob("*") if p.name.startswith(".") and p.name != ".run"]
 
 
-@pytest.mark.parametrize("room", [30, 200, 330, 420, 600])
+@pytest.mark.parametrize("room", [30, 330, 420, 500])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_path, monkeypatch, fitted, room):
     """room: KiB that the disk has; each ends the run in another place."""
     room_enough = SimpleNamespace(free=2**40)  # else the plan would refuse before the first byte
@@ -120,12 +132,12 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_
         with pytest.raises(CheckpointError, match=rf"{disk}.* could not be written: No space left on device.*free"):
             quantize(run)
         assert not RunDir(run.output).is_complete
-        assert leftovers(disk) == []
-        done = RunDir(run.output).first_unfinished(BLOCKS)
+        wait_until_nothing_is_left_in(disk)
+        done = finished(run)
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         fitted.clear()
         quantize(run)
-        assert fitted == list(range(done, BLOCKS))
+        assert sorted(done + fitted) == list(range(BLOCKS))
         assert files(run.output) == files(whole.output)
 
 

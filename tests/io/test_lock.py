@@ -155,7 +155,7 @@ def test_an_owner_notices_when_the_directory_is_gone(folder):
             mine.check()
 
 
-def test_a_failing_beat_is_no_loss(folder, monkeypatch):
+def test_a_disk_without_room_for_a_sign_of_life_is_no_loss(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -166,6 +166,9 @@ def test_a_failing_beat_is_no_loss(folder, monkeypatch):
         assert not mine.lost
         before = mine.owner.beat
         wait_for(lambda: mine.owner.beat > before)
+        monkeypatch.setattr(Path, "write_text", full)
+    with RunLock(folder, beat=60):  # it could be released
+        pass
 
 
 def test_a_directory_of_others_is_refused_before_anything_is_written_into_it(tmp_path):

@@ -20,6 +20,7 @@ from qe_dist.io.publish import (
     publish_tensors,
     read_json,
     read_sealed,
+    refresh,
     sha256,
 )
 
@@ -162,6 +163,15 @@ def test_the_digest_depends_on_names_types_shapes_and_values():
     ]  # fmt: skip
     assert len({digest(x) for x in different}) == len(different)
     assert digest({"a": one.T}) == digest({"a": one.T.contiguous()})
+
+
+def test_to_look_anew_changes_the_folder_and_leaves_nothing(tmp_path):
+    """It is the change that makes an NFS client forget what it knew; where none is allowed, it does no harm."""
+    os.utime(tmp_path, (0, 0))
+    refresh(tmp_path)
+    assert tmp_path.stat().st_mtime > 0
+    assert list(tmp_path.iterdir()) == []
+    refresh(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("content", ["", '{"a": ', "\x00\xff"])

@@ -199,7 +199,8 @@ def test_the_command_that_is_asked_to_stop_publishes_what_is_done_and_exits_with
     output = tmp_path / "stopped"
     process = subprocess.Popen(command(run, output), stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(process, lambda: list((output / ".run" / "blocks").glob("block-*.json")))
-    os.killpg(process.pid, number)  # as a terminal does: everybody in the group gets it
+    tell = os.killpg if number == signal.SIGINT else os.kill  # a terminal's Ctrl-C reaches everybody in the group
+    tell(process.pid, number)
     assert "type the same command again" in process.communicate(timeout=120)[1]
     assert process.returncode == 75
     assert not (output / "config.json").exists()

@@ -14,12 +14,13 @@ import os
 import random
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def draw(dice: random.Random, victim: str) -> Trial:
         victim,
         nodes,
         workers=dice.choice((1, 2)) if nodes == 1 else nodes,
-        workers_after=dice.choice((1, 2, 3)),
+        workers_after=dice.choice(range(1, max(2, nodes) + 1)),
         blocks_per_worker=dice.choice((1, 1, 2)),
         moment=moment,
         delay=dice.uniform(0.0, 0.3),
@@ -114,15 +115,17 @@ class Nodes:
         env = self.env
         if head:
             role = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-            role += ["--ray-client-server-port=0", f"--temp-dir={self.folder}"]
+            role += [f"--ray-client-server-port={_free_port()}", f"--temp-dir={self.folder}"]
             env = env | {f"RAY_health_check_{key}": str(value) for key, value in HEALTH.items()}
         size = ["--num-cpus=1", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--block"]
         size += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, *size]
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(words, env=env, stdout=quiet, stderr=quiet)
+        with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
+            process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
         if head:
-            _wait(lambda: _listens(self.address), "the head listens")
+            _wait(lambda: _listens(self.address) or process.poll() is not None, "the head listens")
+        if process.poll() is not None:
+            raise RuntimeError(f"ray start ended with {process.returncode}, see {log.name}")
         return process
 
     def mend(self) -> None:
@@ -171,7 +174,7 @@ class Run:
             "--blocks-per-worker": self.trial.blocks_per_worker,
             "--samples-per-batch": self.config.samples_per_batch,
             "--sample-tokens": self.config.sample_tokens,
-            "--patience": 5,
+            "--patience": 20,
         }
         if self.nodes is not None:
             options["--ray-address"] = self.nodes.address
@@ -262,15 +265,11 @@ def _flat(options: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as found:
         return found.getsockname()[1]
 
 
 def _listens(address: str) -> bool:
-    import socket
-
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=1).close()
@@ -279,7 +278,7 @@ def _listens(address: str) -> bool:
     return True
 
 
-def _wait(happened: Any, what: str) -> None:
+def _wait(happened: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         if time.monotonic() > deadline:

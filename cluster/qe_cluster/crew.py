@@ -36,6 +36,8 @@ class Worker:
     speed: float
     free: int
     """Bytes on its device before it loaded anything."""
+    host: int
+    """Bytes of its node then."""
     has_nixl: bool
 
 
@@ -57,7 +59,7 @@ class Crew:
         self.vacant = [place for place in self.vacant if place not in placed]
         self.workers += self._welcome(placed)
         missing = (self.run.workers or max(1, self._slots())) - len(self.workers) - len(self.vacant)
-        if missing > 0 and not self._hire(missing, SOON if self.groups else self.patience):
+        if self.groups or not self._hire(missing, self.patience):
             self._hire(min(missing, self._free_slots()), SOON)
         if not self.workers:
             have, free = ray.cluster_resources(), ray.available_resources()
@@ -75,22 +77,14 @@ class Crew:
         for worker in self.workers:
             rates.setdefault(worker.kind, []).append(worker.speed)
         nodes = {node["NodeID"]: node for node in ray.nodes()}
-        return [
-            Seat(
-                self._memory(worker, nodes[worker.node]["Resources"]),
-                statistics.median(rates[worker.kind]),
-                worker.address,
-            )
-            for worker in self.workers
-        ]
-
-    def _memory(self, worker: Worker, node: Mapping[str, float]) -> int:
-        if self.run.memory is not None:
-            return self.run.memory
-        if self.run.device == "cuda":
-            return int(FREE_SHARE * worker.free)
-        here = min(worker.free, node.get("memory", worker.free))  # Ray knows the limit of a container
-        return int(FREE_SHARE * here) // sum(other.node == worker.node for other in self.workers)
+        seats = []
+        for worker in self.workers:
+            node, beside = nodes[worker.node]["Resources"], sum(w.node == worker.node for w in self.workers)
+            host = int(FREE_SHARE * min(worker.host, node.get("memory", worker.host))) // beside  # Ray knows containers
+            device = int(FREE_SHARE * worker.free) if self.run.device == "cuda" else host
+            speed = statistics.median(rates[worker.kind])
+            seats.append(Seat(self.run.memory or device, speed, worker.address, self.run.host_memory or host))
+        return seats
 
     def forward(self, number: int) -> Callable[[Any], Any]:
         """Submits a batch to a worker. Its result goes from GPU to GPU where NIXL is installed for all, else through

@@ -353,4 +353,5 @@ def _reason(error: RayError) -> str:
     said = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(cause, "actor_init_failed", False):
         raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-    return f"a worker died: {next((line for line in said if ' because ' in line), said[0])}"
+    line = next((line for line in said if " because " in line), said[0])
+    return f"a worker died: {line.partition(' Some common causes')[0]}"

@@ -29,6 +29,8 @@ class Seat:
     speed: float = 1.0
     """Relative to other workers; only ratios count."""
     node: str = "this machine"
+    host_memory: int = 0
+    """Bytes for Gram matrices beside a device that has no room for them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class StagePlan:
 
     worker: int
     blocks: tuple[BlockSpec, ...]
+    grams_on_host: bool = False
 
 
 Wave = tuple[StagePlan, ...]
@@ -82,8 +85,13 @@ def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
     left = task.model.blocks[first_block:]
     needs = [task.footprint(block) for block in left]
     kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
+    grams, widest = max(n.grams for n in needs), max(n.widest_gram for n in needs)
     at_most = task.runs[0].blocks_per_worker or len(left)
     room = [min(max(0, seat.memory - passing) // kept, at_most) for seat in seats]
+    on_host = not sum(room) and grams > 0
+    if on_host:
+        here = [max(0, seat.memory - passing - widest) // (kept - grams) for seat in seats]
+        room = [min(n, seat.host_memory // grams, at_most) for n, seat in zip(here, seats, strict=True)]
     if not sum(room):
         largest = max(seats, key=lambda seat: seat.memory)
         raise ConfigError(
@@ -95,7 +103,7 @@ def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
     counts = share_out(-(-len(left) // waves), room, [seat.speed for seat in seats])
     ends = list(accumulate(counts))
     return tuple(
-        StagePlan(worker, left[end - count : end])
+        StagePlan(worker, left[end - count : end], on_host)
         for worker, (count, end) in enumerate(zip(counts, ends, strict=True))
         if count
     )
@@ -169,7 +177,8 @@ def local_seats(run: RunConfig) -> list[Seat]:
     """The workers that this machine alone can offer: 80 % of its free memory among them, or a GPU for each."""
     workers = run.workers or 1
     if run.device == "cuda" and torch.cuda.is_available():
-        return [Seat(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]))] * workers
+        host = run.host_memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers
+        return [Seat(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]), host_memory=host)] * workers
     return [Seat(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
 
 

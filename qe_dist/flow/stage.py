@@ -9,6 +9,7 @@ that differ in their recipe.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,7 +57,7 @@ class Stage:
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
             self.prefetch(part.blocks)
-            self.blocks = {spec.index: _Block(self, spec) for spec in part.blocks}
+            self.blocks = {spec.index: _Block(self, spec, part.grams_on_host) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
         """Has the weights of the next wave read ahead, if there is time."""
@@ -162,11 +163,11 @@ class Stage:
     def survey(self) -> dict[str, Any]:
         """Kind, speed and free bytes of the device, and whether tensors can leave it directly."""
         pin(self.run.threads)
+        host = psutil.virtual_memory().available
+        kind, free = f"{cpu_name()}, {self.run.threads} threads", host
         if self.run.device == "cuda":
             kind, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
-        else:
-            kind, free = f"{cpu_name()}, {self.run.threads} threads", psutil.virtual_memory().available
-        facts = {"kind": kind, "free": free, "has_nixl": find_spec("nixl") is not None}
+        facts = {"kind": kind, "free": free, "host": host, "has_nixl": find_spec("nixl") is not None}
         return facts | {"speed": matmul_rate(self.run.device, self.run.dtype)}
 
     @contextmanager
@@ -183,7 +184,7 @@ class Stage:
 
 
 class _Block:
-    def __init__(self, stage: Stage, spec: BlockSpec) -> None:
+    def __init__(self, stage: Stage, spec: BlockSpec, grams_on_host: bool) -> None:
         run, self.arch, self.spec = stage.run, stage.arch, spec
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
         self.inputs: dict[str, Tensor] = {}
@@ -193,7 +194,11 @@ class _Block:
         for view in self.views.values():
             for group in view.groups:
                 self.stats[group.name] = GroupStats.empty(
-                    self.weights(group), view.router_width(group), needs_of(waiting, spec.index), run.sample_tokens
+                    self.weights(group),
+                    view.router_width(group),
+                    needs_of(waiting, spec.index),
+                    run.sample_tokens,
+                    "cpu" if grams_on_host else None,
                 )
                 reader = self.module.get_submodule(group.linears[0].name)
                 reader.register_forward_pre_hook(self._catcher(group.name))
@@ -228,7 +233,8 @@ class _Block:
         return hidden
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
-        seed = run.seed + 1000 * self.spec.index
-        return GroupProblem(
-            group, self.weights(group), self.stats[group.name], run.recipe_for(self.spec.index).scheme, seed
-        )
+        scheme, seed = run.recipe_for(self.spec.index).scheme, run.seed + 1000 * self.spec.index
+        weights, stats = self.weights(group), self.stats[group.name]
+        if stats.gram is not None:
+            stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
+        return GroupProblem(group, weights, stats, scheme, seed)

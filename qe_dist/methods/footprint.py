@@ -26,8 +26,11 @@ class Footprint:
     """Bytes on the device."""
 
     weights: int
-    statistics: int
-    """Gram matrices and the token sample."""
+    grams: int
+    """Gram matrices, which may be kept on the host instead."""
+    widest_gram: int
+    """Those of one group, which a fit needs on the device in any case."""
+    sample: int
     forward: int
     """In passing, for one batch: activations, and what the statistics make of them."""
     fit: int
@@ -36,6 +39,10 @@ class Footprint:
     @property
     def kept(self) -> int:
         return self.weights + self.statistics
+
+    @property
+    def statistics(self) -> int:
+        return self.grams + self.sample
 
     @property
     def passing(self) -> int:
@@ -56,13 +63,15 @@ def footprint(
     for recipe in recipes:
         needs |= recipe.needs()
     widths = {g.name: g.in_features for g in block.groups}
-    grams = M * sum(w * w for w in widths.values()) if needs.gram else 0
+    grams = [M * w * w if needs.gram else 0 for w in widths.values()]
     sample = sample_tokens * sum(w + widths[g.router_input] for w, g in zip(widths.values(), block.groups, strict=True))
     fits = [_fit(block, recipe, sample_tokens) for recipe in recipes]
     as_float = 0 if itemsize == FLOAT else FLOAT * block.num_weights
     return Footprint(
         weights=itemsize * block.num_weights,
-        statistics=FLOAT * (grams + sample),
+        grams=FLOAT * sum(grams),
+        widest_gram=FLOAT * max(grams),
+        sample=FLOAT * sample,
         forward=_forward(block, needs, sample_tokens, batch_tokens, itemsize),
         fit=as_float + max(fits),
     )

@@ -84,7 +84,9 @@ class GroupStats:
         router_width: int,
         needs: Needs,
         sample_size: int,
+        gram_on: str | torch.device | None = None,
     ) -> "GroupStats":
+        """gram_on: where Gram matrices are kept; None: with the weights."""
         stacked = list(weights.values())
         width, device = stacked[0].shape[1], stacked[0].device
         total = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in stacked)
@@ -100,7 +102,7 @@ class GroupStats:
             nonfinite=0,
             abs_sum=zeros(M, width, dtype=torch.float64),
             abs_max=zeros(M, width),
-            gram=zeros(M, width, width) if needs.gram else None,
+            gram=torch.zeros(M, width, width, device=gram_on or device) if needs.gram else None,
             top_count={k: zeros(M, width, dtype=torch.int64) for k in sorted(needs.top_channels)},
             sample=TokenSample(
                 zeros(0, dtype=torch.int64),

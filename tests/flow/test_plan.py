@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FitJob, Seat, Task, balance, check_runs, make_plan, share_out
+from qe_dist.flow.plan import FitJob, Seat, Task, balance, check_runs, make_plan, plan_wave, share_out
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -48,6 +48,23 @@ def test_blocks_per_worker_follow_from_the_memory_of_each():
     memory = [need.passing + int(count * need.kept) for count in (3.5, 0.5, 1.5)]
     plan = make_plan(task(12), seats(*memory))
     assert [[(s.worker, len(s.blocks)) for s in wave] for wave in plan.waves] == [[(0, 3), (2, 1)]] * 3
+
+
+def test_gram_matrices_go_to_the_host_where_the_device_has_no_room_for_one_block():
+    """A recipe with Gram matrices, on a device that holds all but them."""
+    whole = task(12, replace(RUN, device="cuda"))
+    need = whole.footprint(whole.model.blocks[0])
+    assert need.grams > 0
+    small = need.passing + need.widest_gram + 2 * (need.kept - need.grams)
+    assert small < need.passing + need.kept
+    (stage,) = plan_wave(whole, [Seat(small, host_memory=5 * need.grams)], 0)
+    assert (len(stage.blocks), stage.grams_on_host) == (2, True)
+    (stage,) = plan_wave(whole, [Seat(small, host_memory=need.grams)], 0)
+    assert (len(stage.blocks), stage.grams_on_host) == (1, True)
+    with pytest.raises(ConfigError, match="one block needs"):
+        plan_wave(whole, [Seat(small, host_memory=need.grams - 1)], 0)
+    (stage,) = plan_wave(whole, [Seat(need.passing + need.kept, host_memory=2**40)], 0)
+    assert not stage.grams_on_host
 
 
 def test_waves_are_of_equal_size_so_that_none_holds_more_than_it_must():

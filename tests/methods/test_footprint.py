@@ -86,7 +86,7 @@ def measured(spec: BlockSpec, recipe: Recipe, dtype: torch.dtype, normal: Callab
         del as_float, stats
         kept = alive.most = alive.now
         recipe.fit_block({name: problem() for name, problem in problems.items()})
-        return Footprint(weights=own, statistics=kept - own, forward=0, fit=alive.most - kept)
+        return Footprint(weights=own, grams=0, widest_gram=0, sample=kept - own, forward=0, fit=alive.most - kept)
 
 
 @pytest.mark.usefixtures("no_cycles")

@@ -49,6 +49,8 @@ PATIENCE = 300.0
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
 """Of the head, so that it misses a node after 3 s and not after a minute."""
 STORE_BYTES = 100 * 2**20
+JOINING = 10.0
+"""Seconds that a node takes to be in the cluster."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Nodes:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
         }
         self.processes = [self._start(head=i == 0) for i in range(count)]
+        time.sleep(JOINING)
 
     def _start(self, head: bool) -> subprocess.Popen[bytes]:
         role = [f"--address={self.address}"]
@@ -130,7 +133,9 @@ class Nodes:
 
     def mend(self) -> None:
         """Starts those anew that were killed."""
-        self.processes = [p if p.poll() is None else self._start(head=False) for p in self.processes]
+        dead = [p for p in self.processes if p.poll() is not None]
+        self.processes = [self._start(head=False) if p in dead else p for p in self.processes]
+        time.sleep(JOINING if dead else 0.0)
 
     def kill_one(self, dice: random.Random) -> None:
         kill(dice.choice(self.processes[1:]))

@@ -51,19 +51,19 @@ def test_blocks_per_worker_follow_from_the_memory_of_each():
 
 
 def test_gram_matrices_go_to_the_host_where_the_device_has_no_room_for_one_block():
-    """A recipe with Gram matrices, on a device that holds all but them."""
-    whole = task(12, replace(RUN, device="cuda"))
-    need = whole.footprint(whole.model.blocks[0])
-    assert need.grams > 0
-    small = need.passing + need.widest_gram + 2 * (need.kept - need.grams)
-    assert small < need.passing + need.kept
-    (stage,) = plan_wave(whole, [Seat(small, host_memory=5 * need.grams)], 0)
-    assert (len(stage.blocks), stage.grams_on_host) == (2, True)
-    (stage,) = plan_wave(whole, [Seat(small, host_memory=need.grams)], 0)
+    """Only those of the group that is being fitted must be on the device then."""
+    one = task(12, replace(RUN, device="cuda"), width=512)
+    groups = tuple(replace(one.model.blocks[0].groups[0], name=n, router_input=n) for n in ("mlp.up", "mlp.gate"))
+    blocks = tuple(replace(block, groups=groups) for block in one.model.blocks)
+    both = replace(one, model=replace(one.model, blocks=blocks))
+    need = both.footprint(blocks[0])
+    assert need.grams == 2 * need.widest_gram > 0
+    small = need.passing + need.kept - need.widest_gram
+    (stage,) = plan_wave(both, [Seat(small, host_memory=5 * need.grams)], 0)
     assert (len(stage.blocks), stage.grams_on_host) == (1, True)
     with pytest.raises(ConfigError, match="one block needs"):
-        plan_wave(whole, [Seat(small, host_memory=need.grams - 1)], 0)
-    (stage,) = plan_wave(whole, [Seat(need.passing + need.kept, host_memory=2**40)], 0)
+        plan_wave(both, [Seat(small, host_memory=need.grams - 1)], 0)
+    (stage,) = plan_wave(both, [Seat(need.passing + need.kept, host_memory=2**40)], 0)
     assert not stage.grams_on_host
 
 

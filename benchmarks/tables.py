@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
+    "docs/engine.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -314,6 +315,64 @@ def schedule_at_scale(result: dict[str, Any]) -> str:
     )
 
 
+def chaos(result: dict[str, Any]) -> str:
+    """By what was killed."""
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in result["runs"]:
+        runs[run["trial"]["victim"]].append(run)
+    rows = [
+        (
+            victim,
+            str(len(mine)),
+            str(sum(run["kills"] for run in mine)),
+            str(sum(run["equal"] for run in mine)),
+            str(sum(run["finished_before"] for run in mine)),
+            str(sum(len(run["written_again"]) for run in mine)),
+            f"{mean(len(run['calls']) for run in mine):.1f}",
+        )
+        for victim, mine in runs.items()
+    ]
+    header = ("killed", "runs", "kills", "same bytes", "blocks finished before", "of those made again", "calls per run")
+    return "\n" + markdown(header, rows) + source(result, "chaos")
+
+
+def out_of_core(result: dict[str, Any]) -> str:
+    """Peaks of memory, and what kinds of processes had of them."""
+    floor = result["narrow"]["peak_without_embedder_mib"]
+    rows = [
+        (
+            str(run["shape"]["blocks"]),
+            f"{run['checkpoint_mib']:.0f}",
+            f"{run['peak_mib']:.0f}",
+            f"{floor + run['held_mib']:.0f}",
+            f"{run['checkpoint_mib'] / run['peak_mib']:.2f}",
+            f"{run['seconds']:.0f}",
+        )
+        for run in (*result["depth"], *result["large"])
+    ]
+    header = ("blocks", "checkpoint MiB", "peak MiB", "floor MiB", "checkpoint / peak", "seconds")
+    said = f"\nPeaks over depth lie within {result['spread']:.1%}.\n"
+    return "\n" + markdown(header, rows) + said + source(result, "out_of_core")
+
+
+def hosts(result: dict[str, Any]) -> str:
+    """Both cases."""
+    rows = [
+        (
+            name,
+            f"{case['seconds']:.0f}",
+            str(len(case["calls"])),
+            f"{sum(ways['sent'] for ways in case['traffic'].values()) / 2**20:.1f}",
+            "yes" if case["equal"] else "NO",
+        )
+        for name, case in result["cases"].items()
+    ]
+    wire = result["network"]
+    said = f"\nRound trip {wire['measured_round_trip_ms']:.1f} ms, {wire['measured_mbit']:.0f} Mbit/s.\n"
+    header = ("case", "seconds", "calls of the command", "MiB sent", "same bytes")
+    return "\n" + markdown(header, rows) + said + source(result, "hosts")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -325,6 +384,9 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "block cuda": ("block_cuda", block, ()),
     "block predicted": ("block_predicted", block_predicted, ()),
     "block memory": ("block_predicted", block_memory, ()),
+    "chaos": ("chaos", chaos, ()),
+    "out of core": ("out_of_core", out_of_core, ()),
+    "hosts": ("hosts", hosts, ()),
     "scaling": ("scaling", scaling, ()),
     "schedule": ("schedule", schedule_at_scale, ()),
     "league winners": ("league", winners, ()),

@@ -91,7 +91,7 @@ def _start(cpus: int, object_store_memory: int | None) -> None:
     """Ray makes such a cluster ask for a token, and makes the token where there is none."""
     here = _here()
     try:
-        with _own_signals():
+        with _as_we_want_it():
             ray.init(
                 address="local",
                 num_cpus=max(cpus, here.cpus),
@@ -113,7 +113,7 @@ def _connected(address: str) -> Iterator[None]:
     _knock(address)
     given = os.environ.setdefault(TRIES, "1")
     try:
-        with _own_signals():
+        with _as_we_want_it():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
         ray.shutdown()  # what had been begun
@@ -128,8 +128,10 @@ def _connected(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray puts a handler for SIGTERM in the place of ours, which ends the process at once."""
+def _as_we_want_it() -> Iterator[None]:
+    """Ray puts a handler for SIGTERM in the place of ours, which ends the process at once. And it prints the errors of
+    every batch that was on its way to a worker that died, which the driver deals with."""
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():

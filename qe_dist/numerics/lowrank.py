@@ -6,7 +6,7 @@ E G E^T and G the Gram matrix of the inputs (DESIGN section 3). It equals [E S]_
 be used as they are: E G E^T = (E X^T)(E X^T)^T.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -112,17 +112,6 @@ def fit_up(
     if not torch.isfinite(up).all():
         raise NumericalError("fitting the up matrix met a NaN or Inf")
     return up.to(error)
-
-
-def low_rank_group(
-    errors: Mapping[str, Float[Tensor, "_ I"]],
-    times_gram: Callable[[Tensor], Tensor],
-    rank: int,
-) -> tuple[dict[str, Float[Tensor, "_ R"]], Float[Tensor, "R I"]]:
-    """One down matrix for all linears of a group: their errors are stacked by rows, `up` is split again."""
-    up, down = low_rank(torch.cat(list(errors.values())), times_gram, rank)
-    sizes = [e.shape[0] for e in errors.values()]
-    return dict(zip(errors, up.split(sizes), strict=True)), down
 
 
 PAPER_WIDTH = 1536

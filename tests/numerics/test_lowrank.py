@@ -21,7 +21,6 @@ from qe_dist.numerics.lowrank import (
     fit_up,
     gram_product,
     low_rank,
-    low_rank_group,
     token_product,
 )
 
@@ -250,17 +249,6 @@ def test_a_bad_gram_matrix_is_a_numerical_error_of_an_up_matrix_too(normal: Norm
     gram[3, 4] = math.nan
     with pytest.raises(NumericalError):
         fit_up(normal(34, 12, 20), gram_product(gram), normal(35, 3, 20))
-
-
-def test_the_linears_of_a_group_share_the_down_matrix(normal: Normal) -> None:
-    errors = {"q": normal(23, 24, 32), "k": normal(24, 8, 32), "v": normal(25, 8, 32)}
-    x = normal(26, 100, 32)
-    ups, down = low_rank_group(errors, token_product(x), 4)
-    stacked_up, stacked_down = low_rank(torch.cat(list(errors.values())), token_product(x), 4)
-    assert torch.equal(down, stacked_down)
-    assert list(ups) == list(errors)
-    assert {name: up.shape for name, up in ups.items()} == {"q": (24, 4), "k": (8, 4), "v": (8, 4)}
-    assert torch.equal(torch.cat(list(ups.values())), stacked_up)
 
 
 @pytest.mark.parametrize("asked", [1, 8, 32, 64])

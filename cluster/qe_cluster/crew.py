@@ -94,6 +94,11 @@ class Crew:
             return lambda batch: method.options(tensor_transport="nixl").remote(batch, stay=True)
         return method.remote
 
+    def usage(self) -> list[dict[str, Any]]:
+        """Of those who answer."""
+        asked = [worker.actor.usage.remote() for worker in self.workers]
+        return [ray.get(ref) for ref in asked if _answered(ref, SOON)]
+
     def check_embedder(self) -> None:
         """Forgets one that died."""
         if self.embedders and not _answered(self.embedders[0].flush.remote(), SILENT):

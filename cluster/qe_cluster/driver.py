@@ -123,7 +123,7 @@ class _Call:
         self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.run.workers})
         try:
             self._waves()
-            self.summary.stages = ray.get([worker.actor.usage.remote() for worker in self.crew.workers])
+            self.summary.stages = self.crew.usage()
         except RayError as error:
             raise QEError(f"{_reason(error)}; finished blocks are safe, type the same command again") from None
         finally:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT / "models"))
 from synthetic import Shape, write_model  # noqa: E402 (scripts, no package)
 
 DATA, RESULTS = ROOT / "models" / "data", ROOT / "benchmarks" / "results"
+Run = dict[str, Any]
 POINTS = 200
 """Kept of a run's samples, each the highest of its neighbours."""
 
@@ -49,6 +50,8 @@ class Setting:
     """Of the large model."""
     samples: int = 32
     recipe: str = "qe-w4a6"
+    large_recipe: str = "gptq-w4a16"
+    """Fits in a fraction of the time, so that hundreds of blocks take minutes."""
     workers: int = 2
     blocks_per_worker: int = 1
     samples_per_batch: int = 8
@@ -93,6 +96,7 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
     shutil.rmtree(output)
     return {
         "shape": asdict(shape),
+        "recipe": setting.recipe,
         "checkpoint_mib": size / MIB,
         "held_mib": held / MIB,
         "seconds": watched.seconds,
@@ -136,6 +140,16 @@ def table_of(runs: list[dict[str, Any]], floor: float) -> Table:
     return table
 
 
+def report(setting: Setting, narrow: Run, depth: list[Run], large: list[Run], quick: bool) -> None:
+    peaks = [run["peak_mib"] for run in depth]
+    spread = max(peaks) / min(peaks) - 1
+    Console().print(table_of([narrow, *depth, *large], narrow["peak_without_embedder_mib"]))
+    print(f"peaks over depth: spread {spread:.1%}, {slope(depth):+.2f} MiB for each block more", flush=True)
+    if not quick:
+        content = {"setting": asdict(setting), "narrow": narrow, "depth": depth, "large": large}
+        write_result(RESULTS / "out_of_core.json", content | {"spread": spread, "mib_per_block": slope(depth)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models; writes no result")
@@ -149,14 +163,16 @@ def main() -> None:
         calibration(work, setting.samples)
         narrow = measure(work, setting, replace(NARROW, blocks=4 * setting.workers))
         depth = [measure(work, setting, replace(setting.shape, blocks=n)) for n in setting.depths]
-        large = [measure(work, setting, replace(setting.shape, blocks=setting.blocks))] if setting.blocks else []
-    peaks = [run["peak_mib"] for run in depth]
-    spread = max(peaks) / min(peaks) - 1
-    Console().print(table_of([narrow, *depth, *large], narrow["peak_without_embedder_mib"]))
-    print(f"peaks over depth: spread {spread:.1%}, {slope(depth):+.2f} MiB for each block more")
-    if not given.quick:
-        content = {"setting": asdict(setting), "narrow": narrow, "depth": depth, "large": large}
-        write_result(RESULTS / "out_of_core.json", content | {"spread": spread, "mib_per_block": slope(depth)})
+        report(setting, narrow, depth, [], given.quick)  # the rest takes long, and may be interrupted
+        if setting.blocks:
+            cheap = replace(setting, recipe=setting.large_recipe)
+            report(
+                setting,
+                narrow,
+                depth,
+                [measure(work, cheap, replace(setting.shape, blocks=setting.blocks))],
+                given.quick,
+            )
 
 
 if __name__ == "__main__":

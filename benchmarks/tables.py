@@ -342,6 +342,7 @@ def out_of_core(result: dict[str, Any]) -> str:
     rows = [
         (
             str(run["shape"]["blocks"]),
+            run["recipe"],
             f"{run['checkpoint_mib']:.0f}",
             f"{run['peak_mib']:.0f}",
             f"{floor + run['held_mib']:.0f}",
@@ -350,7 +351,7 @@ def out_of_core(result: dict[str, Any]) -> str:
         )
         for run in (*result["depth"], *result["large"])
     ]
-    header = ("blocks", "checkpoint MiB", "peak MiB", "floor MiB", "checkpoint / peak", "seconds")
+    header = ("blocks", "recipe", "checkpoint MiB", "peak MiB", "floor MiB", "checkpoint / peak", "seconds")
     said = f"\nPeaks over depth lie within {result['spread']:.1%}.\n"
     return "\n" + markdown(header, rows) + said + source(result, "out_of_core")
 

@@ -174,6 +174,8 @@ class Stage:
     def _busy(self, activity: str) -> Iterator[None]:
         pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
         self.activity, start = activity, time.perf_counter()
+        if activity != "forward":
+            give_back_memory()
         try:
             yield
         finally:

@@ -49,6 +49,8 @@ PATIENCE = 300.0
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
 """Of the head, so that it misses a node after 3 s and not after a minute."""
 STORE_BYTES = 100 * 2**20
+STAGES, EMBEDDERS = ("ray::StageActor",), ("ray::Embed",)
+"""What their processes are called."""
 JOINING = 10.0
 """Seconds that a node takes to be in the cluster."""
 
@@ -79,6 +81,8 @@ class Outcome:
     """Blocks, at the last kill."""
     written_again: list[str] = field(default_factory=list)
     equal: bool = False
+    fault: str = ""
+    """Why the run never ended."""
     seconds: float = 0.0
 
     @property
@@ -190,7 +194,7 @@ class Run:
         self.log = (self.config.output.parent / f"{self.config.output.name}.log").open("ab")
         return subprocess.Popen([*words, *map(str, _flat(options))], env=env, stdout=self.log, stderr=self.log)
 
-    def go(self, dice: random.Random, expected: Mapping[str, bytes]) -> Outcome:
+    def go(self, dice: random.Random, expected: Mapping[str, bytes]) -> None:
         start = time.monotonic()
         for moment in (self.trial.moment, 0.0) if self.trial.victim == "command twice" else (self.trial.moment,):
             process = self.type(self.trial.workers if not self.outcome.kills else self.trial.workers_after)
@@ -199,14 +203,14 @@ class Run:
             self._end(process)
         while self.outcome.calls[-1] != 0:
             if time.monotonic() - start > PATIENCE or self.outcome.calls[-1] not in (-signal.SIGKILL, 2):
-                raise RuntimeError(f"{self.trial}: the command ended with {self.outcome.calls}, see {self.log.name}")
+                said = Path(self.log.name).read_text()[-1000:]
+                raise RuntimeError(f"the command ended with {self.outcome.calls}: {said}")
             self._end(self.type(self.trial.workers_after))
         output = self.config.output
         again = (name for name, when in self.finished.items() if (output / name).stat().st_mtime_ns != when)
         self.outcome.written_again = sorted(again)
         self.outcome.equal = files(output) == expected
         self.outcome.seconds = time.monotonic() - start
-        return self.outcome
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         self.outcome.calls.append(process.wait(PATIENCE))
@@ -234,11 +238,11 @@ class Run:
         return any(True for name in ("blocks", "activations") for _ in (root / name).rglob(".*.tmp"))
 
     def _victims(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        name = {"worker": "ray::StageActor", "embedder": "ray::Embed", "writer": "ray::"}.get(self.trial.victim)
-        if name is None:
+        titles = {"worker": STAGES, "embedder": EMBEDDERS, "writer": (*STAGES, *EMBEDDERS)}.get(self.trial.victim)
+        if titles is None:
             return [psutil.Process(process.pid)]
         roots = [process.pid, *(p.pid for p in self.nodes.processes)] if self.nodes else [process.pid]
-        return [p for root in roots for p in _below(root) if _title(p).startswith(name)]
+        return [p for root in roots for p in _below(root) if _title(p).startswith(titles)]
 
     def _strike(self, process: subprocess.Popen[bytes], dice: random.Random) -> None:
         for report in (self.config.output / ".run" / "blocks").glob("block-*.json"):
@@ -323,7 +327,12 @@ def benchmark(folder: Path, kills: int, seed: int) -> list[Outcome]:
             nodes = None if trial.nodes == 1 else found[trial.nodes]
             if nodes is not None:
                 nodes.mend()
-            outcomes.append(Run(replace(run, output=folder / f"run-{number}"), trial, nodes).go(dice, expected))
+            disturbed = Run(replace(run, output=folder / f"run-{number}"), trial, nodes)
+            try:
+                disturbed.go(dice, expected)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                disturbed.outcome.fault = str(error)
+            outcomes.append(disturbed.outcome)
     return outcomes
 
 

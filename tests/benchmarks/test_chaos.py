@@ -15,6 +15,7 @@ def test_whoever_is_killed_the_same_bytes_come_out_and_no_finished_block_is_made
         outcomes = chaos.benchmark(Path(folder), kills=8, seed=1)
     assert {o.trial.victim for o in outcomes} == set(chaos.VICTIMS)
     for outcome in outcomes:
+        assert not outcome.fault, f"{outcome.trial}: {outcome.fault}"
         assert outcome.kills >= 1, f"{outcome.trial}: nobody was killed"
         assert outcome.equal, f"{outcome.trial}: other bytes"
         assert not outcome.written_again, f"{outcome.trial}: finished blocks were made again"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -62,14 +62,17 @@ class Crew:
         if self.groups or not self._hire(missing, self.patience):
             self._hire(min(missing, self._free_slots()), SOON)
         if not self.workers:
-            have, free = ray.cluster_resources(), ray.available_resources()
-            counted = ", ".join(f"{free.get(k, 0):g} of {have.get(k, 0):g} {k}s free" for k in self._bundle())
-            raise ConfigError(
-                f"no worker can start: each needs {self._bundle()}, the cluster has {counted}. Add nodes, or give a "
-                "worker fewer threads or less memory; a GPU is never shared, for a worker plans with all of its memory"
-            )
+            raise self._refusal()
         self.workers.sort(key=lambda worker: worker.node)  # neighbours on one node; stable
         return self.workers
+
+    def _refusal(self) -> ConfigError:
+        have, free = ray.cluster_resources(), ray.available_resources()
+        counted = ", ".join(f"{free.get(k, 0):g} of {have.get(k, 0):g} {k}s free" for k in self._bundle())
+        return ConfigError(
+            f"no worker can start: each needs {self._bundle()}, the cluster has {counted}. Add nodes, or give a worker "
+            "fewer threads or less memory; a GPU is never shared, for a worker plans with all of its memory"
+        )
 
     def seats(self) -> list[Seat]:
         """What the workers offer to a plan. Workers on equal devices count as equally fast."""
@@ -142,6 +145,11 @@ class Crew:
         """Spools the first block's inputs by one embedder for every GPU, which then are free for the workers."""
         count = min(max(1, self._slots()), self.run.workers or len(samples), len(samples))
         self.embedders = [EmbedActor.options(num_cpus=0, num_gpus=1).remote(self.run, self.arch) for _ in range(count)]
+        waiting = START if self._slots() else self.patience
+        try:
+            ray.get([embedder.flush.remote() for embedder in self.embedders], timeout=waiting)
+        except GetTimeoutError:
+            raise self._refusal() from None
         turns = itertools.cycle(self.embedders)
         ray.get([next(turns).spool_only.remote(i, batch) for i, batch in samples.items()])
         ray.get([embedder.flush.remote() for embedder in self.embedders])

@@ -154,6 +154,11 @@ def test_who_finds_no_room_at_all_is_told_what_a_worker_needs(run, cluster, tmp_
         driver.quantize(replace(run, output=tmp_path / "out", threads=64), patience=1.0)
 
 
+def test_a_gpu_is_not_waited_for_where_there_is_none(run, cluster, tmp_path):
+    with pytest.raises(ConfigError, match=r"each needs \{'CPU': 1, 'GPU': 1\}.* 0 of 0 GPUs free.* never shared"):
+        driver.quantize(replace(run, output=tmp_path / "out", device="cuda"), patience=1.0)
+
+
 def test_a_second_command_in_the_same_directory_is_refused_while_the_first_lives(run, cluster, tmp_path):
     one, said = replace(run, output=tmp_path / "out"), []
 

@@ -1,0 +1,31 @@
+"""What the command makes of its options and of signals, before any work."""
+
+import os
+import signal
+
+import pytest
+from qe_pipelines.quantize import num_bytes, stopping
+
+from qe_dist.core.errors import ConfigError
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert [num_bytes("--memory", text) for text in ("20GiB", "500MB", "1000")] == [20 * 2**30, 500 * 10**6, 1000]
+    assert num_bytes("--memory", None) is None
+
+
+@pytest.mark.parametrize("text", ["much", "20 potatoes", ""])
+def test_other_sizes_are_refused_by_the_name_of_the_option(text):
+    with pytest.raises(ConfigError, match=rf"--host-memory must be a size like 20GiB, found '{text}'"):
+        num_bytes("--host-memory", text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_leaves_the_second_to_its_default(number):
+    before = signal.getsignal(number)
+    with stopping() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.is_set()
+        assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) == before

@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 from tests.tiny import calibration, tiny_model, with_blocks  # noqa: E402
 
 VICTIMS = ("command", "worker", "embedder", "node", "writer", "command twice")
+RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 BLOCKS, SAMPLES = 6, 24
 PATIENCE = 300.0
 """Seconds within which a run ends, or has failed."""
@@ -150,7 +151,9 @@ class Nodes:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """A process and all below it, at once."""
+    """A process and all below it, at once, if it still is."""
+    if process.poll() is not None:
+        return
     for victim in (*_below(process.pid), psutil.Process(process.pid)):
         _kill(victim)
     process.wait()
@@ -314,13 +317,14 @@ def clusters(folder: Path) -> Iterator[dict[int, Nodes]]:
         yield found
 
 
-def benchmark(folder: Path, kills: int, seed: int) -> list[Outcome]:
+def benchmark(folder: Path, kills: int, seed: int) -> Iterator[Outcome]:
+    """The outcome of every run, as it ends."""
     model = tiny_model(folder / "model", config=with_blocks(BLOCKS))
     data = calibration(folder / "data", SAMPLES)
     run = RunConfig(model, load_recipe("qe-w4a6"), data, folder / "undisturbed", samples_per_batch=1, sample_tokens=512)
     local.quantize(run)
     expected = files(run.output)
-    dice, outcomes = random.Random(seed), []
+    dice = random.Random(seed)
     with clusters(folder) as found:
         for number in track(range(kills), description="kills"):
             trial = draw(dice, VICTIMS[number % len(VICTIMS)])
@@ -332,8 +336,7 @@ def benchmark(folder: Path, kills: int, seed: int) -> list[Outcome]:
                 disturbed.go(dice, expected)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 disturbed.outcome.fault = str(error)
-            outcomes.append(disturbed.outcome)
-    return outcomes
+            yield disturbed.outcome
 
 
 def report(outcomes: list[Outcome]) -> Table:
@@ -359,13 +362,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="runs, of which each is disturbed")
     parser.add_argument("--seed", type=int, default=0, help="who is killed, when, on how many nodes")
     args = parser.parse_args()
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="qe-", dir="/tmp") as folder:  # paths of sockets must be short
-        outcomes = benchmark(Path(folder), args.kills, args.seed)
+        for outcome in benchmark(Path(folder), args.kills, args.seed):
+            outcomes.append(outcome)
+            good = sum(outcome.good for outcome in outcomes)
+            content = {"seed": args.seed, "kills": sum(o.kills for o in outcomes), "good": good}
+            write_result(RESULT, content | {"runs": [asdict(o) for o in outcomes]})
     Console().print(report(outcomes))
-    good = sum(outcome.good for outcome in outcomes)
     print(f"{good} of {len(outcomes)} runs were hit and have the bytes of an undisturbed one")
-    content = {"seed": args.seed, "kills": sum(o.kills for o in outcomes), "good": good}
-    write_result(ROOT / "benchmarks" / "results" / "chaos.json", content | {"runs": [asdict(o) for o in outcomes]})
     return good != len(outcomes)
 
 

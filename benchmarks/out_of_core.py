@@ -11,6 +11,7 @@ what the plan counts for the blocks that the workers hold (`methods/footprint.py
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "models"))
 from synthetic import Shape, write_model  # noqa: E402 (scripts, no package)
 
-DATA, RESULTS = ROOT / "models" / "data", ROOT / "benchmarks" / "results"
+DATA, RESULT = ROOT / "models" / "data", ROOT / "benchmarks" / "results" / "out_of_core.json"
 Run = dict[str, Any]
 POINTS = 200
 """Kept of a run's samples, each the highest of its neighbours."""
@@ -147,13 +148,14 @@ def report(setting: Setting, narrow: Run, depth: list[Run], large: list[Run], qu
     print(f"peaks over depth: spread {spread:.1%}, {slope(depth):+.2f} MiB for each block more", flush=True)
     if not quick:
         content = {"setting": asdict(setting), "narrow": narrow, "depth": depth, "large": large}
-        write_result(RESULTS / "out_of_core.json", content | {"spread": spread, "mib_per_block": slope(depth)})
+        write_result(RESULT, content | {"spread": spread, "mib_per_block": slope(depth)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models; writes no result")
     parser.add_argument("--blocks", type=int, default=FULL.blocks, help="of the large model; 0: depth only")
+    parser.add_argument("--large-only", action="store_true", help="with the depths of the last result")
     parser.add_argument("--work", type=Path, default=None, help="folder on a disk (no tmpfs) for models and outputs")
     given = parser.parse_args()
     set_up_logging(None)
@@ -161,18 +163,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.work) as temporary:
         work = Path(temporary)
         calibration(work, setting.samples)
-        narrow = measure(work, setting, replace(NARROW, blocks=4 * setting.workers))
-        depth = [measure(work, setting, replace(setting.shape, blocks=n)) for n in setting.depths]
-        report(setting, narrow, depth, [], given.quick)  # the rest takes long, and may be interrupted
+        if given.large_only:
+            before = json.loads(RESULT.read_text())
+            narrow, depth = before["narrow"], before["depth"]
+        else:
+            narrow = measure(work, setting, replace(NARROW, blocks=4 * setting.workers))
+            depth = [measure(work, setting, replace(setting.shape, blocks=n)) for n in setting.depths]
+            report(setting, narrow, depth, [], given.quick)  # the rest takes long, and may be interrupted
         if setting.blocks:
             cheap = replace(setting, recipe=setting.large_recipe)
-            report(
-                setting,
-                narrow,
-                depth,
-                [measure(work, cheap, replace(setting.shape, blocks=setting.blocks))],
-                given.quick,
-            )
+            large = measure(work, cheap, replace(setting.shape, blocks=setting.blocks))
+            report(setting, narrow, depth, [large], given.quick)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -233,6 +233,7 @@ def table_of(rows: dict[str, dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model; writes no result")
+    parser.add_argument("--blocks", type=int, default=FULL.blocks, help="of the model")
     parser.add_argument("--repeats", type=int, default=3, help="of everything, in turn; medians are reported")
     parser.add_argument(
         "--peer", type=Path, default=ROOT / ".venv-peer", help="virtual environment with llm-compressor"
@@ -241,8 +242,9 @@ def main() -> None:
     if not (asked.peer / "bin" / "python").exists():
         parser.error(f"--peer {asked.peer} is no virtual environment; `make peer` sets it up")
     set_up_logging(None)
+    shape = QUICK if asked.quick else replace(FULL, blocks=asked.blocks)
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(QUICK if asked.quick else FULL, Path(temporary), asked.peer)
+        bench = Bench(shape, Path(temporary), asked.peer)
         times: dict[str, list[Times]] = {name: [] for name in CASES}
         peers: dict[str, list[dict[str, Any]]] = {"1 thread": [], "2 threads": []}
         hashes = []
@@ -263,7 +265,7 @@ def main() -> None:
         rows[name] = {"seconds": asdict(seconds), "predicted": asdict(predicted), "error": error}
     commands = {name: median(run["process_seconds"] for run in found) for name, found in peers.items()}
     result = {
-        "shape": asdict(QUICK if asked.quick else FULL),
+        "shape": asdict(shape),
         "recipe": RECIPE,
         "batches": batches,
         "runs": rows,

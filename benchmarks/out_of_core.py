@@ -47,11 +47,11 @@ class Setting:
 
     shape: Shape
     depths: tuple[int, ...] = (8, 16, 32, 64)
-    blocks: int = 460
+    blocks: int = 400
     """Of the large model."""
     samples: int = 32
     recipe: str = "qe-w4a6"
-    large_recipe: str = "gptq-w4a16"
+    large_recipe: str = "rtn-w4a8"
     """Fits in a fraction of the time, so that hundreds of blocks take minutes."""
     workers: int = 2
     blocks_per_worker: int = 1

@@ -196,12 +196,13 @@ def measure(shape: Shape, name: str, device: str, load: Load) -> dict[str, Any]:
         with Timed(device, recipe) as clock:
             clock._memory()  # forgets the peak of writing the model
             idle = clock._memory()
-            stage = stages.Stage([run], "qwen2_vl", StagePlan(0, (block,)))
-            stage.load()
+            stage = stages.Stage([run], "qwen2_vl")
+            stage.load(StagePlan(0, (block,)))
             forward, fit = clock.part("move", stage.forward), clock.part("other of fit", stage.fit)
             for batch in batches(folder, shape.hidden, load, run.dtype):
                 forward(batch)
-            report = fit(0)
+            fit(0)
+        report = RunDir(run.output).block_report(0)
     seconds = {part: spent for part, spent in clock.seconds.items() if part != "other"}  # which made the batches
     parts = work(block, recipe, load)
     memory = footprint(block, [recipe], load.sample, load.batch, load.itemsize)

@@ -84,3 +84,11 @@ def test_the_products_of_the_statistics_are_counted_as_they_are_made(
     x, router_x = torch.ones(TOKENS, group.in_features), torch.ones(TOKENS, block.router_width(group))
     counted = products(lambda: stats.update(x, router_x, modality, torch.arange(TOKENS)))
     assert counted == pytest.approx(work._gram(group.in_features, load).flop)
+
+
+def test_a_block_goes_through_a_real_stage_and_every_part_is_timed(work: ModuleType) -> None:
+    block = module("block")
+    shape = work.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2)
+    measured = block.measure(shape, "qe-w4a6", "cpu", work.Load(tokens=256, batch=128, length=64, sample=64))
+    assert set(measured["parts"]) >= {part for *_, part in block.places(RECIPE)}  # none is a name that nobody calls now
+    assert all(part["seconds"] > 0 for part in measured["parts"].values())

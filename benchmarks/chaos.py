@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,16 +40,12 @@ from qe_dist.methods.recipes import load_recipe
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.hosts import HEALTH, PATIENCE, STORE_BYTES, files, wait  # noqa: E402
 from tests.tiny import calibration, tiny_model, with_blocks  # noqa: E402
 
 VICTIMS = ("command", "worker", "embedder", "node", "writer", "command twice")
 RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 BLOCKS, SAMPLES = 6, 24
-PATIENCE = 300.0
-"""Seconds within which a run ends, or has failed."""
-HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
-"""Of the head, so that it misses a node after 3 s and not after a minute."""
-STORE_BYTES = 100 * 2**20
 STAGES, EMBEDDERS = ("ray::StageActor",), ("ray::Embed",)
 """What their processes are called."""
 JOINING = 10.0
@@ -131,7 +127,7 @@ class Nodes:
         with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
             process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
         if head:
-            _wait(lambda: _listens(self.address) or process.poll() is not None, "the head listens")
+            wait(lambda: _listens(self.address) or process.poll() is not None, "the head listens")
         if process.poll() is not None:
             raise RuntimeError(f"ray start ended with {process.returncode}, see {log.name}")
         return process
@@ -288,18 +284,6 @@ def _listens(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _wait(happened: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {PATIENCE:.0f} s: {what}")
-        time.sleep(0.1)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
 
-from qe_dist import archs
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
@@ -36,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.network import Host, megabits, network, round_trip_ms, why_not  # noqa: E402
-from tests.tiny import calibration, tiny_model  # noqa: E402
+from tests.tiny import calibration, tiny_model, with_blocks  # noqa: E402
 
 HOSTS = ("head", "north", "south")
 RECIPE = "qe-w4a6"
@@ -228,9 +227,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def tiny_run(folder: Path, blocks: int, samples: int) -> RunConfig:
     """A model of random weights, and bundled samples."""
-    config = dict(archs.get("qwen2_vl").tiny_config())
-    config["text_config"] = config["text_config"] | {"num_hidden_layers": blocks}
-    model, data = tiny_model(folder / "model", config=config), calibration(folder / "data", samples)
+    model = tiny_model(folder / "model", config=with_blocks(blocks))
+    data = calibration(folder / "data", samples)
     return RunConfig(model, load_recipe(RECIPE), data, folder / "local", samples_per_batch=2, sample_tokens=512)
 
 

@@ -47,7 +47,7 @@ class Setting:
 
     shape: Shape
     depths: tuple[int, ...] = (8, 16, 32, 64)
-    blocks: int = 400
+    blocks: int = 440
     """Of the large model."""
     samples: int = 32
     recipe: str = "qe-w4a6"

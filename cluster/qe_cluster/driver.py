@@ -192,6 +192,7 @@ class _Call:
         actors = [self.crew.workers[part.worker].actor for part in wave]
         begin, depth = self._lacking(actors, after)
         actors, after = actors[:depth], after if depth == len(wave) else None
+        passes = [self.crew.forward(part.worker) for part in wave[: depth - 1]]
         if again and depth:
             self.listen("again", {"wave": self.number, "from_batch": begin})
         flight: deque[tuple[int, Any]] = deque()
@@ -207,8 +208,8 @@ class _Call:
             if batch is None:
                 embedder = embedder or self.crew.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
-            for part in wave[: depth - 1]:
-                batch = self.crew.forward(part.worker)(batch)
+            for forward in passes:
+                batch = forward(batch)
             flight.append((index, actors[-1].finish.remote(batch, after)))
         while flight:
             tokens += self._land(flight)[0]

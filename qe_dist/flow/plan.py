@@ -13,6 +13,7 @@ from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.methods.base import Shares
 from qe_dist.methods.footprint import Footprint, footprint
+from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M
 
@@ -46,16 +47,6 @@ Wave = tuple[StagePlan, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    model: ModelSpec
-    waves: tuple[Wave, ...]
-
-    @property
-    def stages(self) -> tuple[StagePlan, ...]:
-        return tuple(stage for wave in self.waves for stage in wave)
-
-
-@dataclass(frozen=True)
 class Task:
     """What is to be done, as far as plans ask."""
 
@@ -71,13 +62,13 @@ class Task:
         return footprint(block, recipes, run.sample_tokens, self.batch_tokens, run.dtype.itemsize)
 
 
-def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> Plan:
+def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> tuple[Wave, ...]:
     """All waves from `first_block` on, if nobody comes or goes."""
-    waves, model = [], task.model
-    while first_block < len(model.blocks):
+    waves: list[Wave] = []
+    while first_block < len(task.model.blocks):
         waves.append(plan_wave(task, seats, first_block))
         first_block = waves[-1][-1].blocks[-1].index + 1
-    return Plan(model, tuple(waves))
+    return tuple(waves)
 
 
 def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
@@ -221,9 +212,10 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
 def _check_budget(model: ModelSpec, run: RunConfig) -> None:
     """A byte budget that the scales of an adapter's rows use up buys nothing."""
     budget, block = run.recipe.budget, model.blocks[0]
-    if budget.extra_bits is None or budget.factor_bits == 16 or not isinstance(run.recipe.compensation, Shares):
+    if budget.extra_bits is None or not isinstance(run.recipe.compensation, Shares):
         return
-    scales = 16 * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
+    scale_bits = row_scale_bits(budget.factor_bits)
+    scales = scale_bits * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
     if budget.extra_bits < scales:
         raise ConfigError(
             f"a budget of {budget.extra_bits:g} bits per weight buys nothing: the scales of an adapter's rows alone "

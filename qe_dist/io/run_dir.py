@@ -128,10 +128,6 @@ class RunDir:
         """The last block up to `block` whose input is spooled completely, else 0."""
         return next((b for b in range(block, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))), 0)
 
-    def drop_batches(self, block: int) -> None:
-        """Forgets the input of a block."""
-        shutil.rmtree(self._spool(block), ignore_errors=True)
-
     def drop_batches_before(self, block: int) -> None:
         """Forgets the inputs of all blocks before this one, whose own input is spooled."""
         for folder in (self.root / "activations").glob("block-*"):

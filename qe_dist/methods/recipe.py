@@ -30,6 +30,7 @@ from qe_dist.methods.base import (
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
+from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
@@ -128,7 +129,7 @@ class Recipe:
         """The ranks of a block's groups under its byte budget, by marginal error per bit; None for who does not ask."""
         asking = {name: ask for name, ask in asks.items() if ask is not None}
         factor_bits = self.budget.factor_bits
-        scale_bits = 0 if factor_bits == 16 else 16  # of every row of a factor
+        scale_bits = row_scale_bits(factor_bits)
         spare = sum((self.budget.extra_bits or 0.0) * a.weights - scale_bits * a.outputs for a in asking.values())
         step = 2 if factor_bits == 4 else 1  # directions that share their bytes, see `even_rank`
         costs = [float(step * (factor_bits * (a.outputs + a.inputs) + scale_bits)) for a in asking.values()]

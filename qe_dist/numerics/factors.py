@@ -59,9 +59,14 @@ def even_rank(
     return pad(down, (0, 0, 0, 1)), pad(up, (0, 1))
 
 
+def row_scale_bits(factor_bits: int) -> int:
+    """Of the scale that every row of a factor has, where it is stored as integers."""
+    return 0 if factor_bits == 16 else 16
+
+
 def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies: int = 1) -> int:
     """The largest rank at which `copies` pairs [outputs, R] and [R, inputs] take at most so many bits (4: even)."""
-    scale_bits = 0 if factor_bits == 16 else 16
+    scale_bits = row_scale_bits(factor_bits)
     spare = bits - copies * outputs * scale_bits
     rank = max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))
     return rank - rank % 2 if factor_bits == 4 else rank
@@ -75,4 +80,4 @@ def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
 
 def column_bits(count: int, outputs: int, factor_bits: int) -> int:
     """Stored bits of so many columns: codes, scales, and 32-bit indices of their channels."""
-    return count * (factor_bits * outputs + 32) + (0 if factor_bits == 16 else 16 * outputs)
+    return count * (factor_bits * outputs + 32) + row_scale_bits(factor_bits) * outputs

@@ -36,18 +36,18 @@ def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
 def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds, each, first):
     run = replace(RUN, blocks_per_worker=each or None)
     workers = seats(*[2**40] * len(speeds), speeds=tuple(speeds))
-    plan = make_plan(task(blocks, run), workers, first_block=min(first, blocks))
-    done = [b.index for wave in plan.waves for stage in wave for b in stage.blocks]
+    waves = make_plan(task(blocks, run), workers, first_block=min(first, blocks))
+    done = [b.index for wave in waves for stage in wave for b in stage.blocks]
     assert done == list(range(min(first, blocks), blocks))
-    assert all(len({stage.worker for stage in wave}) == len(wave) <= len(workers) for wave in plan.waves)
-    assert all(len(stage.blocks) <= each for stage in plan.stages) if each else len(plan.waves) <= 1
+    assert all(len({stage.worker for stage in wave}) == len(wave) <= len(workers) for wave in waves)
+    assert all(len(stage.blocks) <= each for wave in waves for stage in wave) if each else len(waves) <= 1
 
 
 def test_blocks_per_worker_follow_from_the_memory_of_each():
     need = task(12).footprint(task(12).model.blocks[0])
     memory = [need.passing + int(count * need.kept) for count in (3.5, 0.5, 1.5)]
-    plan = make_plan(task(12), seats(*memory))
-    assert [[(s.worker, len(s.blocks)) for s in wave] for wave in plan.waves] == [[(0, 3), (2, 1)]] * 3
+    waves = make_plan(task(12), seats(*memory))
+    assert [[(s.worker, len(s.blocks)) for s in wave] for wave in waves] == [[(0, 3), (2, 1)]] * 3
 
 
 def test_gram_matrices_go_to_the_host_where_the_device_has_no_room_for_one_block():
@@ -68,8 +68,8 @@ def test_gram_matrices_go_to_the_host_where_the_device_has_no_room_for_one_block
 
 
 def test_waves_are_of_equal_size_so_that_none_holds_more_than_it_must():
-    plan = make_plan(task(10, replace(RUN, blocks_per_worker=4)), seats(2**40, 2**40))
-    assert [sum(len(s.blocks) for s in wave) for wave in plan.waves] == [5, 5]
+    waves = make_plan(task(10, replace(RUN, blocks_per_worker=4)), seats(2**40, 2**40))
+    assert [sum(len(s.blocks) for s in wave) for wave in waves] == [5, 5]
 
 
 @given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 20), st.floats(0.1, 10.0)), min_size=1, max_size=6))

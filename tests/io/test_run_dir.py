@@ -59,10 +59,6 @@ def test_a_damaged_batch_is_named_and_removed(store, damage, said):
 def test_batches_are_dropped_by_boundary(store):
     for block in (0, 2, 4):
         store.put_batch(block, batch(0))
-    store.drop_batches(2)
-    store.drop_batches(7)
-    assert [store.has_batch(b, 0) for b in (0, 2, 4)] == [True, False, True]
-    store.put_batch(2, batch(0))
     store.drop_batches_before(4)
     assert [store.has_batch(b, 0) for b in (0, 2, 4)] == [False, False, True]
 

@@ -7,9 +7,9 @@ in the order of the splits, never in the order of arrival: equal inputs give equ
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qe_kernels.triton_if_any import tl, triton
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ run together read the same x, from the L2 cache but for the first.
 from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from qe_kernels.split_k import Workspace, reduce_splits
+from qe_kernels.triton_if_any import tl, triton
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 

@@ -5,10 +5,8 @@ the interpreter, which knows no assembly. In both, the columns come back to natu
 registers; the load then takes over the fragment's layout, and Hopper's tensor cores read the weights from registers.
 """
 
-import triton
-import triton.language as tl
-
 from qe_kernels import layout
+from qe_kernels.triton_if_any import tl, triton
 
 COMPILED = not triton.knobs.runtime.interpret
 

@@ -39,10 +39,10 @@ def _nibbles_to_floats(packed: str, exponent: int, one: int, minus_offset: int) 
     )
 
 
-_TO_BF16 = tl.constexpr(_nibbles_to_floats("bf16x2", 0x43084308, 0x3F803F80, 0xC308C308))
-_TO_FP16 = tl.constexpr(_nibbles_to_floats("f16x2", 0x64086408, 0x3C003C00, 0xE408E408))
+NIBBLES_TO_BF16 = tl.constexpr(_nibbles_to_floats("bf16x2", 0x43084308, 0x3F803F80, 0xC308C308))
+NIBBLES_TO_FP16 = tl.constexpr(_nibbles_to_floats("f16x2", 0x64086408, 0x3C003C00, 0xE408E408))
 # Two nibbles of each of four bytes to the upper half of a byte.
-_TO_INT8 = tl.constexpr(
+NIBBLES_TO_INT8 = tl.constexpr(
     "{ .reg .b32 low; shl.b32 low, $2, 4; and.b32 $0, low, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }"
 )
 
@@ -110,12 +110,9 @@ def _load_units(
     """
     UNIT: tl.constexpr = 32 // LANES
     RUN: tl.constexpr = 128 * WIDTH // UNIT
-    COLUMNS: tl.constexpr = BK if BK < 128 else 128
+    COLUMNS: tl.constexpr = min(BK, 128)
     USED: tl.constexpr = RUN * COLUMNS // 128
     QUARTER: tl.constexpr = USED // 4
-    if WGMMA:
-        tl.static_assert(BK * WIDTH >= 128, "BK is too small for this width")
-
     first = (row // 64).to(tl.int64) * column_tiles + column // 128
     start = plane.to(tl.pointer_type(tl.uint16 if LANES == 2 else tl.uint8)) + first * (64 * RUN)
 
@@ -124,12 +121,14 @@ def _load_units(
     tile_row = tl.minimum(rows // 64, row_tiles - 1 - row // 64) if BN > 64 else rows // 64
     tile_column = tl.minimum(units // USED, column_tiles - 1 - column // 128) if BK > 128 else units // USED
     unit = units % USED
-    part = column % 128 // COLUMNS
-    if WGMMA:  # a part of the columns is a part of every quarter of the run
-        unit = unit // QUARTER * (RUN // 4) + unit % QUARTER
-        start += part * QUARTER
-    else:
-        start += part * USED
+    if BK < 128:
+        part = column % 128 // BK
+        if WGMMA:  # of every quarter
+            tl.static_assert(BK * WIDTH >= 128, "BK is too small for this width")
+            unit = unit // QUARTER * (RUN // 4) + unit % QUARTER
+            start += part * QUARTER
+        else:
+            start += part * USED
     offsets = ((tile_row * column_tiles * 64 + rows % 64) * RUN)[:, None] + (tile_column * (64 * RUN) + unit)[None, :]
     return tl.load(start + offsets, eviction_policy="evict_first")
 
@@ -139,7 +138,7 @@ def _natural(fields, BK: tl.constexpr, WGMMA: tl.constexpr, LANES: tl.constexpr)
     """[BN, units, fields of a unit] in a plane's order -> [BN, BK] in the matrix's."""
     BN: tl.constexpr = fields.shape[0]
     FIELDS: tl.constexpr = fields.shape[2]
-    COLUMNS: tl.constexpr = BK if BK < 128 else 128
+    COLUMNS: tl.constexpr = min(BK, 128)
     WORDS: tl.constexpr = BK // (LANES * FIELDS)
     if WGMMA:
         TILES: tl.constexpr = BK // COLUMNS
@@ -157,12 +156,12 @@ def _split_nibbles(units, DTYPE: tl.constexpr):
     """
     if DTYPE.is_int8():
         low, high = tl.inline_asm_elementwise(
-            _TO_INT8, "=r,=r,r", [units], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            NIBBLES_TO_INT8, "=r,=r,r", [units], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
         return tl.join(low, high)
     else:
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
-            _TO_BF16 if DTYPE.is_bf16() else _TO_FP16,
+            NIBBLES_TO_BF16 if DTYPE.is_bf16() else NIBBLES_TO_FP16,
             "=r,=r,=r,=r,r",
             [units],
             dtype=(DTYPE, DTYPE, DTYPE, DTYPE),

@@ -8,15 +8,18 @@ registers; the load then takes over the fragment's layout, and Hopper's tensor c
 import triton
 import triton.language as tl
 
-from qe_kernels.layout import field_widths
+from qe_kernels import layout
 
 COMPILED = not triton.knobs.runtime.interpret
+
+code_factor = triton.constexpr_function(layout.code_factor)
+_field_widths = triton.constexpr_function(layout.field_widths)
 
 
 @triton.constexpr_function
 def _width(bits: int, plane: int) -> int:
     """0 where the format has fewer planes."""
-    return (*field_widths(bits), 0, 0)[plane]
+    return (*_field_widths(bits), 0, 0)[plane]
 
 
 def _nibbles_to_floats(packed: str, exponent: int, one: int, minus_offset: int) -> str:
@@ -160,11 +163,12 @@ def _split_nibbles(units, DTYPE: tl.constexpr):
         )
         return tl.join(low, high)
     else:
+        FLOAT = tl.bfloat16 if DTYPE.is_bf16() else tl.float16
         f0, f1, f2, f3 = tl.inline_asm_elementwise(
             NIBBLES_TO_BF16 if DTYPE.is_bf16() else NIBBLES_TO_FP16,
             "=r,=r,=r,=r,r",
             [units],
-            dtype=(DTYPE, DTYPE, DTYPE, DTYPE),
+            dtype=(FLOAT, FLOAT, FLOAT, FLOAT),
             is_pure=True,
             pack=2,
         )

@@ -63,6 +63,6 @@ def gemm(
             plane0, plane1, plane2, row, column, row_tiles, column_tiles, BN, BK, BITS, WGMMA, x.dtype.element_ty, ASM
         )
         inputs = tl.load(x + token[None, :] * K + (column + tl.arange(0, BK))[:, None], token[None, :] < M, 0)
-        acc = tl.dot(weight, inputs, acc)
+        acc = tl.dot(weight, inputs, acc, out_dtype=acc.dtype)
     rows = row + tl.arange(0, BN)
     tl.store(y + token[None, :] * N + rows[:, None], acc, (rows[:, None] < N) & (token[None, :] < M))

@@ -164,7 +164,7 @@ def test_shards_of_tensor_parallelism(bits):
 
 
 def test_no_rows():
-    weight = packed(torch.empty(0, 128, dtype=torch.int8), 4)
+    weight = pack_weight(torch.empty(0, 16, dtype=torch.int32), 4, torch.ones(0, 1), 128, Order.NATURAL)
     assert unpack_weight(weight)[0].shape == (0, 128)
 
 

@@ -28,8 +28,9 @@ FROM_REGISTERS = r"[HI]GMMA\S* R\d+, R\d+, gdesc"
 class Job:
     function: str
     """`module:name` of a kernel."""
-    signature: Mapping[str, str]
-    """Of the arguments that are known at run time: `*bf16`, `i32`; `*bf16:16` and `i32:16` if divisible by 16."""
+    signature: Mapping[str, Any]
+    """Of the arguments that are known at run time: `*bf16`, `i32`; `*bf16:16` and `i32:16` if divisible by 16. Of a
+    tuple: a tuple of these, where what is no string is a constant."""
     constexprs: Mapping[str, Any]
     capability: int
     warps: int = 4
@@ -85,15 +86,17 @@ def serve() -> None:
 
 def _compile(job: Job) -> Build:
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module, name = job.function.split(":")
     function = getattr(importlib.import_module(module), name)
-    types = {argument: job.signature.get(argument, "constexpr").split(":") for argument in function.arg_names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[1:] == ["16"]}
-    signature = {argument: kind[0] for argument, kind in types.items()}
-    source = ASTSource(fn=function, signature=signature, constexprs=dict(job.constexprs), attrs=divisible)
+    signature, constants, divisible = {}, {}, {}
+    for i, argument in enumerate(function.arg_names):
+        kind = job.signature[argument] if argument in job.signature else tl.constexpr(job.constexprs.get(argument))
+        signature[argument] = _describe(kind, (i,), constants, divisible)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
 
@@ -106,6 +109,20 @@ def _compile(job: Job) -> Build:
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     sass, loops = _parse(listing)
     return Build(int(registers), int(stack), kernel.metadata.shared, sass, _main_loop(sass, loops))
+
+
+def _describe(kind: Any, path: tuple[int, ...], constants: dict[Any, Any], divisible: dict[Any, Any]) -> Any:
+    """The type of an argument as Triton writes it; constants and divisibility go to their dictionaries, by path."""
+    if isinstance(kind, tuple):
+        parts = (_describe(part, (*path, i), constants, divisible) for i, part in enumerate(kind))
+        return type(kind)(*parts) if hasattr(kind, "_fields") else tuple(parts)
+    if not isinstance(kind, str):
+        constants[path] = getattr(kind, "value", kind)
+        return "constexpr"
+    name, _, divisor = kind.partition(":")
+    if divisor:
+        divisible[path] = [["tt.divisibility", int(divisor)]]
+    return name
 
 
 def _run(*command: str | Path) -> str:

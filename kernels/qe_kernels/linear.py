@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from qe_kernels.layout import Order, Weight, code_factor, unpack_weight
 from qe_kernels.split_k import Workspace, reduce_splits
+from qe_kernels.triton_if_any import tl, triton
 from qe_kernels.unpack import load_weight
 
 MAX_EXPERTS = 32
@@ -152,7 +151,7 @@ def linear_reference(
     if token_scale is not None:
         y = y * token_scale[:, None]
     for branch in branches:
-        up, z = _dense(branch, compute), branch.z.to(compute)
+        up, z = dense_up(branch, compute), branch.z.to(compute)
         if branch.experts is None:
             y = y + z @ up.T
         for i in range(branch.experts or 0):
@@ -206,7 +205,7 @@ def _scaled(codes: Tensor, scale: Tensor, weight: Weight, dtype: torch.dtype) ->
     return codes.to(dtype) * scale.to(dtype).repeat_interleave(size, dim=1)[:, : weight.columns]
 
 
-def _dense(branch: Branch, dtype: torch.dtype) -> Tensor:
+def dense_up(branch: Branch, dtype: torch.dtype) -> Tensor:
     up = branch.up
     if up.dtype == torch.uint8:
         up = torch.stack((up & 15, up >> 4), dim=-1).flatten(-2).to(dtype) - 8

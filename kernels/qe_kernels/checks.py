@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qe_kernels.dispatch import depths
 from qe_kernels.layout import TILE_COLUMNS, TILE_ROWS, Order, Weight, field_widths
 from qe_kernels.linear import Branch
 
@@ -178,6 +179,11 @@ def _check_weight(weight: Weight, device: torch.device, order: Order | None) -> 
         raise ValueError(
             f"weight: expected the {order} order for {device}, found one packed in the {weight.order} order for "
             "another architecture; pack it again with order_for(device)"
+        )
+    if order is not None and not depths(weight):
+        raise ValueError(
+            f"weight.group_size: expected 8, 16, or a multiple of 32 (of 64 or 128 for the narrow planes of 2, 3, 5, 6 "
+            f"and 7 bits on Hopper), found {weight.group_size} for {weight.bits} bits"
         )
     widths = field_widths(weight.bits)
     if len(weight.planes) != len(widths):

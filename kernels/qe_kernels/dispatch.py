@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from qe_kernels.layout import Weight, field_widths
+from qe_kernels.layout import Order, Weight, field_widths
 from qe_kernels.linear import Config
 
 BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -121,7 +121,7 @@ def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:
         return None
     outputs, columns, warps, stages = _tile(device, weight, tokens)
     large = outputs * columns > 128 * 64
-    depth = _depth(device, weight, 64 if large and not weight.int8 else 128)
+    depth = _depth(weight, 64 if large and not weight.int8 else 128)
     if depth is None:
         return None
     tiles = -(-weight.rows // outputs) * -(-tokens // columns)
@@ -142,14 +142,20 @@ def _tile(device: Device, weight: Weight, tokens: int) -> tuple[int, int, int, i
     return 128, 256 if wide else 128, 8, 3
 
 
-def _depth(device: Device, weight: Weight, wanted: int) -> int | None:
-    """Inputs of a step: as wanted, but within one group where that is possible, and no fewer than a tile of the layout
-    can be cut into. None where integers of several groups would have to be added: their sums have no common scale."""
-    least = max(32, 128 // field_widths(weight.bits)[-1]) if device.capability >= (9, 0) else 32
+def _depth(weight: Weight, wanted: int) -> int | None:
+    """Inputs of a step, at most as many as wanted where there is a choice. None where integers of several groups would
+    have to be added: their sums have no common scale."""
+    possible = depths(weight)
     if weight.group_size is not None:
-        within = min(weight.group_size & -weight.group_size, wanted)  # the largest power of two that divides the group
-        if within >= least:
-            return within
-        if weight.int8:
+        within = [depth for depth in possible if weight.group_size % depth == 0]
+        if weight.int8 and not within:
             return None
-    return max(wanted, least)
+        possible = within or possible
+    return max((depth for depth in possible if depth <= wanted), default=min(possible))
+
+
+def depths(weight: Weight) -> tuple[int, ...]:
+    """Steps that a tile of the layout can be cut into, and that hold whole groups or lie within one."""
+    size = weight.group_size or 128
+    least = max(32, 128 // field_widths(weight.bits)[-1]) if weight.order is Order.WGMMA else 32
+    return tuple(depth for depth in (32, 64, 128) if depth >= least and 0 in (depth % size, size % depth))

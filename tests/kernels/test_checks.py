@@ -179,6 +179,28 @@ def test_a_layout_of_another_architecture_is_refused() -> None:
         checks.check_linear(**arguments, order=Order.WGMMA)
 
 
+@pytest.mark.parametrize(
+    ("size", "bits", "order", "fits"),
+    [
+        (24, 4, Order.NATURAL, False),
+        (96, 4, Order.WGMMA, True),
+        (96, 3, Order.WGMMA, False),
+        (96, 3, Order.NATURAL, True),
+        (16, 2, Order.WGMMA, True),
+    ],
+)
+def test_groups_that_no_step_fits_are_refused(size: int, bits: int, order: Order, fits: bool) -> None:
+    words, scale = torch.zeros(N, 2 * size * bits // 32, dtype=torch.int32), half(N, 2)
+    weight = pack_weight(words, bits, scale, 2 * size, order, False, size)
+    arguments = (half(M, 2 * size), None, weight, [], None, None, torch.bfloat16)
+    checks.check_linear(*arguments, order=None)
+    if fits:
+        checks.check_linear(*arguments, order=order)
+    else:
+        with pytest.raises(ValueError, match=rf"weight.group_size: .* found {size} for {bits} bits"):
+            checks.check_linear(*arguments, order=order)
+
+
 def test_memory_that_vectors_cannot_be_loaded_from_is_refused() -> None:
     memory = torch.zeros(64, dtype=torch.uint8)
     assert memory.data_ptr() % 16 == 0

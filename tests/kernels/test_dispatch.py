@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qe_kernels import Order, Weight, dispatch
-from qe_kernels.dispatch import BUCKETS, CAPABILITIES, Device, bucket_of, choose, heuristic, key_of
+from qe_kernels import Order, Weight, dispatch, order_for
+from qe_kernels.dispatch import BUCKETS, CAPABILITIES, Device, bucket_of, choose, depths, heuristic, key_of
 from qe_kernels.layout import field_widths
 from qe_kernels.linear import Config
 from qe_kernels.workspaces import FLOATS, TILES
@@ -119,20 +119,23 @@ def test_many_tokens_are_multiplied_by_cublas_unless_integers_are_faster() -> No
 )
 def test_the_rule_gives_tiles_that_the_kernel_can_run(capability, rows, groups, group_size, bits, int8, tokens) -> None:
     device = replace(H100, capability=capability)
-    of = weight(rows, groups * (group_size or 100), bits, group_size, int8)
+    of = replace(weight(rows, groups * (group_size or 100), bits, group_size, int8), order=order_for(capability))
+    if not depths(of):
+        assert group_size in (24, 96)
+        return
     config = heuristic(device, of, tokens)
     if config is None:
-        assert tokens >= 1024 or (int8 and group_size is not None)
+        assert (tokens >= 1024 and not int8) or (int8 and group_size is not None)
         return
     assert config.BM >= 16
-    least = 128 // field_widths(bits)[-1] if capability == (9, 0) else 32
-    assert least <= config.BK <= 128
-    if int8 and group_size is not None:
-        assert group_size % config.BK == 0
+    assert config.BK * field_widths(bits)[-1] >= 128 or of.order is Order.NATURAL
+    assert config.BK in (32, 64, 128)
+    if group_size is not None:
+        assert group_size % config.BK == 0 or (config.BK % group_size == 0 and not int8)
     tiles = -(-rows // config.BN) * -(-tokens // config.BM)
     if config.split_k > 1:
         assert tiles <= TILES
-        assert tiles * config.split_k * config.BN * config.BM <= FLOATS
+        assert tiles * (config.split_k + 1) * config.BN * config.BM <= FLOATS
 
 
 def test_a_cpu_is_no_device_of_the_kernels() -> None:

@@ -215,7 +215,7 @@ def main() -> int:
         return 1
     if given.check_only or given.cpu_check:
         return 0
-    said = sanitized([__file__, "--check-only", "--small", "--seed", str(given.seed)])
+    said = sanitized([str(Path(__file__).resolve()), "--check-only", "--small", "--seed", str(given.seed)])
     bench = Bench(device, given.seed, deadline, given.tokens)
     for model in given.models:
         for layer in MODELS[model]:

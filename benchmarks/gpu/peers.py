@@ -1,10 +1,9 @@
-"""Kernels of others on the same matrix: 4-bit weights of groups of 128, 16-bit tokens. Each where it is installed.
+"""Kernels of others on the same matrix: 4-bit weights of groups of 128, 16-bit tokens.
 
-Written from their public interfaces, and not run here before: a peer that fails is named with its reason, not dropped.
+Written from their public interfaces, and not run yet: kernels.py writes down the reason of a peer that fails.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from cases import Problem
@@ -42,7 +41,3 @@ def humming(problem: Problem) -> Product:
 
 
 PEERS: dict[str, Callable[[Problem], Product]] = {"gemlite": gemlite, "humming": humming}
-
-
-def installed() -> dict[str, Callable[[Problem], Product]]:
-    return {name: make for name, make in PEERS.items() if find_spec(name) is not None}

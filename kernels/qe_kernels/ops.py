@@ -10,6 +10,7 @@ together; torch.compile traces both. Where the kernels know the GPU they run; on
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -162,11 +163,11 @@ def _quantize(
     how = {"bits": bits, "kept": kept, "int8": int8, "gated": gated}
     checks.check_quantize(x, **how, **given)
     if device_of(x.device) is None:
-        run = quantize_reference
+        made = quantize_reference(x, **how, **given, eps=eps, with_x=with_x)
     else:
         checks.expect_aligned({"x": x, **given})
-        run = quantize_kernel
-    made = run(x, **how, **given, eps=eps, with_x=with_x)
+        with _on(x.device):
+            made = quantize_kernel(x, **how, **given, eps=eps, with_x=with_x)
     new = _new(bits, kept, gated or norm_weight is not None or input_scale is not None, extracted, with_x)
     prepared = made.base if made.x is None else made.x
     first = ((prepared, new.x), (made.base, new.base), (made.token_scale, new.token_scale))
@@ -213,10 +214,10 @@ def _down(
     else:
         checks.expect_aligned(given)
         rows = sum(values.shape[:-1].numel() for values in (shared, experts) if values is not None)
-        made = down_kernel(
-            x, *factors, router, router_x, expert,
-            config=down_config(x.shape[0], rows, x.shape[1], device.processors), workspace=workspace_of(x.device),
-        )  # fmt: skip
+        config = down_config(x.shape[0], rows, x.shape[1], device.processors)
+        with _on(x.device):
+            workspace = workspace_of(x.device)
+            made = down_kernel(x, *factors, router, router_x, expert, config=config, workspace=workspace)
     return [tensor for tensor in (made.shared_z, made.expert_z, made.expert) if tensor is not None]
 
 
@@ -266,9 +267,10 @@ def _linear(
         return linear_reference(*arguments, out_dtype=out_dtype)
     checks.expect_aligned(dict(_named(base, weight, branches)))
     config = choose(device, weight, base.shape[0])
-    if config is None:
-        return linear_on_dense_weight(*arguments, out_dtype=out_dtype)
-    return linear_kernel(*arguments, out_dtype=out_dtype, config=config, workspace=workspace_of(base.device))
+    with _on(base.device):
+        if config is None:
+            return linear_on_dense_weight(*arguments, out_dtype=out_dtype)
+        return linear_kernel(*arguments, out_dtype=out_dtype, config=config, workspace=workspace_of(base.device))
 
 
 @_linear.register_fake
@@ -278,6 +280,11 @@ def _(base, token_scale, planes, scale, rows, columns, bits, group_size, order, 
     branches = [Branch(*parts) for parts in zip(z, up, up_scale, strict=True)]
     checks.check_linear(base, token_scale, weight, branches, expert, bias, out_dtype, order=None)
     return base.new_empty(base.shape[0], rows, dtype=out_dtype)
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, whatever the tensors lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _named(base: Tensor, weight: Weight, branches: Sequence[Branch]) -> Iterator[tuple[str, Tensor]]:

@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from qe_kernels import Branch, Order, Weight, dense, extracted_columns, ops, pack_weight, workspaces
+from qe_kernels import Branch, Order, Weight, dense, extracted_columns, ops, order_for, pack_weight, workspaces
 from qe_kernels.dispatch import Device
 from qe_kernels.down import down_reference
 from qe_kernels.linear import linear_reference
@@ -32,7 +33,7 @@ def codes(seed: int, *shape: int, dtype: torch.dtype = torch.int8) -> Tensor:
 def make_weight(bits: int, int8: bool, group_size: int | None) -> Weight:
     words = torch.randint(-(2**31), 2**31, (N, K * bits // 32), generator=torch.Generator().manual_seed(1))
     scale = normal(2, N, 1 if group_size is None else K // group_size).abs() / K
-    return pack_weight(words.to(torch.int32), bits, scale, K, Order.NATURAL, int8, group_size)
+    return pack_weight(words.to(torch.int32), bits, scale, K, order_for(GPU.capability), int8, group_size)
 
 
 X = normal(0, M, K)
@@ -226,10 +227,11 @@ def test_the_kernels_of_linear_run(how: dict, dequantized_once: bool, monkeypatc
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_a_weight_for_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "device_of", lambda device: Device("H100", (9, 0), 132))
-    with pytest.raises(ValueError, match="weight: expected the wgmma order"):
-        ops.linear(**LINEAR[0])
+def test_a_weight_for_another_gpu_is_refused() -> None:
+    weight = LINEAR[0]["weight"]
+    other = next(order for order in Order if order is not weight.order)
+    with pytest.raises(ValueError, match=f"weight: expected the {weight.order} order for cpu, found .* {other} order"):
+        ops.linear(**LINEAR[0] | {"weight": replace(weight, order=other)})
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -20,10 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TINY = tl.constexpr(2.0**-126)
 """The smallest normal fp32: no scale is smaller, so a token of zeros has one to divide by."""
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 """Added to an fp32 below 2^22, rounds it to an integer, half to even, which is then the sum's lowest bits."""
+
+
+_WIDE = tl.constexpr(16384)
+"""A longer row leaves no thread room for all at once: between its reductions it is read again, from the L2 cache, and
+a barrier keeps the compiler from merging the reads."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def _quantize(
     """One token. Pointers may be None; SHARED, EXPERT, SALIENT: lengths of the lists of channels; TOP: the largest
     code, 0 without rounding; BLOCK: power of two, at least `columns`."""
     DTYPE: tl.constexpr = x.dtype.element_ty
+    WIDE: tl.constexpr = BLOCK > _WIDE
     token = tl.program_id(0).to(tl.int64)
     x += token * x_stride
     if modality is not None:
@@ -135,13 +142,15 @@ def _quantize(
     column = tl.arange(0, BLOCK)
     within = column < columns
 
-    value = _load(x, column, within, columns, GATED)
     rstd = 1.0
     if norm_weight is not None:
-        rstd = tl.rsqrt(tl.sum(value * value, 0) / columns + eps)
-    value = _prepare(value, column, within, rstd, norm_weight, input_scale, DTYPE)
+        hidden = _load(x, column, within, columns, GATED)
+        rstd = tl.rsqrt(tl.sum(hidden * hidden, 0) / columns + eps)
+        if WIDE:
+            tl.debug_barrier()
+    value = _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED)
     if prepared is not None:
-        tl.store(prepared + token * columns + column, value.to(DTYPE), within)
+        tl.store(prepared + token * columns + column, value, within)
 
     own = -1
     if expert is not None:
@@ -156,55 +165,67 @@ def _quantize(
 
     if base is not None:
         if extracted is not None:
-            leaves = tl.load(extracted + (own + 1) * columns + column, within, other=0)
-            value = tl.where(leaves != 0, 0.0, value)  # no product: it may be infinite
+            extracted += (own + 1) * columns
+            value = _without(value, extracted, column, within)
         base += token * columns + column
         if TOP == 0:
-            tl.store(base, value.to(DTYPE), within)
+            tl.store(base, value, within)
         else:
-            magnitude = value.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+            magnitude = value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             if KEPT == 0:
                 reach = _as_float(tl.max(magnitude, 0), DTYPE)
             else:
-                reach = _as_float(_largest_rounded(value, magnitude, columns, KEPT, BLOCK, DTYPE), DTYPE)
+                reach = _as_float(_largest_rounded(magnitude, columns, KEPT, BLOCK), DTYPE)
             scale = tl.div_rn(reach, TOP * 1.0)
             scale = tl.where(scale < _TINY, _TINY, scale)  # NaN stays
-            shifted = tl.div_rn(value, scale) + _ROUNDER
+            if WIDE:
+                tl.debug_barrier()
+                value = _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED)
+                if extracted is not None:
+                    value = _without(value, extracted, column, within)
+            shifted = _divide(value.to(tl.float32), scale) + _ROUNDER
             if base.dtype.element_ty == tl.int8:
                 tl.store(base, shifted.to(tl.int32, bitcast=True).to(tl.int8), within)
             elif KEPT == 0:
                 tl.store(base, (shifted - _ROUNDER).to(DTYPE), within)
             else:
                 rounded = (shifted - _ROUNDER) * scale
-                tl.store(base, tl.where(tl.abs(value) <= reach, rounded, value).to(DTYPE), within)
+                tl.store(base, tl.where(tl.abs(value.to(tl.float32)) <= reach, rounded.to(DTYPE), value), within)
             if token_scale is not None:
                 tl.store(token_scale + token, scale)
 
 
 @triton.jit
 def _load(x, column, within, columns, GATED: tl.constexpr):
-    """The token's values before norm and scale: fp32 [columns given], as all that follows rounded to x's dtype."""
+    """The token before norm and scale, at these columns: fp32, but rounded to x's dtype, as every step is."""
     value = tl.load(x + column, within, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x + columns + column, within, other=0.0).to(tl.float32)
-        value = _rounded(_rounded(value * tl.sigmoid(value), x.dtype.element_ty) * up, x.dtype.element_ty)
+        value = _rounded(_rounded(value / (1 + tl.exp(-value)), x) * up, x)
     return value
 
 
 @triton.jit
-def _prepare(value, column, within, rstd, norm_weight, input_scale, DTYPE: tl.constexpr):
-    """x~ of what `_load` gave."""
+def _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED: tl.constexpr):
+    """x~ at these columns, in x's dtype."""
+    value = _load(x, column, within, columns, GATED)
     if norm_weight is not None:
         weight = tl.load(norm_weight + column, within, other=0.0).to(tl.float32)
-        value = _rounded(_rounded(value * rstd, DTYPE) * weight, DTYPE)
+        value = _rounded(_rounded(value * rstd, x) * weight, x)
     if input_scale is not None:
-        value = _rounded(value / tl.load(input_scale + column, within, other=1.0).to(tl.float32), DTYPE)
-    return value
+        value = value / tl.load(input_scale + column, within, other=1.0).to(tl.float32)
+    return value.to(x.dtype.element_ty)
 
 
 @triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    return value.to(DTYPE).to(tl.float32)
+def _rounded(value, x):
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _without(value, extracted, column, within):
+    leaves = tl.load(extracted + column, within, other=0)
+    return tl.where(leaves != 0, tl.zeros_like(value), value)  # no product: it may be infinite
 
 
 @triton.jit
@@ -216,9 +237,23 @@ def _gather(
     at = tl.arange(0, triton.next_power_of_2(COUNT))
     listed = (at < COUNT) & (own >= 0)
     channel = tl.load(channels + at, listed, other=0)
-    value = _load(x, channel, listed, columns, GATED)
-    value = _prepare(value, channel, listed, rstd, norm_weight, input_scale, x.dtype.element_ty)
-    tl.store(z + token * COUNT + at, tl.where(listed, value, 0.0).to(z.dtype.element_ty), at < COUNT)
+    value = _prepare(x, channel, listed, columns, rstd, norm_weight, input_scale, GATED)
+    tl.store(z + token * COUNT + at, tl.where(listed, value, tl.zeros_like(value)), at < COUNT)
+
+
+@triton.jit
+def _divide(value, divisor):
+    """value / divisor, rounded as IEEE 754 demands, where neither it nor the remainder leaves the normal range.
+
+    Many values have one divisor: its correctly rounded inverse and one step of correction give the quotient (theorem
+    of Markstein) in three instructions, where div.rn has a dozen and a branch.
+    """
+    if _INTERPRETED:  # where fma may round twice
+        return tl.div_rn(value, divisor)
+    inverse = tl.div_rn(1.0, divisor)
+    quotient = value * inverse
+    remainder = tl.fma(-quotient, divisor, value)
+    return tl.fma(remainder, inverse, quotient)
 
 
 @triton.jit
@@ -234,7 +269,7 @@ def _parts(kept: int, block: int) -> int:
 
 
 @triton.jit
-def _largest_rounded(value, magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def _largest_rounded(magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr):
     """The (KEPT + 1)-th largest magnitude, as bits: by bisection, for bits of positive floats are in their order.
 
     The row is cut into parts, more than KEPT of them not padding alone. Each of these has a value that reaches the
@@ -246,9 +281,13 @@ def _largest_rounded(value, magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.co
     largest = tl.max(tl.reshape(magnitude, [PARTS, SIZE]), 1)
     low = tl.min(tl.where(tl.arange(0, PARTS) * SIZE < columns, largest, 0x7FFF), 0)
     high = tl.max(largest, 0) + 1
+    # Two to a word, below a set bit that survives the subtraction of what does not exceed them.
+    even, odd = tl.split(tl.reshape(magnitude.to(tl.uint32), [BLOCK // 2, 2]))
+    pairs = even | (odd << 16) | 0x80008000
     while high - low > 1:
         middle = (low + high) >> 1
-        reaching = tl.sum((tl.abs(value) >= _as_float(middle, DTYPE)).to(tl.int32), 0)
+        counts = tl.sum(((pairs - middle.to(tl.uint32) * 0x10001) >> 15) & 0x10001, 0)
+        reaching = (counts & 0xFFFF) + (counts >> 16)
         low = tl.where(reaching > KEPT, middle, low)
         high = tl.where(reaching > KEPT, high, middle)
     return low

@@ -15,10 +15,10 @@ At 16 bits the linear reads x~ itself: without a norm, gate or scale nothing is 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
+
+from qe_kernels.triton_if_any import tl, triton
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TINY = tl.constexpr(2.0**-126)

@@ -157,11 +157,12 @@ def _quantize(
         own = tl.load(expert + token).to(tl.int32)
         expert_channels += tl.maximum(own, 0) * EXPERT
     if SHARED > 0:
-        _gather(shared_z, token, shared_channels, SHARED, 0, x, columns, rstd, norm_weight, input_scale, GATED)
+        _gather(shared_z, token, shared_channels, SHARED, SHARED, x, columns, rstd, norm_weight, input_scale, GATED)
     if EXPERT > 0:
-        _gather(expert_z, token, expert_channels, EXPERT, own, x, columns, rstd, norm_weight, input_scale, GATED)
+        listed = tl.where(own < 0, 0, EXPERT)
+        _gather(expert_z, token, expert_channels, EXPERT, listed, x, columns, rstd, norm_weight, input_scale, GATED)
     if SALIENT > 0:
-        _gather(salient_z, token, salient_channels, SALIENT, 0, x, columns, rstd, norm_weight, input_scale, GATED)
+        _gather(salient_z, token, salient_channels, SALIENT, SALIENT, x, columns, rstd, norm_weight, input_scale, GATED)
 
     if base is not None:
         if extracted is not None:
@@ -230,15 +231,15 @@ def _without(value, extracted, column, within):
 
 @triton.jit
 def _gather(
-    z, token, channels, COUNT: tl.constexpr, own, x, columns, rstd, norm_weight, input_scale, GATED: tl.constexpr
+    z, token, channels, COUNT: tl.constexpr, listed, x, columns, rstd, norm_weight, input_scale, GATED: tl.constexpr
 ):
-    """Row `token` of z [M, COUNT]: x~ of the listed channels, zero where own is negative. Registers cannot be indexed,
-    so the few values are read and prepared again."""
+    """Row `token` of z [M, COUNT]: x~ of the first `listed` of these channels, zero for the others. Registers cannot
+    be indexed, so the few values are read and prepared again."""
     at = tl.arange(0, triton.next_power_of_2(COUNT))
-    listed = (at < COUNT) & (own >= 0)
-    channel = tl.load(channels + at, listed, other=0)
-    value = _prepare(x, channel, listed, columns, rstd, norm_weight, input_scale, GATED)
-    tl.store(z + token * COUNT + at, tl.where(listed, value, tl.zeros_like(value)), at < COUNT)
+    wanted = at < listed
+    channel = tl.load(channels + at, wanted, other=0)
+    value = _prepare(x, channel, wanted, columns, rstd, norm_weight, input_scale, GATED)
+    tl.store(z + token * COUNT + at, tl.where(wanted, value, tl.zeros_like(value)), at < COUNT)
 
 
 @triton.jit

@@ -198,7 +198,9 @@ def close(found: Tensor, exact: Tensor) -> bool:
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("how", [QUANTIZE[2], QUANTIZE[5]])
 def test_the_kernel_of_quantize_runs(how: dict) -> None:
-    found, expected = ops.quantize(X, **how), quantize_reference(X, **how)
+    """In fp16, for the interpreter truncates to bf16. The sum of a norm has another order than torch's."""
+    x, how = X.half(), {name: value.half() if name == "norm_weight" else value for name, value in how.items()}
+    found, expected = ops.quantize(x, **how), quantize_reference(x, **how)
     assert (found.base.int() - expected.base.int()).abs().max() <= ("norm_weight" in how)
     assert torch.allclose(found.token_scale, expected.token_scale, rtol=0.01)
 

@@ -349,9 +349,9 @@ def _multiply(
     inputs = base + tokens.to(tl.int64)[None, :] * base_token + columns[:, None]
     acc = tl.zeros([BN, BM], tl.int32 if integers else tl.float32)
     if SCALING == "accumulator":
-        # Loads that feed no tensor core are not pipelined, so this one is carried. It stays as it is stored, because
-        # a conversion would wait for it.
-        coming = _load_scale(scale, rows, first * BK // GROUP, N)
+        # Triton pipelines only what feeds the tensor core, so the scales of the next step are fetched here; as they
+        # are stored, because a conversion would wait for them.
+        coming = _load_scales(scale, rows, first * BK, N, K, GROUP, BK, BK)
     for step in tl.range(first, last):
         mask = (tokens < M)[None, :]
         if not EVEN_K:
@@ -363,32 +363,36 @@ def _multiply(
         )  # fmt: skip
         if SCALING == "accumulator":
             now = coming.to(tl.float32) * (1.0 / FACTOR)
-            coming = _load_scale(scale, rows, tl.minimum(step + 1, last - 1) * BK // GROUP, N)
-            acc += _dot(w, x, None).to(tl.float32) * now[:, None]
+            coming = _load_scales(scale, rows, tl.minimum(step + 1, last - 1) * BK, N, K, GROUP, BK, BK)
+            acc += _dot(w, x, None).to(tl.float32) * now
+        elif SCALING == "weight":
+            w = _scale_weights(w, _load_scales(scale, rows, step * BK, N, K, GROUP, min(GROUP, 32), BK))
+            acc = _dot(w, x, acc)
         else:
-            if SCALING == "weight":
-                w = _scale_weights(w, scale, rows, step * BK, N, K, GROUP, EVEN_K)
             acc = _dot(w, x, acc)
     return acc.to(tl.float32)
 
 
 @triton.jit
-def _load_scale(scale, rows, group, N):
-    return tl.load(scale + group.to(tl.int64) * N + rows, mask=rows < N, other=0)
+def _load_scales(scale, rows, k, N, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr):
+    """[BN, BK / SPAN]: the scales of each SPAN of the columns k .. k + BK - 1; a span lies within a group.
+
+    Spans that share a group are worth it where a thread then loads 4 bytes, the least that is copied asynchronously.
+    """
+    columns = k + SPAN * tl.arange(0, BK // SPAN)
+    mask = (rows < N)[:, None]
+    if BK > SPAN:
+        mask = mask & (columns < K)[None, :]
+    return tl.load(scale + (columns // GROUP).to(tl.int64)[None, :] * N + rows[:, None], mask=mask, other=0)
 
 
 @triton.jit
-def _scale_weights(w, scale, rows, k, N, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr):
-    """w [BN, BK], which begins at column k, times its scales: of several groups, or of a part of one."""
+def _scale_weights(w, scales):
+    """w [BN, BK] by scales [BN, groups]."""
     BN: tl.constexpr = w.shape[0]
-    BK: tl.constexpr = w.shape[1]
-    GROUPS: tl.constexpr = max(BK // GROUP, 1)
-    groups = k // GROUP + tl.arange(0, GROUPS)
-    mask = (rows < N)[:, None]
-    if not EVEN_K:
-        mask = mask & (groups * GROUP < K)[None, :]
-    s = tl.load(scale + groups.to(tl.int64)[None, :] * N + rows[:, None], mask=mask, other=0).to(w.dtype)
-    return (w.reshape(BN, GROUPS, BK // GROUPS) * s[:, :, None]).reshape(BN, BK)
+    GROUPS: tl.constexpr = scales.shape[1]
+    grouped = w.reshape(BN, GROUPS, w.shape[1] // GROUPS)
+    return (grouped * scales.to(w.dtype)[:, :, None]).reshape(BN, w.shape[1])
 
 
 @triton.jit
@@ -397,15 +401,17 @@ def _add_branch(acc, branch, chosen, rows, tokens, M, N):
     BM: tl.constexpr = acc.shape[1]
     chunks = tl.cdiv(branch.rank, branch.BR)
     if branch.experts is None:
+        by_row = _load_up_scale(branch, 0, rows, N)
         for chunk in tl.range(0, chunks):
-            acc = _add_chunk(acc, branch, 0, chunk, rows, tokens, tokens < M, N)
+            acc = _add_chunk(acc, branch, by_row, 0, chunk, rows, tokens, tokens < M, N)
     else:
         needed = tl.reduce(tl.where(chosen < 0, 0, 1 << tl.maximum(chosen, 0)), 0, _union)
         for i in tl.range(0, branch.experts * chunks):
             e = i // chunks
             # A large tile needs nearly all of them, and a loop without a branch is pipelined.
             if BM >= 128 or (needed >> e) & 1 != 0:
-                acc = _add_chunk(acc, branch, e, i % chunks, rows, tokens, chosen == e, N)
+                by_row = _load_up_scale(branch, e, rows, N)
+                acc = _add_chunk(acc, branch, by_row, e, i % chunks, rows, tokens, chosen == e, N)
     return acc
 
 
@@ -415,24 +421,33 @@ def _union(a, b):
 
 
 @triton.jit
-def _add_chunk(acc, branch, e, chunk, rows, tokens, own, N):
-    """acc + up[e] z[:, e]^T over a chunk of the ranks; z is read where `own` is true, and 0 elsewhere."""
+def _load_up_scale(branch, e, rows, N):
+    if branch.scale is None:
+        return None
+    else:
+        return tl.load(branch.scale + tl.cast(e, tl.int64) * N + rows, mask=rows < N, other=0)
+
+
+@triton.jit
+def _add_chunk(acc, branch, by_row, e, chunk, rows, tokens, own, N):
+    """acc + by_row up[e] z[:, e]^T over a chunk of the ranks; z is read where `own` is true, and 0 elsewhere."""
     BR: tl.constexpr = branch.BR
-    ranks = chunk * BR + tl.arange(0, BR)
+    # A thread's share of a load is chosen for all loads of a shape. Bytes are read by 8 and not by 16, for 16 elements
+    # of a plane of weights would be 32 bytes: two loads that use half of every sector.
+    ranks = chunk * BR + tl.max_contiguous(tl.arange(0, BR), 8)
     z_rows = branch.z + tl.cast(e, tl.int64) * branch.z_expert + tokens.to(tl.int64) * branch.z_token
     z = tl.load(z_rows[None, :] + ranks[:, None], mask=own[None, :] & (ranks < branch.rank)[:, None], other=0)
     up_rows = branch.up + tl.cast(e, tl.int64) * branch.up_expert + rows.to(tl.int64) * branch.up_row
     if branch.up.dtype.element_ty == tl.uint8:
-        pairs = chunk * (BR // 2) + tl.arange(0, BR // 2)
+        pairs = chunk * (BR // 2) + tl.max_contiguous(tl.arange(0, BR // 2), 8)
         mask = (rows < N)[:, None] & (2 * pairs < branch.rank)[None, :]
         codes = tl.load(up_rows[:, None] + pairs[None, :], mask=mask, other=0)
         up = tl.join(codes & 15, codes >> 4).reshape(acc.shape[0], BR).to(tl.int8) - 8
     else:
         mask = (rows < N)[:, None] & (ranks < branch.rank)[None, :]
         up = tl.load(up_rows[:, None] + ranks[None, :], mask=mask, other=0)
-    if branch.scale is not None:
-        s = tl.load(branch.scale + tl.cast(e, tl.int64) * N + rows, mask=rows < N, other=0)
-        up = up.to(tl.float32) * s.to(tl.float32)[:, None]
+    if by_row is not None:
+        up = up.to(tl.float32) * by_row.to(tl.float32)[:, None]
     return _dot(up.to(tl.float32 if INTERPRET else z.dtype), z, acc)
 
 
@@ -467,6 +482,9 @@ def _dequantize(
         planes[0], planes[1], planes[2], tl.program_id(0) * BN, tl.program_id(1) * BK, row_tiles, column_tiles,
         BN, BK, BITS, WGMMA, tl.int8 if INT8 else tl.float32 if INTERPRET else dense.dtype.element_ty,
     )  # fmt: skip
-    w = _scale_weights(w.to(tl.float32), scale, rows, tl.program_id(1) * BK, N, K, GROUP, False) * (1.0 / FACTOR)
+    scales = _load_scales(scale, rows, tl.program_id(1) * BK, N, K, GROUP, min(GROUP, BK), BK).to(tl.float32) * (
+        1.0 / FACTOR
+    )
+    w = _scale_weights(w.to(tl.float32), scales)
     place = dense + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(place, w.to(dense.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])

@@ -168,9 +168,9 @@ def _quantize(
         if extracted is not None:
             extracted += (own + 1) * columns
             value = _without(value, extracted, column, within)
-        base += token * columns + column
+        base += token * columns
         if TOP == 0:
-            tl.store(base, value, within)
+            tl.store(base + column, value, within)
         else:
             magnitude = value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             if KEPT == 0:
@@ -179,21 +179,19 @@ def _quantize(
                 reach = _as_float(_largest_rounded(magnitude, columns, KEPT, BLOCK), DTYPE)
             scale = tl.div_rn(reach, TOP * 1.0)
             scale = tl.where(scale < _TINY, _TINY, scale)  # NaN stays
-            if WIDE:
-                tl.debug_barrier()
-                value = _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED)
-                if extracted is not None:
-                    value = _without(value, extracted, column, within)
-            shifted = _divide(value.to(tl.float32), scale) + _ROUNDER
-            if base.dtype.element_ty == tl.int8:
-                tl.store(base, shifted.to(tl.int32, bitcast=True).to(tl.int8), within)
-            elif KEPT == 0:
-                tl.store(base, (shifted - _ROUNDER).to(DTYPE), within)
-            else:
-                rounded = (shifted - _ROUNDER) * scale
-                tl.store(base, tl.where(tl.abs(value.to(tl.float32)) <= reach, rounded.to(DTYPE), value), within)
             if token_scale is not None:
                 tl.store(token_scale + token, scale)
+            if WIDE:
+                tl.debug_barrier()
+                for start in range(0, BLOCK, BLOCK // 2):
+                    half = start + tl.arange(0, BLOCK // 2)
+                    there = half < columns
+                    part = _prepare(x, half, there, columns, rstd, norm_weight, input_scale, GATED)
+                    if extracted is not None:
+                        part = _without(part, extracted, half, there)
+                    tl.store(base + half, _round(part, scale, reach, KEPT, base.dtype.element_ty), there)
+            else:
+                tl.store(base + column, _round(value, scale, reach, KEPT, base.dtype.element_ty), within)
 
 
 @triton.jit
@@ -240,6 +238,20 @@ def _gather(
     channel = tl.load(channels + at, wanted, other=0)
     value = _prepare(x, channel, wanted, columns, rstd, norm_weight, input_scale, GATED)
     tl.store(z + token * COUNT + at, tl.where(wanted, value, tl.zeros_like(value)), at < COUNT)
+
+
+@triton.jit
+def _round(value, scale, reach, KEPT: tl.constexpr, CODES: tl.constexpr):
+    """Codes; where channels are kept, points of the grid, and the values beyond its reach as they are."""
+    wide = value.to(tl.float32)
+    shifted = _divide(wide, scale) + _ROUNDER
+    if CODES.is_int8():
+        made = shifted.to(tl.int32, bitcast=True).to(CODES)
+    elif KEPT == 0:
+        made = (shifted - _ROUNDER).to(CODES)
+    else:
+        made = tl.where(tl.abs(wide) <= reach, ((shifted - _ROUNDER) * scale).to(CODES), value)
+    return made
 
 
 @triton.jit

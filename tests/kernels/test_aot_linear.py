@@ -46,7 +46,8 @@ class Case:
     @property
     def job(self) -> Job:
         config = self.config
-        scaling = "output" if self.group is None else "weight" if config.scale_weights else "accumulator"
+        scaling = "accumulator" if self.group and self.group % config.BK == 0 else "weight"
+        scaling = "weight" if config.scale_weights else "output" if self.group is None else scaling
         signature = {
             "base": "*i8:16" if self.int8 else "*bf16:16",
             "planes": ("*u8:16",) * 3,

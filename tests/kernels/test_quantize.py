@@ -208,6 +208,20 @@ def test_more_of_them_than_are_kept_do_not_disappear_either(bad: float) -> None:
     assert not made.base[0, ::3].isfinite().any()
 
 
+def test_one_inverse_and_a_correction_divide_as_ieee_754_demands() -> None:
+    """The GPU's way, see `_divide`; the interpreter takes another, for not each of its versions has an fma. Tried on
+    each significand that a bf16 value and its token's largest one can have, at all exponents that do not round to 0."""
+    significands = torch.arange(128, 256, dtype=torch.float32)
+    values = (significands[:, None] * 0.5 ** torch.arange(12)).flatten()
+    for top in (1, 3, 7, 15, 31, 63, 127):
+        scale = (significands / top)[:, None]
+        inverse = 1.0 / scale
+        quotient = values * inverse
+        remainder = (values.double() - quotient.double() * scale.double()).float()  # exact
+        assert torch.equal((quotient.double() + remainder.double() * inverse.double()).float(), values / scale)
+        assert not torch.equal(quotient, values / scale) or top == 1
+
+
 # --- norm, gate and scale -------------------------------------------------------------------------------------------
 
 
@@ -404,6 +418,19 @@ def test_the_widths_of_the_large_model(columns: int) -> None:
     """29696 is padded to 32768 in the kernel, and the search must not begin with what the padding holds."""
     x = tokens_of(0, 1, columns, torch.bfloat16)
     assert torch.equal(quantize(x, bits=4, kept=64, int8=False).base, on_grid(x, 4, 64).bfloat16())
+
+
+def test_a_wide_row_is_read_twice_and_comes_out_once() -> None:
+    """With all that may be done to it."""
+    columns = 20000
+    channels, weight = torch.arange(0, columns, 5), torch.ones(columns).bfloat16()
+    made = quantize(
+        tokens_of(0, 2, 2 * columns, torch.bfloat16), bits=6, int8=True, gated=True, norm_weight=weight,
+        input_scale=draw(1, 1, columns).exp2(), shared_channels=channels,
+        extracted=extracted_columns(columns, channels, None),
+    )  # fmt: skip
+    assert torch.equal(made.shared_z, made.x[:, channels])
+    assert torch.equal(made.base * made.token_scale[:, None], on_grid(without(made.x, channels), 6))
 
 
 def test_x_is_left_out_where_nothing_needs_it() -> None:

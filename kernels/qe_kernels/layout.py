@@ -9,7 +9,7 @@ expansion (7 bits: the lowest 4, then 2, then the highest). Fields of one width 
 Within these runs the columns are ordered such that unpacking needs no exchange between threads:
  1. Order.WGMMA only: thread c of a quad holds, of every 8 columns of a 16-bit fragment, columns 2c and 2c + 1; of every
     16 columns of an int8 fragment, columns 4c .. 4c + 3. Columns [t, c, j] are stored as [c, t, j], so that its 32
-    columns are one contiguous quarter of the run. Ampere's fragments (mma.sync) need no such thing: Order.NATURAL.
+    columns are one contiguous quarter of the run.
  2. A 32-bit register holds L values, 2 of 16 bits or 4 of 8 bits, so each 32-bit word of a plane is cut into L units,
     and unit l holds, lowest bits first, columns l, L + l, 2L + l ... of the word: one shift and one mask make L values.
     The nibbles of a word hold columns 0 2 4 6 1 3 5 7 for 16-bit tensor cores, and 0 4 1 5 2 6 3 7 for int8.
@@ -31,10 +31,10 @@ _SLAB_CODES = 2**24
 class Order(StrEnum):
     """Of the columns in a plane; a layout of one order is garbage to a kernel of the other."""
 
-    NATURAL = "natural"
-    """Ampere and Ada: mma.sync."""
     WGMMA = "wgmma"
-    """Hopper: the left operand of a warpgroup's product comes from registers."""
+    """That of Hopper's fragments and, since Triton 3.9, of Ampere's and Ada's, too."""
+    NATURAL = "natural"
+    """Before 3.9, Triton gave a thread of Ampere or Ada more neighbouring columns if its loads were narrow."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Weight:
 
 
 def order_for(device: torch.device | tuple[int, int]) -> Order:
-    """The order that a device, or a compute capability, reads. Where no GPU is, NATURAL.
+    """The order that kernels on a device, or of a compute capability, read. On the CPU, NATURAL.
 
     Raises ValueError for a GPU that the kernels do not know.
     """
@@ -78,11 +78,17 @@ def order_for(device: torch.device | tuple[int, int]) -> Order:
             return Order.NATURAL
         device = torch.cuda.get_device_capability(device)
     match device:
-        case (8, _):
-            return Order.NATURAL
         case (9, 0):
             return Order.WGMMA
+        case (8, _):
+            return Order.WGMMA if _triton_version() >= (3, 9) else Order.NATURAL
     raise ValueError(f"device: expected compute capability 8.x or 9.0, found {device[0]}.{device[1]}")
+
+
+def _triton_version() -> tuple[int, ...]:
+    import triton  # not above: layouts are made and read without it, too
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def field_widths(bits: int) -> tuple[int, ...]:

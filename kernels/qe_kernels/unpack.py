@@ -1,8 +1,12 @@
 """Device functions that load a tile of a `layout.Weight` as integers, into the registers of the threads that need them.
 
-There are two ways, which give identical integers: inline assembly for 4 bits, and plain Triton for all widths and for
-the interpreter, which knows no assembly. In both, the columns come back to natural order by reshapes that only rename
-registers; the load then takes over the fragment's layout, and Hopper's tensor cores read the weights from registers.
+There are two ways, which give identical integers: inline assembly, which treats all values of a 32-bit register at
+once, and plain Triton, for the interpreter, which knows no assembly. In both, the columns come back to natural order by
+joins and reshapes that only rename registers; so the load takes over the layout of the tensor core's fragment, and
+Hopper multiplies from registers, with no way back through shared memory.
+
+A field comes to the lowest bits of a 16-bit lane, or to the highest bits of an 8-bit one; what lies beside it is
+masked at the end. Four bits cost 11 instructions for 8 weights of 16 bits, and 3 for 8 weights of int8.
 """
 
 import triton
@@ -22,32 +26,34 @@ def _width(bits: int, plane: int) -> int:
     return (*_field_widths(bits), 0, 0)[plane]
 
 
-def _nibbles_to_floats(packed: str, exponent: int, one: int, minus_offset: int) -> str:
-    """Four nibbles n of each of two 16-bit units -> 2 x 4 floats, exactly.
+@triton.constexpr_function
+def merge_to_floats(bits: int, bf16: bool) -> str:
+    """Assembly: $0 = two bf16 or fp16 codes, from fields in the lowest bits of the lanes of $1, $2, $3.
 
-    The nibble replaces the lowest bits of a power of two p whose unit in the last place is 1, and flipping its sign
-    bit makes it p + 8 + n. To subtract p + 8, fma serves where sub of bf16 does not exist (before sm_90).
+    The code n, with its sign bit flipped, takes the lowest bits of a power of two p whose unit in the last place is 1:
+    a float p + 2^(b-1) + n. That minus p + 2^(b-1) is exact. (By fma: before sm_90, bf16 has no sub.)
     """
-    floats = [f"lop3.b32 ${i}, w{i}, 0x000f000f, {exponent:#010x}, 0x6a;" for i in range(4)]  # (w & mask) ^ exponent
-    exact = [f"fma.rn.{packed} ${i}, ${i}, one, offset;" for i in range(4)]
-    return "\n".join(
-        [
-            "{ .reg .b32 w0, w1, w2, w3, one, offset;",
-            f"mov.b32 one, {one:#010x}; mov.b32 offset, {minus_offset:#010x};",
-            "mov.b32 w0, $4; shr.u32 w1, $4, 4; shr.u32 w2, $4, 8; shr.u32 w3, $4, 12;",
-            *floats,
-            *exact,
-            "}",
-        ]
-    )
+    kind, one, power = ("bf16x2", 0x3F80, 0x4300) if bf16 else ("f16x2", 0x3C00, 0x6400)
+    offset = power | 2 ** (bits - 1)
+    lines, low = [f"mov.b32 x, {offset * 0x10001:#x};"], 0
+    for plane, width in enumerate(_field_widths(bits), start=1):
+        mask = (2**width - 1 << low) * 0x10001
+        lines += [f"shl.b32 field, ${plane}, {low};", f"lop3.b32 x, field, {mask:#x}, x, 0x6a;"]  # (field & mask) ^ x
+        low += width
+    lines += [f"mov.b32 one, {one * 0x10001:#x};", f"mov.b32 minus, {(offset | 0x8000) * 0x10001:#x};"]
+    return "\n".join(["{ .reg .b32 x, field, one, minus;", *lines, f"fma.rn.{kind} $0, x, one, minus;", "}"])
 
 
-NIBBLES_TO_BF16 = tl.constexpr(_nibbles_to_floats("bf16x2", 0x43084308, 0x3F803F80, 0xC308C308))
-NIBBLES_TO_FP16 = tl.constexpr(_nibbles_to_floats("f16x2", 0x64086408, 0x3C003C00, 0xE408E408))
-# Two nibbles of each of four bytes to the upper half of a byte.
-NIBBLES_TO_INT8 = tl.constexpr(
-    "{ .reg .b32 low; shl.b32 low, $2, 4; and.b32 $0, low, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }"
-)
+@triton.constexpr_function
+def merge_to_int8(bits: int) -> str:
+    """Assembly: $0 = four codes in the highest bits of their bytes, from fields in the highest bits of $1, $2, $3."""
+    lines, low = ["mov.b32 x, 0;"], 8 - bits
+    for plane, width in enumerate(_field_widths(bits), start=1):
+        mask = (2**width - 1 << low) * 0x01010101
+        shift = 8 - width - low
+        lines += [f"shr.u32 field, ${plane}, {shift};", f"lop3.b32 x, field, {mask:#x}, x, 0xea;"]  # (field & mask) | x
+        low += width
+    return "\n".join(["{ .reg .b32 x, field;", *lines, "mov.b32 $0, x;", "}"])
 
 
 @triton.jit
@@ -68,34 +74,40 @@ def load_weight(
 ):
     """The codes of rows row .. row + BN - 1 and columns column .. column + BK - 1, times `code_factor`: DTYPE [BN, BK].
 
-    plane0..2: `Weight.three_planes`; row, column: int32 scalars, multiples of BN and BK (of 64 and 128 where these are
-    larger); row_tiles, column_tiles: of the Weight. BN, BK: powers of two; under WGMMA, BK is at least 128 / width of
-    the narrowest plane. DTYPE: tl.int8 for a Weight of the int8 tensor cores; for the others tl.bfloat16, tl.float16,
-    or tl.float32 under the interpreter. Beyond the padded matrix the values are some other codes, always finite:
-    rows there must not be stored, and inputs there must be zero.
+    plane0..2: `Weight.three_planes`; row, column: int32 scalars, multiples of BN and BK; row_tiles, column_tiles: of
+    the Weight. BN, BK: powers of two, BN at least 16 and BK at least 32; under WGMMA, BK is also at least 128 / width
+    of the narrowest plane. DTYPE: tl.int8 for a Weight of the int8 tensor cores; for the others tl.bfloat16,
+    tl.float16, or tl.float32 without assembly. Beyond the padded matrix the values are some other codes, always
+    finite: rows there must not be stored, and inputs there must be zero.
     """
     LANES: tl.constexpr = 4 if DTYPE.is_int8() else 2
     WIDTH0: tl.constexpr = _width(BITS, 0)
     WIDTH1: tl.constexpr = _width(BITS, 1)
     WIDTH2: tl.constexpr = _width(BITS, 2)
-    units = _load_units(plane0, row, column, row_tiles, column_tiles, BN, BK, WIDTH0, WGMMA, LANES)
-    if ASM and BITS == 4:
-        return _natural(_split_nibbles(units, DTYPE), BK, WGMMA, LANES)
-    codes = _natural(_split(units, WIDTH0, LANES), BK, WGMMA, LANES)
+    field0 = _load_fields(plane0, row, column, row_tiles, column_tiles, BN, BK, WIDTH0, WGMMA, LANES, ASM)
+    field1 = field0
+    field2 = field0
     if WIDTH1 > 0:
-        units = _load_units(plane1, row, column, row_tiles, column_tiles, BN, BK, WIDTH1, WGMMA, LANES)
-        codes |= _natural(_split(units, WIDTH1, LANES), BK, WGMMA, LANES) << WIDTH0
+        field1 = _load_fields(plane1, row, column, row_tiles, column_tiles, BN, BK, WIDTH1, WGMMA, LANES, ASM)
     if WIDTH2 > 0:
-        units = _load_units(plane2, row, column, row_tiles, column_tiles, BN, BK, WIDTH2, WGMMA, LANES)
-        codes |= _natural(_split(units, WIDTH2, LANES), BK, WGMMA, LANES) << (WIDTH0 + WIDTH1)
-    top = (codes << (8 - BITS)).to(tl.int8, bitcast=True)
-    if DTYPE.is_int8():
-        return top
-    return (top >> (8 - BITS)).to(DTYPE)
+        field2 = _load_fields(plane2, row, column, row_tiles, column_tiles, BN, BK, WIDTH2, WGMMA, LANES, ASM)
+
+    if ASM and BITS < 8:  # bytes are whole as they are, and would not fit beside the exponent of a bf16
+        MERGE: tl.constexpr = merge_to_int8(BITS) if LANES == 4 else merge_to_floats(BITS, DTYPE.is_bf16())
+        return tl.inline_asm_elementwise(
+            MERGE, "=r,r,r,r", [field0, field1, field2], dtype=DTYPE.value, is_pure=True, pack=LANES
+        )
+    codes = _lowest(field0, WIDTH0, LANES)
+    if WIDTH1 > 0:
+        codes |= _lowest(field1, WIDTH1, LANES) << WIDTH0
+    if WIDTH2 > 0:
+        codes |= _lowest(field2, WIDTH2, LANES) << (WIDTH0 + WIDTH1)
+    highest = (codes << (8 - BITS)).to(tl.int8, bitcast=True)
+    return highest if LANES == 4 else (highest >> (8 - BITS)).to(DTYPE)
 
 
 @triton.jit
-def _load_units(
+def _load_fields(
     plane,
     row,
     column,
@@ -106,10 +118,11 @@ def _load_units(
     WIDTH: tl.constexpr,
     WGMMA: tl.constexpr,
     LANES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """A tile of a plane in its own order: uint16 (two lanes) or uint8 (four) [BN, BK * WIDTH / bits of a unit].
+    """The fields of one plane in lanes of 16 or 8 bits, in natural order: uint16 or uint8 [BN, BK].
 
-    No mask, for masks keep cp.async from vectorising: tiles beyond the last are read as the last.
+    Loaded without a mask, for masks keep cp.async from vectorising: tiles beyond the last are read as the last.
     """
     UNIT: tl.constexpr = 32 // LANES
     RUN: tl.constexpr = 128 * WIDTH // UNIT
@@ -133,70 +146,50 @@ def _load_units(
         else:
             start += part * USED
     offsets = ((tile_row * column_tiles * 64 + rows % 64) * RUN)[:, None] + (tile_column * (64 * RUN) + unit)[None, :]
-    return tl.load(start + offsets, eviction_policy="evict_first")
+    fields = tl.load(start + offsets, eviction_policy="evict_first")
 
+    if LANES == 2:
+        fields = _halve(fields, 8, LANES, ASM)
+    if WIDTH <= 4:
+        fields = _halve(fields, 4, LANES, ASM)
+    if WIDTH <= 2:
+        fields = _halve(fields, 2, LANES, ASM)
+    if WIDTH == 1:
+        fields = _halve(fields, 1, LANES, ASM)
 
-@triton.jit
-def _natural(fields, BK: tl.constexpr, WGMMA: tl.constexpr, LANES: tl.constexpr):
-    """[BN, units, fields of a unit] in a plane's order -> [BN, BK] in the matrix's."""
-    BN: tl.constexpr = fields.shape[0]
-    FIELDS: tl.constexpr = fields.shape[2]
-    COLUMNS: tl.constexpr = min(BK, 128)
+    FIELDS: tl.constexpr = UNIT // WIDTH
     WORDS: tl.constexpr = BK // (LANES * FIELDS)
     if WGMMA:
         TILES: tl.constexpr = BK // COLUMNS
-        ordered = fields.reshape(BN, TILES, 4, WORDS // (4 * TILES), LANES, FIELDS).trans(0, 1, 3, 5, 2, 4)
+        fields = fields.reshape(BN, TILES, 4, WORDS // (4 * TILES), LANES, FIELDS).trans(0, 1, 3, 5, 2, 4)
     else:
-        ordered = fields.reshape(BN, WORDS, LANES, FIELDS).trans(0, 1, 3, 2)
-    return ordered.reshape(BN, BK)
+        fields = fields.reshape(BN, WORDS, LANES, FIELDS).trans(0, 1, 3, 2)
+    return fields.reshape(BN, BK)
 
 
 @triton.jit
-def _split_nibbles(units, DTYPE: tl.constexpr):
-    """[BN, units] -> DTYPE [BN, units, nibbles of a unit], by assembly: one 32-bit register at a time.
-
-    Every unit gives its own nibbles only, so any assignment of units to registers is right.
-    """
-    if DTYPE.is_int8():
-        low, high = tl.inline_asm_elementwise(
-            NIBBLES_TO_INT8, "=r,=r,r", [units], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
-        )
-        return tl.join(low, high)
+def _halve(x, BITS: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
+    """[R, C] -> [R, 2 * C]: the lower and the upper BITS of fields of 2 * BITS, each where the field was."""
+    if LANES == 2:  # in the lowest bits
+        if ASM:
+            upper = tl.inline_asm_elementwise(
+                f"shr.u32 $0, $1, {BITS};", "=r,r", [x], dtype=tl.uint16, is_pure=True, pack=2
+            )
+        else:
+            upper = x >> BITS
+        pair = tl.join(x, upper)
     else:
-        FLOAT = tl.bfloat16 if DTYPE.is_bf16() else tl.float16
-        f0, f1, f2, f3 = tl.inline_asm_elementwise(
-            NIBBLES_TO_BF16 if DTYPE.is_bf16() else NIBBLES_TO_FP16,
-            "=r,=r,=r,=r,r",
-            [units],
-            dtype=(FLOAT, FLOAT, FLOAT, FLOAT),
-            is_pure=True,
-            pack=2,
-        )
-        pairs = tl.join(tl.join(f0, f2), tl.join(f1, f3))  # [BN, units, 2, 2]: nibble 2i + j at [i, j]
-        return pairs.reshape(units.shape[0], units.shape[1], 4)
+        if ASM:
+            lower = tl.inline_asm_elementwise(
+                f"shl.b32 $0, $1, {BITS};", "=r,r", [x], dtype=tl.uint8, is_pure=True, pack=4
+            )
+        else:
+            lower = x << BITS
+        pair = tl.join(lower, x)
+    return pair.reshape(x.shape[0], 2 * x.shape[1])
 
 
 @triton.jit
-def _split(units, WIDTH: tl.constexpr, LANES: tl.constexpr):
-    """[BN, units] -> uint8 [BN, units, fields of a unit], lowest bits first, by halving."""
-    BN: tl.constexpr = units.shape[0]
-    UNITS: tl.constexpr = units.shape[1]
-    UNIT: tl.constexpr = 32 // LANES
-    parts = units
-    if UNIT == 16:
-        parts = _halve(parts, 8)
-    parts = parts.to(tl.uint8)
-    if WIDTH <= 4:
-        parts = _halve(parts, 4)
-    if WIDTH <= 2:
-        parts = _halve(parts, 2)
-    if WIDTH == 1:
-        parts = _halve(parts, 1)
-    return parts.reshape(BN, UNITS, UNIT // WIDTH)
-
-
-@triton.jit
-def _halve(parts, BITS: tl.constexpr):
-    """[R, C] of 2 * BITS bits each -> [R, 2 * C] of BITS bits, the lower half first."""
-    MASK: tl.constexpr = 2**BITS - 1
-    return tl.join(parts & MASK, parts >> BITS).reshape(parts.shape[0], 2 * parts.shape[1])
+def _lowest(fields, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """uint8, with the field in its lowest bits and nothing beside it."""
+    return fields >> (8 - WIDTH) if LANES == 4 else (fields & (2**WIDTH - 1)).to(tl.uint8)

@@ -168,10 +168,16 @@ def test_no_rows():
     assert unpack_weight(weight)[0].shape == (0, 128)
 
 
-@pytest.mark.parametrize(
-    ("capability", "order"), [((8, 0), "natural"), ((8, 6), "natural"), ((8, 9), "natural"), ((9, 0), "wgmma")]
-)
-def test_order_of_a_capability(capability, order):
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0+git1"])
+def test_hopper_reads_its_fragments(version, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
+    assert order_for((9, 0)) is Order.WGMMA
+
+
+@pytest.mark.parametrize(("version", "order"), [("3.6.0", "natural"), ("3.9.0", "wgmma"), ("3.10.1+git1", "wgmma")])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9)])
+def test_the_order_of_ampere_depends_on_triton(capability, version, order, monkeypatch):
+    monkeypatch.setattr("triton.__version__", version)
     assert order_for(capability) == order
 
 

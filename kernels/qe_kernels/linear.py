@@ -345,6 +345,7 @@ def _multiply(
     """float32 [BN, BM]: W base^T over the steps first .. last - 1, with W's scales unless SCALING is output."""
     dtype: tl.constexpr = base.dtype.element_ty
     integers: tl.constexpr = dtype == tl.int8 and SCALING == "output"
+    SPAN: tl.constexpr = min(GROUP or BK, BK // 4 if BN <= 128 else BK // 2)
     columns = tl.arange(0, BK)
     inputs = base + tokens.to(tl.int64)[None, :] * base_token + columns[:, None]
     acc = tl.zeros([BN, BM], tl.int32 if integers else tl.float32)
@@ -366,7 +367,7 @@ def _multiply(
             coming = _load_scales(scale, rows, tl.minimum(step + 1, last - 1) * BK, N, K, GROUP, BK, BK)
             acc += _dot(w, x, None).to(tl.float32) * now
         elif SCALING == "weight":
-            w = _scale_weights(w, _load_scales(scale, rows, step * BK, N, K, GROUP, min(GROUP, 32), BK))
+            w = _scale_weights(w, _load_scales(scale, rows, step * BK, N, K, GROUP, SPAN, BK))
             acc = _dot(w, x, acc)
         else:
             acc = _dot(w, x, acc)
@@ -440,7 +441,7 @@ def _add_chunk(acc, branch, by_row, e, chunk, rows, tokens, own, N):
     up_rows = branch.up + tl.cast(e, tl.int64) * branch.up_expert + rows.to(tl.int64) * branch.up_row
     if branch.up.dtype.element_ty == tl.uint8:
         pairs = chunk * (BR // 2) + tl.max_contiguous(tl.arange(0, BR // 2), 8)
-        mask = (rows < N)[:, None] & (2 * pairs < branch.rank)[None, :]
+        mask = (rows < N)[:, None] & (pairs < branch.rank // 2)[None, :]
         codes = tl.load(up_rows[:, None] + pairs[None, :], mask=mask, other=0)
         up = tl.join(codes & 15, codes >> 4).reshape(acc.shape[0], BR).to(tl.int8) - 8
     else:
@@ -482,9 +483,7 @@ def _dequantize(
         planes[0], planes[1], planes[2], tl.program_id(0) * BN, tl.program_id(1) * BK, row_tiles, column_tiles,
         BN, BK, BITS, WGMMA, tl.int8 if INT8 else tl.float32 if INTERPRET else dense.dtype.element_ty,
     )  # fmt: skip
-    scales = _load_scales(scale, rows, tl.program_id(1) * BK, N, K, GROUP, min(GROUP, BK), BK).to(tl.float32) * (
-        1.0 / FACTOR
-    )
-    w = _scale_weights(w.to(tl.float32), scales)
+    scales = _load_scales(scale, rows, tl.program_id(1) * BK, N, K, GROUP, min(GROUP, BK), BK)
+    w = _scale_weights(w.to(tl.float32), scales.to(tl.float32) * (1.0 / FACTOR))
     place = dense + rows.to(tl.int64)[:, None] * K + columns[None, :]
     tl.store(place, w.to(dense.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])

@@ -26,18 +26,20 @@ def gemlite(problem: Problem) -> Product:
 def humming(problem: Problem) -> Product:
     from humming.layer import HummingLayer
 
-    codes, scale = unpack_weight(problem.weight)
     weight = problem.weight
-    config = {"quant_method": "gptq", "bits": 4, "group_size": weight.group_size, "sym": True, "desc_act": False}
-    layer = HummingLayer(
-        shape_n=weight.rows, shape_k=weight.columns, weight_config=config, torch_dtype=scale.dtype
-    ).to(scale.device)  # fmt: skip
+    codes, scale = unpack_weight(weight)
+    config = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "type": "int", "num_bits": 4,
+        "strategy": "group", "group_size": weight.group_size,
+    }  # fmt: skip
+    layer = HummingLayer(weight.rows, weight.columns, config, torch_dtype=scale.dtype).to(scale.device)
     shifts = torch.arange(0, 32, 4, device=codes.device, dtype=torch.int32)
-    nibbles = (codes.t().int() + 8).unflatten(0, (-1, 8))  # GPTQ: eight inputs to a word, [K/8, N]
-    words = (nibbles << shifts[:, None]).sum(dim=1, dtype=torch.int32)
-    layer.load_from_tensors({"qweight": words, "scales": scale.t().contiguous()})
+    nibbles = (codes + 8).int().unflatten(1, (-1, 8))
+    words = (nibbles << shifts).sum(dim=2, dtype=torch.int32)
+    shape = torch.tensor([weight.rows, weight.columns])
+    layer.load_from_tensors({"weight_packed": words, "weight_scale": scale, "weight_shape": shape})
     layer.transform()
-    return lambda x: layer(inputs=x)
+    return layer
 
 
 PEERS: dict[str, Callable[[Problem], Product]] = {"gemlite": gemlite, "humming": humming}

@@ -33,6 +33,10 @@ class Case:
 def cases() -> Iterator[Case]:
     for case in (*test_aot_linear.DECODE_CASES, *test_aot_linear.LARGE_CASES):
         yield Case("linear", str(case), case.job)
+    for name, job in test_aot_down.CASES.items():
+        yield Case("down", name, job)
+    for (_, columns, variant), job in test_aot_quantize.JOBS.items():
+        yield Case("quantize", f"{variant}, K = {columns}", job)
 
 
 def row(case: Case, found: Build) -> dict[str, Any]:

@@ -183,8 +183,18 @@ def test_kernels_built_ahead_of_time(tables):
         "kernel": "linear", "case": "decode", "capability": 90, "warps": 4, "stages": 5, "registers": 71, "spills": 0,
         "shared": 28672, "weights_from_registers": True,
     }  # fmt: skip
-    result = {"environment": ENVIRONMENT, "triton": "3.9.0", "builds": [build]}
-    assert rows_of(tables.kernels_aot(result))[1] == ["linear", "decode", "9.0", "4/5", "71", "0", "28.0", "yes"]
+    builds = [
+        build,
+        build | {"registers": 99, "shared": 1024},
+        build | {"kernel": "down", "capability": 86, "spills": 1},
+    ]
+    result = {"environment": ENVIRONMENT, "triton": "3.9.0", "builds": builds}
+    assert rows_of(tables.kernels_aot(result))[1:] == [
+        ["linear", "9.0", "2", "99", "0", "28.0"], ["down", "8.6", "1", "71", "1", "28.0"],
+    ]  # fmt: skip
+    assert rows_of(tables.linear_aot(result))[1:] == [
+        ["decode", "4/5", "71", "28.0", "yes"], ["decode", "4/5", "99", "1.0", "yes"],
+    ]  # fmt: skip
 
 
 def test_code_is_quoted_as_it_is(tables):

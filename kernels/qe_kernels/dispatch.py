@@ -18,7 +18,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -119,27 +119,26 @@ def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:
     """What is expected of code that was compiled and not timed; docs/kernels.md has the reasons."""
     if not weight.int8 and tokens >= DENSE_FROM:
         return None
-    outputs, columns, warps, stages = _tile(device, weight, tokens)
-    large = outputs * columns > 128 * 64
-    depth = _depth(weight, 64 if large and not weight.int8 else 128)
+    config = _tile(device, weight, tokens)
+    depth = _depth(weight, config.BK)
     if depth is None:
         return None
-    tiles = -(-weight.rows // outputs) * -(-tokens // columns)
+    tiles = -(-weight.rows // config.BN) * -(-tokens // config.BM)
     steps = -(-weight.columns // depth)
     split = 1
-    while not large and tiles * split < WAVES * device.processors and 2 * split * STEPS <= steps:
+    while tokens <= 64 and tiles * split < WAVES * device.processors and 2 * split * STEPS <= steps:
         split *= 2
-    return Config(outputs, columns, depth, split, warps, stages, scale_weights=large and not weight.int8)
+    return replace(config, BK=depth, split_k=split, scale_weights=tokens > 64 and not weight.int8)
 
 
-def _tile(device: Device, weight: Weight, tokens: int) -> tuple[int, int, int, int]:
-    """Outputs, tokens, warps, stages. Wide tiles of Hopper's halve what is unpacked for each product; group scales on
-    accumulators of integers need too many registers for them."""
+def _tile(device: Device, weight: Weight, tokens: int) -> Config:
+    """The largest that spills no registers; tests/kernels/test_aot_linear.py builds them."""
     hopper = device.capability >= (9, 0)
     if tokens <= 64:
-        return 64, max(16, bucket_of(tokens)), 4, 4 if hopper or tokens <= 16 else 3
-    wide = tokens > 256 and hopper and not (weight.int8 and weight.group_size)
-    return 128, 256 if wide else 128, 8, 3
+        return Config(64, max(16, bucket_of(tokens)), 128, warps=4, stages=4 if hopper or tokens <= 16 else 3)
+    if tokens <= 256 or not hopper or (weight.int8 and weight.group_size):
+        return Config(128, 128, 128, warps=8, stages=3)
+    return Config(256, 128, 64, warps=8, stages=3)
 
 
 def _depth(weight: Weight, wanted: int) -> int | None:

@@ -89,11 +89,7 @@ def down(
     tokens, columns = x.shape
     shared_values, shared_scale = shared or (None, None)
     expert_values, expert_scale = experts or (None, None)
-    if (
-        shared
-        and experts
-        and (shared_values.dtype, shared_scale is None) != (expert_values.dtype, expert_scale is None)
-    ):
+    if shared is not None and experts is not None and shared_values.dtype != expert_values.dtype:
         raise ValueError(f"experts: expected {shared_values.dtype} as shared, found {expert_values.dtype}")
     shared_rows = 0 if shared is None else len(shared_values)
     num_experts, rank = (0, 1) if experts is None else expert_values.shape[:2]

@@ -82,40 +82,62 @@ def down(
 
     shared: [R, K]; experts: [E, R, K]; router: [T, E, H], T routers that all read router_x [M, H]. Contiguous, but for
     the rows of x and router_x, which may lie apart. expert: int32 [M], the tokens' experts where they are known (-1:
-    none); the factors of experts that no token of a tile has are then not read.
+    none); the factors of experts that no token of a tile has are then not read. ValueError where the shared factor and
+    the experts' are not stored alike, or the workspace is too small; the shapes are not checked.
     """
     tokens, columns = x.shape
-    result = Down(
-        None if shared is None else x.new_empty(tokens, len(shared[0])),
-        None if experts is None else x.new_empty(tokens, *experts[0].shape[:2]),
-        None if router is None else x.new_empty(len(router), tokens, dtype=torch.int32),
-    )
-    shared_rows, *shared_args = _rows(shared)
-    expert_rows, *expert_args = _rows(experts)
-    rank = 1 if experts is None else experts[0].shape[1]
+    shared_values, shared_scale = shared or (None, None)
+    expert_values, expert_scale = experts or (None, None)
+    if shared is not None and experts is not None and shared_values.dtype != expert_values.dtype:
+        raise ValueError(f"experts: expected {shared_values.dtype} as shared, found {expert_values.dtype}")
+    shared_rows = 0 if shared is None else len(shared_values)
+    num_experts, rank = (0, 1) if experts is None else expert_values.shape[:2]
     routers, choices, router_columns = (0, 0, 0) if router is None else router.shape
-    router_stride = 0 if router_x is None else router_x.stride(0)
+    result = Down(
+        None if shared is None else x.new_empty(tokens, shared_rows),
+        None if experts is None else x.new_empty(tokens, num_experts, rank),
+        None if router is None else x.new_empty(routers, tokens, dtype=torch.int32),
+    )
     padded_choices = max(16, triton.next_power_of_2(choices))
-    row_tiles = triton.cdiv(shared_rows, config.rows) + triton.cdiv(expert_rows, config.rows) + routers
+    row_tiles = triton.cdiv(shared_rows, config.rows) + triton.cdiv(num_experts * rank, config.rows) + routers
     token_tiles = triton.cdiv(tokens, config.tokens)
     tile_size = max(config.rows, padded_choices) * config.tokens
     workspace.check(row_tiles * token_tiles, config.split_k, tile_size)
-    if row_tiles * token_tiles:
-        _down[row_tiles, token_tiles, config.split_k](
-            *(x, x.stride(0), tokens, columns),
-            *(*shared_args, shared_rows, result.shared_z),
-            *(*expert_args, expert_rows, result.expert_z, rank, expert),
-            *(router, router_columns, choices, router_x, router_stride, result.expert),
-            *(workspace.partials, workspace.counters),
-            BR=config.rows,
-            BM=config.tokens,
-            BK=config.columns,
-            BE=padded_choices,
-            TILE=tile_size,
-            SPLIT_K=config.split_k,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    if row_tiles * token_tiles == 0:
+        return result
+    _down[row_tiles, token_tiles, config.split_k](
+        x=x,
+        x_stride=x.stride(0),
+        tokens=tokens,
+        columns=columns,
+        stored=next((values.shape[-1] for values in (shared_values, expert_values) if values is not None), 0),
+        shared=shared_values,
+        shared_scale=shared_scale,
+        shared_rows=shared_rows,
+        shared_z=result.shared_z,
+        experts=expert_values,
+        expert_scale=expert_scale,
+        expert_rows=num_experts * rank,
+        expert_z=result.expert_z,
+        rank=rank,
+        expert=expert,
+        router=router,
+        router_columns=router_columns,
+        choices=choices,
+        router_x=router_x,
+        router_stride=0 if router_x is None else router_x.stride(0),
+        chosen=result.expert,
+        partials=workspace.partials,
+        counters=workspace.counters,
+        BR=config.rows,
+        BM=config.tokens,
+        BK=config.columns,
+        BE=padded_choices,
+        TILE=tile_size,
+        SPLIT_K=config.split_k,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return result
 
 
@@ -155,28 +177,19 @@ def _dense(factor: Factor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype) if scale is None else values.to(dtype) * scale.to(dtype)[..., None]
 
 
-def _rows(factor: Factor | None) -> tuple[int, Tensor | None, Tensor | None, int]:
-    """Rows altogether; values, scale and the values' stride as the kernel takes them."""
-    if factor is None:
-        return 0, None, None, 0
-    values, scale = factor
-    return values.shape[:-1].numel(), values, scale, values.stride(-2)
-
-
 @triton.jit(do_not_specialize=["tokens"])  # a serving engine meets every number of tokens
 def _down(
     x,
     x_stride,
     tokens,
     columns,
+    stored,
     shared,
     shared_scale,
-    shared_stride,
     shared_rows,
     shared_z,
     experts,
     expert_scale,
-    expert_stride,
     expert_rows,
     expert_z,
     rank,
@@ -207,26 +220,24 @@ def _down(
     factor_tiles = shared_tiles + tl.cdiv(expert_rows, BR)
     wide = token.to(tl.int64)  # tokens x columns may pass 2^31
 
-    if shared is not None and tile < shared_tiles:
-        row = tile * BR + tl.arange(0, BR)
-        has_row = row < shared_rows
-        values = shared + row.to(tl.int64) * shared_stride
-        acc = _product(values, has_row, x + wide * x_stride, has_token, columns, split, BK, SPLIT_K)
-        acc, last = reduce_splits(acc, partials, counter, split, SPLIT_K)
-        if last:
-            _store(acc, shared_scale, row, has_row, shared_z + wide * shared_rows, has_token)
-    if experts is not None and tile >= shared_tiles and tile < factor_tiles:
-        row = (tile - shared_tiles) * BR + tl.arange(0, BR)
-        has_row = row < expert_rows
-        if expert is not None:
+    if (shared is not None or experts is not None) and tile < factor_tiles:
+        is_shared = tile < shared_tiles
+        row = (tile - tl.where(is_shared, 0, shared_tiles)) * BR + tl.arange(0, BR)
+        rows = tl.where(is_shared, shared_rows, expert_rows)
+        has_row = row < rows
+        if experts is not None and expert is not None and tile >= shared_tiles:
             own = tl.load(expert + token, mask=has_token, other=-1)
             has_row &= tl.max(((row // rank)[:, None] == own[None, :]).to(tl.int32), axis=1) > 0
         if tl.max(has_row.to(tl.int32), axis=0) > 0:
-            values = experts + row.to(tl.int64) * expert_stride
+            values = _either(is_shared, shared, experts) + row.to(tl.int64) * stored
             acc = _product(values, has_row, x + wide * x_stride, has_token, columns, split, BK, SPLIT_K)
             acc, last = reduce_splits(acc, partials, counter, split, SPLIT_K)
             if last:
-                _store(acc, expert_scale, row, has_row, expert_z + wide * expert_rows, has_token)
+                scale = _either(is_shared, shared_scale, expert_scale)
+                if scale is not None:
+                    acc *= tl.load(scale + row, mask=has_row, other=0).to(tl.float32)[:, None]
+                z = _either(is_shared, shared_z, expert_z) + wide * rows
+                tl.store(z[None, :] + row[:, None], acc, mask=has_row[:, None] & has_token[None, :])
     if router is not None and tile >= factor_tiles:
         index = tile - factor_tiles
         choice = tl.arange(0, BE)
@@ -237,6 +248,17 @@ def _down(
         scores, last = reduce_splits(scores, partials, counter, split, SPLIT_K)
         if last:
             tl.store(chosen + index * tokens + token, _lowest(scores, choice, has_choice), mask=has_token)
+
+
+@triton.jit
+def _either(condition, one, other):
+    """One where the condition holds, or where there is no other."""
+    if one is None:
+        return other
+    elif other is None:
+        return one
+    else:
+        return tl.where(condition, one, other)
 
 
 @triton.jit
@@ -272,7 +294,9 @@ def _product(
             x[None, :] + (first + k)[:, None], mask=(first + k < columns)[:, None] & has_token[None, :], other=0
         )
         if PAIRS:
-            a = tl.join((a & 15).to(tl.int8) - 8, (a >> 4).to(tl.int8) - 8).reshape(a.shape[0], BK)
+            a = _unpack(a, b.dtype)
+        elif a.dtype == tl.int8:
+            a = a.to(tl.float32 if INTERPRET else b.dtype)
         if MAGNITUDE:
             b = tl.abs(b.to(tl.float32)).to(b.dtype)
         acc = _dot(a, b, acc)
@@ -280,24 +304,27 @@ def _product(
 
 
 @triton.jit
-def _dot(a, b, acc):
-    """acc + a b with exact products; codes are exact in b's 16 bits, and where 16-bit types differ, in float32."""
-    if INTERPRET:  # its bf16 are integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    elif a.dtype == tl.int8:
-        return tl.dot(a.to(b.dtype), b, acc)
-    elif a.dtype == b.dtype:
-        return tl.dot(a, b, acc)
+def _unpack(pairs, DTYPE: tl.constexpr):
+    """[rows, n] bytes with two codes + 8 -> the codes [rows, 2 n], exactly.
+
+    A code + 8 becomes the lowest bits of a float whose last bit counts 1: cheaper than a conversion from integers.
+    """
+    codes = tl.join(pairs & 15, pairs >> 4).reshape(pairs.shape[0], 2 * pairs.shape[1])
+    if INTERPRET:
+        return codes.to(tl.float32) - 8
+    elif DTYPE.is_bf16():
+        return (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128 + 8)
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024 + 8)
 
 
 @triton.jit
-def _store(acc, scale, row, has_row, z, has_token):
-    """z [tokens]: pointers to where the rows of z begin."""
-    if scale is not None:
-        acc *= tl.load(scale + row, mask=has_row, other=0).to(tl.float32)[:, None]
-    tl.store(z[None, :] + row[:, None], acc, mask=has_row[:, None] & has_token[None, :])
+def _dot(a, b, acc):
+    """acc + a b with exact products; where 16-bit types differ, in float32."""
+    if INTERPRET or a.dtype != b.dtype:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit

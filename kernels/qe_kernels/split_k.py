@@ -56,13 +56,14 @@ def reduce_splits(acc, partials, counter, split, SPLIT_K: tl.constexpr):
     last = SPLIT_K == 1
     if SPLIT_K > 1:
         size: tl.constexpr = acc.shape[0] * acc.shape[1]
+        at_once: tl.constexpr = 4096 // size if size < 4096 else 1  # tiles in flight, as far as registers go
         place = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
         tl.store(partials + split * size + place, acc)
         tl.debug_barrier()  # one thread counts for all: first let all have stored
         last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
         if last:
             acc = tl.zeros_like(acc)
-            for other in tl.range(SPLIT_K, loop_unroll_factor=4):  # four loads in flight
+            for other in tl.range(SPLIT_K, loop_unroll_factor=at_once):
                 acc += tl.load(partials + other * size + place, cache_modifier=".cg")
             tl.store(counter, 0)
     return acc, last

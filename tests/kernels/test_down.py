@@ -13,7 +13,12 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = DownConfig(rows=16, tokens=32, columns=32, split_k=2, warps=4, stages=2)
-ROUNDING = {torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7, torch.float16: 2**-11}
+ROUNDING = {
+    torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7,
+    torch.float16: 2**-11,
+    torch.float32: 0,
+    torch.float64: 0,
+}
 """The interpreter cuts bf16 off."""
 
 
@@ -60,9 +65,10 @@ def dense64(stored: Factor) -> Tensor:
 
 
 def assert_projects(z: Tensor, x: Tensor, matrix: Tensor) -> None:
-    """z = x matrix^T up to one rounding of z and the float32 sum."""
+    """z = x matrix^T up to one rounding of z and a sum in float32 (float64 where x is)."""
     exact = x.double() @ matrix.T
-    bound = ROUNDING[z.dtype] * exact.abs() + 1e-6 * (x.double().abs() @ matrix.abs().T) + 2**-24
+    summed = 1e-14 if x.dtype == torch.float64 else 1e-6
+    bound = ROUNDING[z.dtype] * exact.abs() + summed * (x.double().abs() @ matrix.abs().T) + summed / 10
     assert z.dtype == x.dtype
     assert ((z.double() - exact).abs() <= bound).all()
 
@@ -87,6 +93,7 @@ CONFIGS = st.builds(
 )
 
 
+@settings(max_examples=18)
 @given(
     tokens=TOKENS,
     columns=st.integers(1, 150),
@@ -106,6 +113,7 @@ def test_the_shared_factor_projects(
     assert result.expert is None
 
 
+@settings(max_examples=18)
 @given(
     tokens=TOKENS,
     columns=st.integers(1, 50).map(lambda n: 2 * n),
@@ -149,6 +157,7 @@ def test_a_tile_reads_only_the_experts_of_its_own_tokens() -> None:
     assert written[32:].tolist() == [[False, False, True, False]] * 32
 
 
+@settings(max_examples=12)
 @given(
     tokens=TOKENS,
     columns=st.integers(1, 150),
@@ -181,6 +190,7 @@ def test_scores_that_are_nan_are_never_chosen() -> None:
     assert chosen == [-1 if token == 7 else 2 for token in range(20)]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 def test_a_score_without_bound_is_chosen_where_all_others_are_nan() -> None:
     router = torch.tensor([[[torch.nan], [torch.inf]]], dtype=torch.bfloat16, device=DEVICE)
     x = torch.ones(3, 1, dtype=torch.bfloat16, device=DEVICE)
@@ -188,13 +198,13 @@ def test_a_score_without_bound_is_chosen_where_all_others_are_nan() -> None:
     assert down_reference(x, router=router, router_x=x).expert.tolist() == [[1, 1, 1]]
 
 
-@settings(max_examples=10)
-@given(tokens=st.integers(1, 80), shared=STORAGES, experts=STORAGES, config=CONFIGS)
-def test_one_launch_does_it_all(tokens: int, shared: str, experts: str, config: DownConfig) -> None:
+@settings(max_examples=6)
+@given(tokens=st.integers(1, 80), storage=STORAGES, config=CONFIGS)
+def test_one_launch_does_it_all(tokens: int, storage: str, config: DownConfig) -> None:
     """Another width for the routers, and rows of x that lie apart, as in a part of a fused output."""
     x = normal(0, tokens, 200)[:, 50:150]
     router_x = normal(1, tokens, 300)[:, :70]
-    parts = {"shared": factor(2, shared, 20, 100), "experts": factor(4, experts, 5, 16, 100)}
+    parts = {"shared": factor(2, storage, 20, 100), "experts": factor(4, storage, 5, 16, 100)}
     router = torch.randint(-1, 2, (2, 5, 70), generator=generator(6)).to(torch.bfloat16).to(DEVICE)
     result = run(x, config, **parts, router=router, router_x=router_x)
     assert_projects(result.shared_z, x, dense64(parts["shared"]))
@@ -212,7 +222,7 @@ def test_a_float16_model_may_have_bfloat16_factors() -> None:
     assert_projects(run(x, shared=shared).shared_z, x, dense64(shared))
 
 
-@pytest.mark.parametrize("split_k", [1, 2, 3, 7])
+@pytest.mark.parametrize("split_k", [1, 3, 7])
 def test_every_run_gives_the_same_bits(split_k: int) -> None:
     """More splits than blocks of K as well: some programs then have nothing to add."""
     config = replace(CONFIG, split_k=split_k)
@@ -231,6 +241,11 @@ def test_a_workspace_that_is_too_small_is_refused(name: str, workspace: Workspac
         down(normal(0, 33, 64), shared=factor(1, "16", 33, 64), config=CONFIG, workspace=workspace)
 
 
+def test_factors_of_two_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts: expected torch.int8 as shared, found torch.uint8"):
+        run(normal(0, 3, 64), shared=factor(1, "8", 5, 64), experts=factor(2, "4", 2, 5, 64))
+
+
 def test_without_splits_no_workspace_is_used() -> None:
     x, shared = normal(0, 33, 64), factor(1, "16", 33, 64)
     nothing = Workspace.allocate(0, 0, DEVICE)
@@ -244,11 +259,8 @@ def test_the_torch_reference_computes_the_same(storage: str, dtype: torch.dtype)
     x, shared, experts = normal(0, 9, 30, dtype=dtype), factor(1, storage, 6, 30), factor(3, storage, 4, 5, 30)
     router = normal(5, 2, 4, 30)
     result = down_reference(x, shared, experts, router, x)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype) or ROUNDING[dtype]
-    shared_z, expert_z = x.double() @ dense64(shared).T, x.double() @ dense64(experts).flatten(0, 1).T
-    assert torch.allclose(result.shared_z.double(), shared_z, rtol=tolerance, atol=tolerance)
-    assert torch.allclose(result.expert_z.flatten(1).double(), expert_z, rtol=tolerance, atol=tolerance)
-    assert result.shared_z.dtype == result.expert_z.dtype == dtype
+    assert_projects(result.shared_z, x, dense64(shared))
+    assert_projects(result.expert_z.flatten(1), x, dense64(experts).flatten(0, 1))
     scores = torch.einsum("teh,mh->tme", router.double(), x.double().abs())
     assert result.expert.tolist() == scores.argmin(dim=-1).tolist()
 

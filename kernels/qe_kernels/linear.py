@@ -234,6 +234,7 @@ def _argument(branch: Branch) -> _Branch:
     z, up, rank = branch.z, branch.up, branch.z.shape[-1]
     assert up.shape[-1] * (2 if up.dtype == torch.uint8 else 1) == rank, "z and up differ in rank"
     assert (branch.experts or 0) <= MAX_EXPERTS, f"more than {MAX_EXPERTS} experts"
+    assert max(_extent(z), _extent(up)) < 2**31, "offsets of 32 bits save registers"
     return _Branch(
         z,
         up,
@@ -246,6 +247,11 @@ def _argument(branch: Branch) -> _Branch:
         up.stride(-2),
         tl.constexpr(min(64, max(16, triton.next_power_of_2(rank)))),
     )
+
+
+def _extent(tensor: Tensor) -> int:
+    """The largest offset of an element."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _scaling(weight: Weight, config: Config) -> str:
@@ -304,8 +310,8 @@ def _linear(
     tokens = tile_m * BM + tl.arange(0, BM)
 
     if PARTS == SPLIT_K or part < SPLIT_K:
-        # Asked for before the loop, there after it.
-        if token_scale is not None:
+        # Asked for before the loop, there after it; of many tokens they would take too many registers.
+        if token_scale is not None and BM <= 64:
             by_token = tl.load(token_scale + tokens, mask=tokens < M, other=0.0)
         if SCALING == "output":
             by_row = tl.load(scale + rows, mask=rows < N, other=0)
@@ -316,6 +322,8 @@ def _linear(
         )  # fmt: skip
         if SCALING == "output":
             acc *= (by_row.to(tl.float32) * (1.0 / FACTOR))[:, None]
+        if token_scale is not None and BM > 64:
+            by_token = tl.load(token_scale + tokens, mask=tokens < M, other=0.0)
         if token_scale is not None:
             acc *= by_token[None, :]
     else:
@@ -426,7 +434,7 @@ def _load_up_scale(branch, e, rows, N):
     if branch.scale is None:
         return None
     else:
-        return tl.load(branch.scale + tl.cast(e, tl.int64) * N + rows, mask=rows < N, other=0)
+        return tl.load(branch.scale + e * N + rows, mask=rows < N, other=0)
 
 
 @triton.jit
@@ -436,9 +444,9 @@ def _add_chunk(acc, branch, by_row, e, chunk, rows, tokens, own, N):
     # A thread's share of a load is chosen for all loads of a shape. Bytes are read by 8 and not by 16, for 16 elements
     # of a plane of weights would be 32 bytes: two loads that use half of every sector.
     ranks = chunk * BR + tl.max_contiguous(tl.arange(0, BR), 8)
-    z_rows = branch.z + tl.cast(e, tl.int64) * branch.z_expert + tokens.to(tl.int64) * branch.z_token
+    z_rows = branch.z + e * branch.z_expert + tokens * branch.z_token
     z = tl.load(z_rows[None, :] + ranks[:, None], mask=own[None, :] & (ranks < branch.rank)[:, None], other=0)
-    up_rows = branch.up + tl.cast(e, tl.int64) * branch.up_expert + rows.to(tl.int64) * branch.up_row
+    up_rows = branch.up + e * branch.up_expert + rows * branch.up_row
     if branch.up.dtype.element_ty == tl.uint8:
         pairs = chunk * (BR // 2) + tl.max_contiguous(tl.arange(0, BR // 2), 8)
         mask = (rows < N)[:, None] & (pairs < branch.rank // 2)[None, :]

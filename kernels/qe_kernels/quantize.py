@@ -2,14 +2,15 @@
 
     x~ = [ rms_norm(x) | silu(gate) * up | x ] / input_scale          base * token_scale = Qa(x~ without extracted)
 
-One program holds a token's row in registers, so every input is read once and every output written once. Per token of
-K channels of 16 bits, in bytes of memory, which is also the floor (weights, scales and `extracted` are the same for
-all tokens and stay in the L2 cache; so do the lines that the gathered channels read again):
+One program prepares a token and holds its row in registers until it is rounded. Per token of K channels of 16 bits it
+moves, in bytes of memory,
 
     read x 2K (gated 4K)  +  write x~ 2K (where it differs from x and `with_x`)  +  write base K (int8) or 2K
 
-That is 5K for a norm with int8 codes, 3K without x~; norm, division and rounding as three kernels would move 11K.
-At 16 bits the linear reads x~ itself: without a norm, gate or scale nothing is launched but for gathered channels.
+which is the floor of what it is asked for: each input is read once and each output written once. (Weights, scales and
+`extracted` are the same for all tokens and stay in the L2 cache; channels by index, and rows of more than 16384, are
+read once more from there.) A norm with int8 codes moves 5K, without x~ 3K; norm, division and rounding as three kernels
+move 11K. Not timed on a GPU.
 """
 
 from dataclasses import dataclass
@@ -294,7 +295,7 @@ def _largest_rounded(magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr
     largest = tl.max(tl.reshape(magnitude, [PARTS, SIZE]), 1)
     low = tl.min(tl.where(tl.arange(0, PARTS) * SIZE < columns, largest, 0x7FFF), 0)
     high = tl.max(largest, 0) + 1
-    # Two to a word, below a set bit that survives the subtraction of what does not exceed them.
+    # Two to a word, each below a set bit that the subtraction of a larger number clears.
     even, odd = tl.split(tl.reshape(magnitude.to(tl.uint32), [BLOCK // 2, 2]))
     pairs = even | (odd << 16) | 0x80008000
     while high - low > 1:

@@ -289,6 +289,20 @@ def test_codes_are_those_of_the_prepared_input(case: tuple[Tensor, dict[str, Any
     assert torch.equal(found, on_grid(prepared, bits, kept).to(x.dtype))
 
 
+def test_the_norm_is_rounded_before_its_weight_as_models_do() -> None:
+    x = torch.tensor([[5.0] * 4 + [4.0] * 2 + [2.0] * 3 + [0.0] * 7], dtype=torch.bfloat16)  # root mean square: 3
+    weight = torch.linspace(1, 2, 16).bfloat16()
+    made = quantize(x, bits=None, int8=False, norm_weight=weight, eps=0.0)
+    assert torch.equal(made.x, (x.float() / 3).bfloat16() * weight)
+    assert not torch.equal(made.x, (x.float() / 3 * weight).bfloat16())
+
+
+def test_eps_bounds_what_a_norm_enlarges() -> None:
+    x, weight = torch.full((1, 8), 2.0**-10).bfloat16(), torch.ones(8).bfloat16()
+    made = quantize(x, bits=None, int8=False, norm_weight=weight, eps=3 * 2.0**-20)
+    assert made.x.tolist() == [[0.5] * 8]
+
+
 def test_the_scale_is_that_of_the_tokens_modality() -> None:
     x = torch.full((3, 4), 8.0, dtype=torch.bfloat16)
     scale = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 4).contiguous()
@@ -415,7 +429,7 @@ def test_rows_may_lie_apart_and_anywhere() -> None:
 
 @pytest.mark.parametrize("columns", [8192, 29696])
 def test_the_widths_of_the_large_model(columns: int) -> None:
-    """29696 is padded to 32768 in the kernel, and the search must not begin with what the padding holds."""
+    """29696 is padded to 32768 in the kernel, and no padding is kept."""
     x = tokens_of(0, 1, columns, torch.bfloat16)
     assert torch.equal(quantize(x, bits=4, kept=64, int8=False).base, on_grid(x, 4, 64).bfloat16())
 

@@ -133,6 +133,8 @@ def check_down(
     if experts is not None:
         _expect_factor("experts", experts, experts_scale, (None, None), width, x)
         _expect_few("experts", experts)
+    if shared is not None and experts is not None and shared.dtype != experts.dtype:
+        raise ValueError(f"experts: expected {_short(shared.dtype)} like shared, found {_short(experts.dtype)}")
     if router is not None:
         expect("router", router, SCALES, (None, None, None), x.device)
         _expect_few("router", router[0])

@@ -27,7 +27,7 @@ EXPERT_CHANNELS = torch.arange(E * D).view(E, D)
 QUANTIZE = {"x": half(M, K), "bits": 8, "int8": False}
 DOWN = {
     "x": half(M, K),
-    "shared": (half(R, K), None),
+    "shared": (torch.ones(R, K // 2, dtype=torch.uint8), half(R)),
     "experts": (torch.ones(E, R, K // 2, dtype=torch.uint8), half(E, R)),
     "router": torch.ones(2, E, K),
     "router_x": half(M, K),
@@ -106,6 +106,7 @@ def test_quantize_refuses(change: dict, said: str) -> None:
         ({"shared": (torch.ones(R, K, dtype=torch.uint8), half(R))}, r"shared: expected .* \[any, 128\]"),
         ({"experts": (half(E, K), None)}, r"experts: expected .* \[any, any, 256\]"),
         ({"experts": (half(33, R, K), None)}, "experts: expected at most 32 experts, found 33"),
+        ({"experts": (half(E, R, K), None)}, "experts: expected uint8 like shared, found bfloat16"),
         ({"router": torch.ones(E, K)}, r"router: expected .* \[any, any, any\]"),
         ({"router": torch.ones(1, 33, K)}, "router: expected at most 32 experts"),
         ({"router_x": None}, "router_x: expected the tensor that the routers read, found None"),

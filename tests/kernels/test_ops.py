@@ -60,7 +60,8 @@ DOWN = [
     {"experts": (codes(6, E, 16, K), normal(7, E, 16)), "expert": EXPERT},
     {"router": normal(8, 2, E, K, dtype=torch.float32), "router_x": X},
     {
-        "shared": (codes(9, 10, K // 2, dtype=torch.uint8), normal(10, 10)), "experts": (normal(11, E, 4, K), None),
+        "shared": (codes(9, 10, K // 2, dtype=torch.uint8), normal(10, 10)),
+        "experts": (codes(11, E, 4, K // 2, dtype=torch.uint8), normal(35, E, 4)),
         "router": normal(8, 1, E, K, dtype=torch.float32), "router_x": X,
     },
 ]  # fmt: skip

@@ -38,14 +38,14 @@ class Case:
 
     def __str__(self) -> str:
         tile = f"{self.config.BN}x{self.config.BM}x{self.config.BK}"
-        kind = f"a{8 if self.int8 else 16}g{self.group}"
+        kind = f"a{8 if self.int8 else 16}g{self.group}{'w' * self.config.scale_weights}"
         return f"sm{self.capability}-{tile}-{kind}-{len(self.branches)}branches"
 
     @property
     def job(self) -> Job:
         config = self.config
-        scaling = "accumulator" if self.group and self.group % config.BK == 0 else "weight"
-        scaling = "weight" if config.scale_weights else "output" if self.group is None else scaling
+        in_register = config.scale_weights or (self.group and self.group % config.BK)
+        scaling = "output" if self.group is None else "weight" if in_register else "accumulator"
         signature = {
             "base": "*i8:16" if self.int8 else "*bf16:16",
             "planes": ("*u8:16",) * 3,
@@ -82,7 +82,8 @@ DECODE_CASES = [
     Case(90, DECODE, NO_BRANCHES),
     Case(90, DECODE),
     Case(90, replace(DECODE, BM=32)),
-    Case(90, replace(DECODE, BM=64, scale_weights=True)),
+    Case(90, replace(DECODE, BM=64, BK=64)),
+    Case(90, replace(DECODE, scale_weights=True)),
     Case(90, replace(DECODE, BN=128, warps=8)),
     Case(90, replace(DECODE, split_k=8), ALL),
     Case(90, DECODE, int8=True, group=None),
@@ -135,10 +136,9 @@ def test_weights_do_not_go_back_to_shared_memory(built: dict[Case, Build], case:
         assert count(loop, FROM_REGISTERS) == count(loop, TENSOR_CORE)
 
 
-@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in DECODE_CASES if case.config.BK == 128], ids=str)
 def test_decode_copies_16_bytes_at_a_time(built: dict[Case, Build], case: Case) -> None:
-    """Neighbouring threads neighbouring 16 bytes; scales, where they are copied, by 4."""
+    """Neighbouring threads copy neighbouring 16 bytes; only scales of weights go by 4."""
     loop = built[case].loop
-    narrow = count(loop, "LDGSTS") - count(loop, r"LDGSTS\S*\.128")
-    assert narrow == case.config.scale_weights
+    assert count(loop, "LDGSTS") - count(loop, r"LDGSTS\S*\.128") == case.config.scale_weights
     assert count(loop, r"LDGSTS\S*\.128 .*\+0x10\]") == 0

@@ -21,22 +21,21 @@ if __name__ == "__main__" and "--cpu-check" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / part) for part in ("benchmarks/gpu", "kernels", "pipelines", ".")]
+sys.path[:0] = [str(ROOT / part) for part in ("kernels", "pipelines", ".")]
 
 import torch  # noqa: E402
-from calls import Prepared, prepare  # noqa: E402
-from cases import FORMATS, MODELS, REPAIRS, Format, Layer, Problem, Random, some_rows  # noqa: E402
-from check import device_for, error  # noqa: E402
+from kernel_bench.calls import Prepared, prepare  # noqa: E402
+from kernel_bench.cases import FORMATS, MODELS, REPAIRS, Format, Layer, Problem, Random, some_rows  # noqa: E402
+from kernel_bench.check import device_for, error  # noqa: E402
+from kernel_bench.measure import write  # noqa: E402
+from kernel_bench.timing import copies, seconds  # noqa: E402
 from qe_kernels import Branch  # noqa: E402
 from qe_kernels.dense import linear_on_dense_weight  # noqa: E402
 from qe_kernels.dispatch import BUCKETS, Device, Table, file_name, heuristic, key_of, read_table, written_table  # noqa: E402
 from qe_kernels.linear import Config, linear, linear_reference  # noqa: E402
 from qe_kernels.workspaces import workspace_of  # noqa: E402
-from timing import copies, seconds  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
-
-from kernels import write  # noqa: E402
 
 TABLES = ROOT / "kernels" / "qe_kernels" / "tables"
 DENSE_FROM = 256

@@ -1,11 +1,11 @@
-"""What the kernels are to reach on an H100, beside what kernels.py measured."""
+"""What the kernels are to reach on an H100, beside what bench_kernels.py measured."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-"""A measurement of kernels.py."""
+"""A measurement of bench_kernels.py."""
 LAYERS = ("qkv", "o", "gate_up", "down")
 DECODE, MIDDLE, PREFILL = (1, 4, 16), (64, 256), 4096
 GROUPED, CHANNEL = "w4a16g128", "w4a8"

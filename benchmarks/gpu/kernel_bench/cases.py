@@ -1,4 +1,4 @@
-"""Random linears of real shapes, as a checkpoint would hold them: for kernels.py and tune.py."""
+"""Random linears of real shapes, as a checkpoint would hold them: for bench_kernels.py and tune.py."""
 
 from dataclasses import dataclass, replace
 

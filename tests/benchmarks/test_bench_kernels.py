@@ -1,9 +1,10 @@
-"""benchmarks/gpu/kernels.py and tune.py work, as far as a machine without a GPU can show."""
+"""benchmarks/gpu/bench_kernels.py and tune.py work, as far as a machine without a GPU can show."""
 
 import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def folder() -> None:
+def folder() -> Iterator[None]:
     pytest.importorskip("triton")
     sys.path.insert(0, str(GPU))
     yield
@@ -28,13 +29,13 @@ def module(name: str) -> ModuleType:
 
 
 def test_the_kernels_pass_the_checks_of_the_benchmark() -> None:
-    found = module("kernels").checked(CPU, seed=1, small=True)
+    found = module("bench_kernels").checked(CPU, seed=1, small=True)
     assert [one for one in found if not one.passed] == []
     assert {one.name.split()[0] for one in found} == {"layout", "quantize", "down", "linear"}
 
 
 def problem_of(name: str, outputs: int = 130):
-    cases = module("cases")
+    cases = module("kernel_bench.cases")
     draw = cases.Random(0, CPU)
     bare = draw.problem(cases.Layer("tiny", outputs, 256), replace(cases.FORMATS["w4a8"]))
     return draw, draw.repaired(bare, cases.REPAIRS[name])
@@ -51,7 +52,7 @@ def problem_of(name: str, outputs: int = 130):
     ids=["a column is missing", "a column was not written", "all is off by 2 %", "runs differ"],
 )
 def test_a_wrong_kernel_does_not_pass(wrong, message, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = module("check")
+    check = module("kernel_bench.check")
     right = check.linear
     draw, problem = problem_of("experts")
     config = check.choose(check.INTERPRETER, problem.weight, 5)
@@ -65,18 +66,18 @@ def test_a_wrong_kernel_does_not_pass(wrong, message, monkeypatch: pytest.Monkey
 
 
 def test_unwritten_memory_is_poisoned() -> None:
-    with module("check").poisoned():
+    with module("kernel_bench.check").poisoned():
         assert torch.empty(3).isnan().all()
         assert torch.ones(1).new_empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_rows_of_a_problem_are_those_of_the_whole() -> None:
-    cases, linear = module("cases"), module("qe_kernels.linear").linear_reference
+    cases, linear = module("kernel_bench.cases"), module("qe_kernels.linear").linear_reference
     draw, problem = problem_of("experts", outputs=64 * 6 + 5)
     rows, part = cases.some_rows(problem)
     assert rows == [*range(192), *range(384, 389)]
-    prepared = module("calls").prepare(problem, draw.tokens(3, 256))
+    prepared = module("kernel_bench.calls").prepare(problem, draw.tokens(3, 256))
     y = linear(*prepared[:2], problem.weight, *prepared[2:], out_dtype=torch.float64, compute=torch.float64)
     ups = (part.shared_up, part.expert_up)
     branches = [replace(b, up=u[0], scale=u[1]) for b, u in zip(prepared[2], ups, strict=True)]
@@ -86,7 +87,7 @@ def test_rows_of_a_problem_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize("repair", ["bare", "shared", "experts"])
 def test_work_is_what_is_read_written_and_multiplied(repair: str) -> None:
-    calls = module("calls")
+    calls = module("kernel_bench.calls")
     draw, problem = problem_of(repair)
     m, n, k = 4, 130, 256
     prepared = calls.prepare(problem, draw.tokens(m, k))
@@ -105,15 +106,15 @@ def test_work_is_what_is_read_written_and_multiplied(repair: str) -> None:
 
 
 def test_a_floor_is_the_slower_of_memory_and_tensor_cores() -> None:
-    rates = module("timing").Rates(bytes=10.0, flop16=100.0, flop8=200.0)
-    work = module("calls").Work
+    rates = module("kernel_bench.timing").Rates(bytes=10.0, flop16=100.0, flop8=200.0)
+    work = module("kernel_bench.calls").Work
     assert work(bytes=50.0, flop=100.0).floor(rates) == 5.0
     assert work(bytes=1.0, flop=300.0, flop8=200.0).floor(rates) == 2.0
 
 
 def test_every_part_of_a_layer_is_measured() -> None:
-    kernels, cases = module("kernels"), module("cases")
-    bench = kernels.Bench(CPU, 0, time.monotonic() + 600, tokens=(1, 3))
+    measure, cases = module("kernel_bench.measure"), module("kernel_bench.cases")
+    bench = measure.Bench(CPU, 0, time.monotonic() + 600, tokens=(1, 3))
     bench.layer("72B", cases.Layer("qkv", 96, 256), list(cases.FORMATS.values()))
     result = bench.result()
     ours = {(f, r, p) for f in cases.FORMATS for r in cases.REPAIRS for p in ("linear", "whole")}
@@ -125,7 +126,7 @@ def test_every_part_of_a_layer_is_measured() -> None:
 
 
 def test_an_unfused_layer_computes_the_same() -> None:
-    calls, cases = module("calls"), module("cases")
+    calls, cases = module("kernel_bench.calls"), module("kernel_bench.cases")
     draw, bare = problem_of("bare")
     problem = draw.repaired(bare, replace(cases.REPAIRS["experts"], bits=16))
     x = draw.tokens(9, 256)
@@ -134,29 +135,29 @@ def test_an_unfused_layer_computes_the_same() -> None:
 
 
 def test_after_the_deadline_nothing_is_measured() -> None:
-    kernels, cases = module("kernels"), module("cases")
-    bench = kernels.Bench(CPU, 0, time.monotonic() - 1, tokens=(1,))
+    measure, cases = module("kernel_bench.measure"), module("kernel_bench.cases")
+    bench = measure.Bench(CPU, 0, time.monotonic() - 1, tokens=(1,))
     bench.layer("72B", cases.Layer("qkv", 96, 256), [cases.FORMATS["w4a8"]])
     assert bench.rows == []
 
 
 def rows(seconds: dict[str, float]) -> list[dict]:
     """Of a model on which every layer takes so many seconds, by format; `bare` for ours without branches."""
-    targets = module("targets")
-    kernels = module("kernels")
+    targets = module("kernel_bench.targets")
+    measure = module("kernel_bench.measure")
     made = []
     for layer in targets.LAYERS:
         for tokens in (*targets.DECODE, *targets.MIDDLE, targets.PREFILL):
-            made.append(kernels.Row("72B", layer, tokens, "bf16", "bare", "torch", seconds["bf16"], 1.0, 0, 0))
+            made.append(measure.Row("72B", layer, tokens, "bf16", "bare", "torch", seconds["bf16"], 1.0, 0, 0))
             for format in (targets.GROUPED, targets.CHANNEL):
                 for repair in ("bare", "experts"):
                     taken = seconds[format] if repair == "experts" else seconds["bare"]
-                    made.append(kernels.Row("72B", layer, tokens, format, repair, "whole", taken, 1.0, 0, 0))
+                    made.append(measure.Row("72B", layer, tokens, format, repair, "whole", taken, 1.0, 0, 0))
     return [asdict(row) for row in made]
 
 
 def test_targets_are_the_worst_of_what_counts() -> None:
-    targets = module("targets").targets
+    targets = module("kernel_bench.targets").targets
     fast = targets(rows({"bf16": 8.0, "w4a16g128": 2.0, "w4a8": 1.0, "bare": 1.0}))
     by_name = {target.name: target for target in fast}
     assert by_name["w4a16g128, M up to 16: of the bandwidth on gate_up and down"].found == 0.5
@@ -171,7 +172,7 @@ def test_targets_are_the_worst_of_what_counts() -> None:
 
 
 def test_what_was_not_measured_meets_and_misses_no_target() -> None:
-    assert {target.met for target in module("targets").targets([])} == {None}
+    assert {target.met for target in module("kernel_bench.targets").targets([])} == {None}
 
 
 def test_a_table_is_tuned_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +214,7 @@ def test_wrong_tiles_are_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("format", ["w4a16g128", "w4a8"])
 @pytest.mark.parametrize("tokens", [1, 64, 256, 4096])
 def test_candidates_begin_with_the_rule_and_are_many(format: str, tokens: int) -> None:
-    tune, cases = module("tune"), module("cases")
+    tune, cases = module("tune"), module("kernel_bench.cases")
     draw = cases.Random(0, CPU)
     problem = draw.problem(cases.Layer("tiny", 64, 512), cases.FORMATS[format])
     device = replace(tune.device_for(CPU), capability=(9, 0))

@@ -15,7 +15,6 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
-from cases import FORMATS, REPAIRS, Format, Layer, Problem, Random
 from qe_kernels import order_for, pack_weight, unpack_weight
 from qe_kernels.dense import linear_on_dense_weight
 from qe_kernels.dispatch import Device, choose, device_of
@@ -24,6 +23,8 @@ from qe_kernels.linear import Config, dequantize, dequantize_reference, linear, 
 from qe_kernels.quantize import quantize, quantize_reference
 from qe_kernels.workspaces import workspace_of
 from torch import Tensor
+
+from kernel_bench.cases import FORMATS, REPAIRS, Format, Layer, Problem, Random
 
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Twice the largest relative error of one rounding to the format."""
@@ -229,7 +230,7 @@ def sanitized(command: Sequence[str]) -> dict[str, str]:
     for tool in ("memcheck", "racecheck"):
         done = subprocess.run(
             [program, "--tool", tool, "--error-exitcode", "1", sys.executable, *command],
-            env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+            env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3],
         )  # fmt: skip
         said[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
     return said

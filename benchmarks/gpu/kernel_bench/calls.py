@@ -1,14 +1,15 @@
-"""The calls that kernels.py measures, and what each must at least read, write and multiply."""
+"""The calls that bench_kernels.py measures, and what each must at least read, write and multiply."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from cases import Problem
 from qe_kernels import Branch, ops
 from qe_kernels.down import Factor
-from timing import Rates
 from torch import Tensor
+
+from kernel_bench.cases import Problem
+from kernel_bench.timing import Rates
 
 Prepared = tuple[Tensor, Tensor | None, list[Branch], Tensor | None]
 """Base, token scale, branches and experts: what a linear is called with beside its weight."""

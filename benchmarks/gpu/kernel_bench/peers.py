@@ -1,14 +1,15 @@
 """Kernels of others on the same matrix: 4-bit weights of groups of 128, 16-bit tokens.
 
-Written from their public interfaces, and not run yet: kernels.py writes down the reason of a peer that fails.
+Written from their public interfaces, and not run yet: bench_kernels.py writes down the reason of a peer that fails.
 """
 
 from collections.abc import Callable
 
 import torch
-from cases import Problem
 from qe_kernels import unpack_weight
 from torch import Tensor
+
+from kernel_bench.cases import Problem
 
 Product = Callable[[Tensor], Tensor]
 """x [M, K] -> y [M, N]."""

@@ -2,13 +2,13 @@
 
     python benchmarks/gpu/bench_kernels.py                writes benchmarks/results/kernels_cuda.json
     python benchmarks/gpu/bench_kernels.py --check-only   only the checks
-    python benchmarks/gpu/bench_kernels.py --cpu-check    the checks at tiny sizes in Triton's interpreter, without a GPU
+    python benchmarks/gpu/bench_kernels.py --cpu-check    the checks at tiny sizes in Triton's interpreter: no GPU needed
 
 Seconds are those of one call within a CUDA graph (kernel_bench/timing.py). `linear` is the fused kernel alone; `whole`
 is all that a quantized linear launches: rounding of the tokens, down projections and routing, linear; `unfused` is the
-same with the branches as torch products. The floor of a call is its bytes at the bandwidth of a copy or its products at the
-rate of torch's largest ones, whichever takes longer, both measured here; of the experts it counts those that the tokens
-chose.
+same with the branches as torch products. The floor of a call is its bytes at the bandwidth of a copy or its products at
+the rate of torch's largest ones, whichever takes longer, both measured here; of the experts it counts those that the
+tokens chose.
 """
 
 import argparse

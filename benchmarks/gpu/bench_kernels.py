@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/bench_kernels.py                writes benchmarks/results/kernels_cuda.json
     python benchmarks/gpu/bench_kernels.py --check-only   only the checks
-    python benchmarks/gpu/bench_kernels.py --cpu-check    the checks at tiny sizes in Triton's interpreter: no GPU needed
+    python benchmarks/gpu/bench_kernels.py --cpu-check    the checks at tiny sizes, interpreted: no GPU is needed
 
 Seconds are those of one call within a CUDA graph (kernel_bench/timing.py). `linear` is the fused kernel alone; `whole`
 is all that a quantized linear launches: rounding of the tokens, down projections and routing, linear; `unfused` is the

@@ -65,6 +65,22 @@ def test_a_wrong_kernel_does_not_pass(wrong, message, monkeypatch: pytest.Monkey
             check.check_linear(draw, problem, 5, config)
 
 
+@pytest.mark.parametrize(("program", "said"), [("true", "clean"), ("false", "failed: "), ("sleep", "not done")])
+def test_what_compute_sanitizer_says_is_kept(program, said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, stand_in = module("kernel_bench.check"), tmp_path / program
+    stand_in.write_text(f"#!/bin/sh\nexec {program} {60 if program == 'sleep' else ''}\n", encoding="utf-8")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(check.shutil, "which", lambda name: str(stand_in))
+    found = check.sanitized(["kernels.py"], minutes=0.002 if program == "sleep" else 1.0)
+    assert {tool: text.startswith(said) for tool, text in found.items()} == {"memcheck": True, "racecheck": True}
+
+
+def test_without_compute_sanitizer_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = module("kernel_bench.check")
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    assert check.sanitized([]) == {}
+
+
 def test_unwritten_memory_is_poisoned() -> None:
     with module("kernel_bench.check").poisoned():
         assert torch.empty(3).isnan().all()

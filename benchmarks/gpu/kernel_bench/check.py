@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle
-from pathlib import Path
 
 import torch
 from qe_kernels import order_for, pack_weight, unpack_weight
@@ -220,7 +219,7 @@ def check_problems(draw: Random, pick: random.Random, small: bool) -> Iterator[F
                 yield check_linear(draw, problem, tokens, None)
 
 
-def sanitized(command: Sequence[str]) -> dict[str, str]:
+def sanitized(command: Sequence[str], minutes: float = 3.0) -> dict[str, str]:
     """What compute-sanitizer says of the small checks, tool by tool; empty where it is not installed."""
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -228,9 +227,13 @@ def sanitized(command: Sequence[str]) -> dict[str, str]:
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else overruns stay within a cached block
     said = {}
     for tool in ("memcheck", "racecheck"):
-        done = subprocess.run(
-            [program, "--tool", tool, "--error-exitcode", "1", sys.executable, *command],
-            env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3],
-        )  # fmt: skip
-        said[tool] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+        whole = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, *command]
+        try:
+            done = subprocess.run(
+                whole, env=environment, capture_output=True, text=True, check=False, timeout=60 * minutes
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            said[tool] = f"not done after {minutes:.0f} minutes"
+        else:
+            said[tool] = "clean" if done.returncode == 0 else f"failed: {(done.stdout + done.stderr)[-2000:]}"
     return said

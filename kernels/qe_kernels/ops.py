@@ -48,8 +48,7 @@ def quantize(
     with_x: bool = True,
 ) -> Activations:
     """See `qe_kernels.quantize.quantize`. Raises ValueError, naming the tensor, if one does not fit."""
-    changed = gated or norm_weight is not None or input_scale is not None
-    new = _new(bits, kept, changed, extracted, with_x)
+    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     made = iter(
         _quantize(
             x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels,
@@ -132,7 +131,16 @@ class _New(NamedTuple):
     token_scale: bool
 
 
-def _new(bits: int | None, kept: int, changed: bool, extracted: Tensor | None, with_x: bool) -> _New:
+def _new(
+    bits: int | None,
+    kept: int,
+    norm_weight: Tensor | None,
+    gated: bool,
+    input_scale: Tensor | None,
+    extracted: Tensor | None,
+    with_x: bool,
+) -> _New:
+    changed = gated or norm_weight is not None or input_scale is not None
     base = bits is not None or extracted is not None
     return _New(changed and (with_x or not base), base, bits is not None and not kept)
 
@@ -168,7 +176,7 @@ def _quantize(
         checks.expect_aligned({"x": x, **given})
         with _on(x.device):
             made = quantize_kernel(x, **how, **given, eps=eps, with_x=with_x)
-    new = _new(bits, kept, gated or norm_weight is not None or input_scale is not None, extracted, with_x)
+    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     prepared = made.base if made.x is None else made.x
     first = ((prepared, new.x), (made.base, new.base), (made.token_scale, new.token_scale))
     gathered = (made.shared_z, made.expert_z, made.salient_z)
@@ -184,7 +192,7 @@ def _(x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, share
         extracted=extracted, salient_channels=salient_channels,
     )  # fmt: skip
     tokens, columns = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    new = _new(bits, kept, gated or norm_weight is not None or input_scale is not None, extracted, with_x)
+    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     made = [x.new_empty(tokens, columns)] if new.x else []
     if new.base:
         made.append(x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype))
@@ -213,7 +221,8 @@ def _down(
         made = down_reference(x, *factors, router, router_x, expert)
     else:
         checks.expect_aligned(given)
-        rows = sum(values.shape[:-1].numel() for values in (shared, experts) if values is not None)
+        sizes = [values.shape[:-1].numel() for values in (shared, experts) if values is not None]
+        rows = sum(sizes) if sizes or router is None else router.shape[:2].numel()
         config = down_config(x.shape[0], rows, x.shape[1], device.processors)
         with _on(x.device):
             workspace = workspace_of(x.device)

@@ -40,8 +40,6 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 TABLES = ROOT / "kernels" / "qe_kernels" / "tables"
 DENSE_FROM = 256
 """Tokens from which dequantizing once is a candidate."""
-EXPLORED = (1, 16, 32, 64)
-"""Buckets whose tiles are as wide as they have tokens; larger ones try several widths."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,19 @@ def candidates(device: Device, problem: Problem, tokens: int) -> Iterator[Config
     """The heuristic's choice first, then what lies around it; None: dequantized once."""
     guess = heuristic(device, problem.weight, tokens)
     yield guess
-    group, narrow = problem.weight.group_size, tokens <= 64
+    group, int8, narrow = problem.weight.group_size, problem.format.int8, tokens <= 64
     widths = (max(16, tokens),) if narrow else (64, 128, 256)
     splits = (1, 2, 4, 8, 16) if narrow else (1, 2)
-    for outputs, width, depth, split, warps, stages in product(
-        (64, 128), widths, (64, 128, 256), splits, (4, 8), (3, 4, 5)
+    scaled = (False,) if int8 or group is None or tokens <= 32 else (False, True)
+    for outputs, width, depth, split, warps, stages, scale_weights in product(
+        (64, 128, 256), widths, (64, 128, 256), splits, (4, 8), (3, 4, 5), scaled
     ):
-        within = group is None or group % depth == 0
-        if not within and (problem.format.int8 or narrow):
-            continue
         large = outputs * width > 128 * 64
-        if large and (depth > 128 or stages > 4 or split > 1):
+        if large and (depth > 128 or stages > 4 or split > 1 or warps < 8):
             continue
-        config = Config(outputs, width, depth, split, warps, stages, scale_weights=large and not problem.format.int8)
+        if group is not None and group % depth and (int8 or not scale_weights):
+            continue
+        config = Config(outputs, width, depth, split, warps, stages, scale_weights=scale_weights)
         if config != guess:
             yield config
     if tokens >= DENSE_FROM and guess is not None:

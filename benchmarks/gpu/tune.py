@@ -10,6 +10,7 @@ every bucket, so a run that is cut off keeps what it found.
 import argparse
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,9 +50,19 @@ class Timed:
 
 
 def candidates(device: Device, problem: Problem, tokens: int) -> Iterator[Config | None]:
-    """The heuristic's choice first, then what lies around it; None: dequantized once."""
+    """The heuristic's choice first, then dequantized once (None), then tiles around it in random order, for the time
+    may not be enough for all."""
     guess = heuristic(device, problem.weight, tokens)
     yield guess
+    if tokens >= DENSE_FROM and guess is not None:
+        yield None
+    others = [config for config in tiles(problem, tokens) if config != guess]
+    random.Random(tokens).shuffle(others)
+    yield from others
+
+
+def tiles(problem: Problem, tokens: int) -> Iterator[Config]:
+    """All that the kernel can run and that are not hopeless."""
     group, int8, narrow = problem.weight.group_size, problem.format.int8, tokens <= 64
     widths = (max(16, tokens),) if narrow else (64, 128, 256)
     splits = (1, 2, 4, 8, 16) if narrow else (1, 2)
@@ -64,11 +75,7 @@ def candidates(device: Device, problem: Problem, tokens: int) -> Iterator[Config
             continue
         if group is not None and group % depth and (int8 or not scale_weights):
             continue
-        config = Config(outputs, width, depth, split, warps, stages, scale_weights=scale_weights)
-        if config != guess:
-            yield config
-    if tokens >= DENSE_FROM and guess is not None:
-        yield None
+        yield Config(outputs, width, depth, split, warps, stages, scale_weights=scale_weights)
 
 
 def call(problem: Problem, prepared: Prepared, dtype: torch.dtype, config: Config | None) -> Tensor:

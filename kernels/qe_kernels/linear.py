@@ -113,6 +113,7 @@ def linear(
         weight.row_tiles,
         weight.column_tiles,
         base.stride(0),
+        BRANCHES=len(branches),
         BITS=weight.bits,
         WGMMA=weight.order is Order.WGMMA,
         FACTOR=code_factor(weight.bits, weight.int8),
@@ -289,6 +290,7 @@ def _linear(
     row_tiles,
     column_tiles,
     base_token,
+    BRANCHES: tl.constexpr,
     BITS: tl.constexpr,
     WGMMA: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -333,7 +335,7 @@ def _linear(
         chosen = None
         if expert is not None:
             chosen = tl.load(expert + tokens, mask=tokens < M, other=-1)
-        for i in tl.static_range(len(branches)):
+        for i in tl.static_range(BRANCHES):
             acc = _add_branch(acc, branches[i], chosen, rows, tokens, M, N)
 
     sums = partials + tile.to(tl.int64) * (PARTS * BN * BM)

@@ -134,6 +134,15 @@ def test_in_place_leaves_the_words_alone_where_the_plane_does_not_fit(bits, rows
     assert torch.equal(unpack_weight(weight)[0], codes)
 
 
+def test_in_place_leaves_the_neighbours_of_a_shard_alone():
+    """A row-parallel shard is a view with gaps: other ranks' words lie in them."""
+    codes = random_codes(64, 256, 4)
+    words = pack(codes, 4)
+    weight = pack_weight(words.chunk(2, dim=1)[1], 4, torch.ones(64, 1), 128, Order.WGMMA, in_place=True)
+    assert torch.equal(words, pack(codes, 4))
+    assert torch.equal(unpack_weight(weight)[0], codes[:, 128:])
+
+
 def test_without_in_place_the_words_stay():
     words = pack(random_codes(64, 128, 4), 4)
     before = words.clone()

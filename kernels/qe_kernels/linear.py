@@ -112,6 +112,7 @@ def linear(
         weight.row_tiles,
         weight.column_tiles,
         base.stride(0),
+        BRANCHES=len(branches),
         BITS=weight.bits,
         WGMMA=weight.order is Order.WGMMA,
         FACTOR=code_factor(weight.bits, weight.int8),
@@ -288,6 +289,7 @@ def _linear(
     row_tiles,
     column_tiles,
     base_token,
+    BRANCHES: tl.constexpr,
     BITS: tl.constexpr,
     WGMMA: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -332,7 +334,7 @@ def _linear(
         chosen = None
         if expert is not None:
             chosen = tl.load(expert + tokens, mask=tokens < M, other=-1)
-        for i in tl.static_range(len(branches)):
+        for i in tl.static_range(BRANCHES):
             acc = _add_branch(acc, branches[i], chosen, rows, tokens, M, N)
 
     sums = partials + tile.to(tl.int64) * (PARTS * BN * BM)
@@ -410,7 +412,9 @@ def _add_branch(acc, branch, chosen, rows, tokens, M, N):
     BM: tl.constexpr = acc.shape[1]
     chunks = tl.cdiv(branch.rank, branch.BR)
     if branch.experts is None:
-        by_row = _load_up_scale(branch, 0, rows, N)
+        by_row = None
+        if branch.scale is not None:
+            by_row = tl.load(branch.scale + rows, mask=rows < N, other=0)
         for chunk in tl.range(0, chunks):
             acc = _add_chunk(acc, branch, by_row, 0, chunk, rows, tokens, tokens < M, N)
     else:
@@ -419,7 +423,9 @@ def _add_branch(acc, branch, chosen, rows, tokens, M, N):
             e = i // chunks
             # A large tile needs nearly all of them, and a loop without a branch is pipelined.
             if BM >= 128 or (needed >> e) & 1 != 0:
-                by_row = _load_up_scale(branch, e, rows, N)
+                by_row = None
+                if branch.scale is not None:
+                    by_row = tl.load(branch.scale + e * N + rows, mask=rows < N, other=0)
                 acc = _add_chunk(acc, branch, by_row, e, i % chunks, rows, tokens, chosen == e, N)
     return acc
 
@@ -427,14 +433,6 @@ def _add_branch(acc, branch, chosen, rows, tokens, M, N):
 @triton.jit
 def _union(a, b):
     return a | b
-
-
-@triton.jit
-def _load_up_scale(branch, e, rows, N):
-    if branch.scale is None:
-        return None
-    else:
-        return tl.load(branch.scale + e * N + rows, mask=rows < N, other=0)
 
 
 @triton.jit

@@ -128,14 +128,15 @@ def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:
     split = 1
     while tokens <= 64 and tiles * split < WAVES * device.processors and 2 * split * STEPS <= steps:
         split *= 2
-    return replace(config, BK=depth, split_k=split, scale_weights=tokens > 32 and not weight.int8)
+    return replace(config, BK=depth, split_k=split, scale_weights=tokens > 64 and not weight.int8)
 
 
 def _tile(device: Device, weight: Weight, tokens: int) -> Config:
     """The largest of those that tests/kernels/test_aot_linear.py holds to spill no registers."""
     hopper = device.capability >= (9, 0)
     if tokens <= 64:
-        return Config(64, max(16, bucket_of(tokens)), 128, warps=4, stages=4 if hopper or tokens <= 16 else 3)
+        depth = 128 if tokens <= 32 or weight.int8 else 64
+        return Config(64, max(16, bucket_of(tokens)), depth, warps=4, stages=4 if hopper or tokens <= 16 else 3)
     if tokens <= 256 or not hopper or (weight.int8 and weight.group_size):
         return Config(128, 128, 128, warps=8, stages=3)
     return Config(256, 128, 128 if weight.int8 else 64, warps=8, stages=3)

@@ -146,7 +146,7 @@ def test_the_tiles_of_hopper_are_built_ahead_of_time(of: Weight, tokens: int) ->
     """So that they are known to fit and not to spill."""
     config = heuristic(H100, of, tokens)
     assert config is not None
-    assert tile(config) in {tile(case.config) for case in CASES if case.capability == 90}
+    assert tile(config) in {tile(case.config) for case in CASES if case.capability == 90 and (of.int8 or not case.int8)}
 
 
 def tile(config: Config) -> tuple[int, ...]:

@@ -123,9 +123,9 @@ def test_nothing_spills_and_all_fits(built: dict[Case, Build], case: Case) -> No
 
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_decode_leaves_room_for_several_blocks(built: dict[Case, Build], case: Case) -> None:
-    """512 threads at least on a multiprocessor of 65536 registers: latency is hidden by their number."""
+    """Of 65536 registers for 512 threads, of shared memory for two blocks: latency is hidden by their number."""
     assert built[case].registers <= 128
-    assert built[case].shared <= SHARED_LIMIT[case.capability] // (16 // case.config.warps)
+    assert built[case].shared <= SHARED_LIMIT[case.capability] // 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -264,6 +264,16 @@ def test_every_number_of_bits(bits: int, int8: bool, order: Order) -> None:
     problem.assert_solved_by(problem.run(Config(64, 16, 128, split_k=2)))
 
 
+@pytest.mark.parametrize("split_k", [1, 2])
+@pytest.mark.parametrize(
+    ("group_size", "block_k", "scale_weights"),
+    [(128, 128, False), (128, 32, False), (256, 128, False), (32, 128, False), (128, 128, True), (256, 64, True)],
+)
+def test_each_step_takes_its_own_scales(group_size: int, block_k: int, scale_weights: bool, split_k: int) -> None:
+    problem = make_problem(0, 5, 70, 768, group_size=group_size)
+    problem.assert_solved_by(problem.run(Config(64, 16, block_k, split_k=split_k, scale_weights=scale_weights)))
+
+
 def test_equal_inputs_give_equal_bits() -> None:
     """Also where the workspace holds what the run before left."""
     problem = make_problem(

@@ -11,8 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qe_kernels.layout import TILE_ROWS, Weight
-from qe_kernels.linear import Branch, dense_up, dequantize
+from qe_kernels.dispatch import depths
+from qe_kernels.layout import TILE_ROWS, Order, Weight, code_factor, unpack_weight
+from qe_kernels.linear import INTERPRET, Branch, dense_up, load_scales, scale_weights, scaled
+from qe_kernels.triton_if_any import tl, triton
+from qe_kernels.unpack import load_weight
 
 SLAB = 2**26
 """Weights that are dequantized at a time: 128 MiB, and still enough rows for all of a GPU."""
@@ -41,16 +44,33 @@ def linear_on_dense_weight(
     return y if bias is None else y.add_(bias)
 
 
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """codes * scale, [N, K] in `dtype` (bf16 or fp16), for products so large that cuBLAS wins."""
+    dense = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
+    block_k = max(depths(weight))
+    grid = (triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, block_k))
+    _dequantize[grid](
+        weight.three_planes, weight.scale, dense, weight.rows, weight.columns, weight.row_tiles, weight.column_tiles,
+        BITS=weight.bits, WGMMA=weight.order is Order.WGMMA, INT8=weight.int8,
+        FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size or 128 * weight.column_tiles,
+        BN=64, BK=block_k, num_warps=4,
+    )  # fmt: skip
+    return dense
+
+
+def dequantize_reference(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The same in plain torch."""
+    return scaled(*unpack_weight(weight), weight, torch.float32).to(dtype)
+
+
 def _slabs(weight: Weight) -> Iterator[tuple[slice, Weight]]:
     """Rows, and the weight of these rows."""
     tiles = max(1, SLAB // (weight.columns * TILE_ROWS))
     for first in range(0, weight.row_tiles, tiles):
         rows = slice(first * TILE_ROWS, min((first + tiles) * TILE_ROWS, weight.rows))
         planes = tuple(plane[first : first + tiles] for plane in weight.planes)
-        yield (
-            rows,
-            replace(weight, planes=planes, scale=weight.scale[:, rows].contiguous(), rows=rows.stop - rows.start),
-        )
+        scale = weight.scale[:, rows].contiguous()
+        yield rows, replace(weight, planes=planes, scale=scale, rows=rows.stop - rows.start)
 
 
 def _side_by_side(branch: Branch, expert: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -61,3 +81,21 @@ def _side_by_side(branch: Branch, expert: Tensor | None, dtype: torch.dtype) -> 
     own = expert[:, None] == torch.arange(branch.experts, device=expert.device)
     chosen = torch.where(own[..., None], z if z.dim() == 3 else z[:, None], 0)
     return chosen.flatten(1), up.transpose(0, 1).flatten(1)
+
+
+@triton.jit
+def _dequantize(
+    planes, scale, dense, N, K, row_tiles, column_tiles,
+    BITS: tl.constexpr, WGMMA: tl.constexpr, INT8: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    columns = tl.program_id(1) * BK + tl.arange(0, BK)
+    w = load_weight(
+        planes[0], planes[1], planes[2], tl.program_id(0) * BN, tl.program_id(1) * BK, row_tiles, column_tiles,
+        BN, BK, BITS, WGMMA, tl.int8 if INT8 else tl.float32 if INTERPRET else dense.dtype.element_ty,
+    )  # fmt: skip
+    scales = load_scales(scale, rows, tl.program_id(1) * BK, N, K, GROUP, min(GROUP, BK), BK)
+    w = scale_weights(w.to(tl.float32), scales.to(tl.float32) * (1.0 / FACTOR))
+    place = dense + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    tl.store(place, w.to(dense.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])

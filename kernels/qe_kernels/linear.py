@@ -96,38 +96,15 @@ def linear(
     tiles = triton.cdiv(weight.rows, config.BN) * triton.cdiv(tokens, config.BM)
     workspace.check(tiles, parts, config.BN * config.BM)
     _linear[(tiles * parts,)](
-        base,
-        token_scale,
-        weight.three_planes,
-        weight.scale,
-        branches,
-        expert,
-        bias,
-        y,
-        workspace.partials,
-        workspace.counters,
-        tokens,
-        weight.rows,
-        columns,
-        weight.row_tiles,
-        weight.column_tiles,
-        base.stride(0),
-        BRANCHES=len(branches),
-        BITS=weight.bits,
-        WGMMA=weight.order is Order.WGMMA,
-        FACTOR=code_factor(weight.bits, weight.int8),
-        GROUP=weight.group_size,
-        SCALING=_scaling(weight, config),
-        BN=config.BN,
-        BM=config.BM,
-        BK=config.BK,
-        SPLIT_K=config.split_k,
-        PARTS=parts,
-        GROUP_M=config.group_m,
-        EVEN_K=columns % config.BK == 0,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        base, token_scale, weight.three_planes, weight.scale, branches, expert, bias, y,
+        workspace.partials, workspace.counters,
+        tokens, weight.rows, columns, weight.row_tiles, weight.column_tiles, base.stride(0),
+        BRANCHES=len(branches), BITS=weight.bits, WGMMA=weight.order is Order.WGMMA,
+        FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size, SCALING=_scaling(weight, config),
+        BN=config.BN, BM=config.BM, BK=config.BK, SPLIT_K=config.split_k, PARTS=parts,
+        GROUP_M=config.group_m, EVEN_K=columns % config.BK == 0,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return y
 
 
@@ -148,7 +125,7 @@ def linear_reference(
     token_scale: float32 [M] of activation codes. expert: int32 [M], the expert of every token, -1 for none.
     """
     codes, scale = unpack_weight(weight)
-    y = base.to(compute) @ _scaled(codes, scale, weight, compute).T
+    y = base.to(compute) @ scaled(codes, scale, weight, compute).T
     if token_scale is not None:
         y = y * token_scale[:, None]
     for branch in branches:
@@ -163,44 +140,7 @@ def linear_reference(
     return y.to(out_dtype)
 
 
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """codes * scale, [N, K] in `dtype` (bf16 or fp16), for products so large that cuBLAS wins."""
-    dense = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
-    block_k = largest_step(weight.group_size)
-    grid = (triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, block_k))
-    _dequantize[grid](
-        weight.three_planes,
-        weight.scale,
-        dense,
-        weight.rows,
-        weight.columns,
-        weight.row_tiles,
-        weight.column_tiles,
-        BITS=weight.bits,
-        WGMMA=weight.order is Order.WGMMA,
-        INT8=weight.int8,
-        FACTOR=code_factor(weight.bits, weight.int8),
-        GROUP=weight.group_size or 128 * weight.column_tiles,
-        BN=64,
-        BK=block_k,
-        num_warps=4,
-    )
-    return dense
-
-
-def dequantize_reference(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The same in plain torch."""
-    return _scaled(*unpack_weight(weight), weight, torch.float32).to(dtype)
-
-
-def largest_step(group_size: int | None) -> int:
-    """The largest BK up to 128 such that a step holds whole groups, or lies within one."""
-    if group_size is None or 128 % group_size == 0:
-        return 128
-    return min(128, group_size & -group_size)
-
-
-def _scaled(codes: Tensor, scale: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+def scaled(codes: Tensor, scale: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """codes [N, K], scale [N, G] -> weights [N, K]."""
     size = weight.group_size or weight.columns
     return codes.to(dtype) * scale.to(dtype).repeat_interleave(size, dim=1)[:, : weight.columns]
@@ -273,36 +213,12 @@ def _scaling(weight: Weight, config: Config) -> str:
 
 @triton.jit
 def _linear(
-    base,
-    token_scale,
-    planes,
-    scale,
-    branches,
-    expert,
-    bias,
-    y,
-    partials,
-    counters,
-    M,
-    N,
-    K,
-    row_tiles,
-    column_tiles,
-    base_token,
-    BRANCHES: tl.constexpr,
-    BITS: tl.constexpr,
-    WGMMA: tl.constexpr,
-    FACTOR: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALING: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    base, token_scale, planes, scale, branches, expert, bias, y, partials, counters,
+    M, N, K, row_tiles, column_tiles, base_token,
+    BRANCHES: tl.constexpr, BITS: tl.constexpr, WGMMA: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr,
+    SCALING: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT_K: tl.constexpr,
+    PARTS: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     # The parts of a tile are neighbours, so that tiles are finished all along, not all at the end.
     part = tl.program_id(0) % PARTS
     tile = tl.program_id(0) // PARTS
@@ -362,7 +278,7 @@ def _multiply(
     if SCALING == "accumulator":
         # Triton pipelines only what feeds the tensor core, so the scales of the next step are fetched here; as they
         # are stored, because a conversion would wait for them.
-        coming = _load_scales(scale, rows, first * BK, N, K, GROUP, BK, BK)
+        coming = load_scales(scale, rows, first * BK, N, K, GROUP, BK, BK)
     for step in tl.range(first, last):
         mask = (tokens < M)[None, :]
         if not EVEN_K:
@@ -374,10 +290,10 @@ def _multiply(
         )  # fmt: skip
         if SCALING == "accumulator":
             now = coming.to(tl.float32) * (1.0 / FACTOR)
-            coming = _load_scales(scale, rows, tl.minimum(step + 1, last - 1) * BK, N, K, GROUP, BK, BK)
+            coming = load_scales(scale, rows, tl.minimum(step + 1, last - 1) * BK, N, K, GROUP, BK, BK)
             acc += _dot(w, x, None).to(tl.float32) * now
         elif SCALING == "weight":
-            w = _scale_weights(w, _load_scales(scale, rows, step * BK, N, K, GROUP, SPAN, BK))
+            w = scale_weights(w, load_scales(scale, rows, step * BK, N, K, GROUP, SPAN, BK))
             acc = _dot(w, x, acc)
         else:
             acc = _dot(w, x, acc)
@@ -385,7 +301,7 @@ def _multiply(
 
 
 @triton.jit
-def _load_scales(scale, rows, k, N, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr):
+def load_scales(scale, rows, k, N, K, GROUP: tl.constexpr, SPAN: tl.constexpr, BK: tl.constexpr):
     """[BN, BK / SPAN]: the scales of each SPAN of the columns k .. k + BK - 1; a span lies within a group.
 
     Spans that share a group are worth it where a thread then loads 4 bytes, the least that is copied asynchronously.
@@ -398,7 +314,7 @@ def _load_scales(scale, rows, k, N, K, GROUP: tl.constexpr, SPAN: tl.constexpr, 
 
 
 @triton.jit
-def _scale_weights(w, scales):
+def scale_weights(w, scales):
     """w [BN, BK] by scales [BN, groups]."""
     BN: tl.constexpr = w.shape[0]
     GROUPS: tl.constexpr = scales.shape[1]
@@ -464,32 +380,3 @@ def _dot(a, b, acc):
     if INTERPRET and b.dtype != tl.int8:
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, out_dtype=tl.int32 if b.dtype == tl.int8 else tl.float32)
-
-
-@triton.jit
-def _dequantize(
-    planes,
-    scale,
-    dense,
-    N,
-    K,
-    row_tiles,
-    column_tiles,
-    BITS: tl.constexpr,
-    WGMMA: tl.constexpr,
-    INT8: tl.constexpr,
-    FACTOR: tl.constexpr,
-    GROUP: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    columns = tl.program_id(1) * BK + tl.arange(0, BK)
-    w = load_weight(
-        planes[0], planes[1], planes[2], tl.program_id(0) * BN, tl.program_id(1) * BK, row_tiles, column_tiles,
-        BN, BK, BITS, WGMMA, tl.int8 if INT8 else tl.float32 if INTERPRET else dense.dtype.element_ty,
-    )  # fmt: skip
-    scales = _load_scales(scale, rows, tl.program_id(1) * BK, N, K, GROUP, min(GROUP, BK), BK)
-    w = _scale_weights(w.to(tl.float32), scales.to(tl.float32) * (1.0 / FACTOR))
-    place = dense + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    tl.store(place, w.to(dense.dtype.element_ty), mask=(rows < N)[:, None] & (columns < K)[None, :])

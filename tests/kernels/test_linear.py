@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qe_kernels.dense import dequantize, dequantize_reference
 from qe_kernels.layout import Order, Weight, pack_weight
-from qe_kernels.linear import Branch, Config, dequantize, dequantize_reference, linear, linear_reference
+from qe_kernels.linear import Branch, Config, linear, linear_reference
 from qe_kernels.split_k import Workspace
 from torch import Tensor
 

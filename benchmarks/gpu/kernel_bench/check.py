@@ -15,10 +15,10 @@ from itertools import cycle
 
 import torch
 from qe_kernels import order_for, pack_weight, unpack_weight
-from qe_kernels.dense import linear_on_dense_weight
+from qe_kernels.dense import dequantize, dequantize_reference, linear_on_dense_weight
 from qe_kernels.dispatch import Device, choose, device_of
 from qe_kernels.down import Down, down, down_config, down_reference
-from qe_kernels.linear import Config, dequantize, dequantize_reference, linear, linear_reference
+from qe_kernels.linear import Config, linear, linear_reference
 from qe_kernels.quantize import quantize, quantize_reference
 from qe_kernels.workspaces import workspace_of
 from torch import Tensor

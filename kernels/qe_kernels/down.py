@@ -233,8 +233,8 @@ def _down(
             acc = _product(values, has_row, x + wide * x_stride, has_token, columns, split, BK, SPLIT_K)
             acc, last = reduce_splits(acc, partials, counter, split, SPLIT_K)
             if last:
-                scale = _either(is_shared, shared_scale, expert_scale)
-                if scale is not None:
+                if shared_scale is not None or expert_scale is not None:  # Triton 3.6 returns no None
+                    scale = _either(is_shared, shared_scale, expert_scale)
                     acc *= tl.load(scale + row, mask=has_row, other=0).to(tl.float32)[:, None]
                 z = _either(is_shared, shared_z, expert_z) + wide * rows
                 tl.store(z[None, :] + row[:, None], acc, mask=has_row[:, None] & has_token[None, :])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
-    "docs/engine.md",
+    "docs/engine.md", "docs/kernels.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -374,6 +374,81 @@ def hosts(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + said + source(result, "hosts")
 
 
+def kernel_targets(result: dict[str, Any]) -> str:
+    """What the kernels were to reach on the 72B model's linears, and did."""
+    rows = [
+        (
+            target["name"],
+            f"{'at least' if target['at_least'] else 'at most'} {target['wanted']:.2f}",
+            "not run" if target["found"] is None else f"{target['found']:.2f}",
+            {None: "", True: "yes", False: "NO"}[target["met"]],
+        )
+        for target in result["targets"]
+    ]
+    return "\n" + markdown(("target", "wanted", "measured", "met"), rows) + _device(result)
+
+
+def kernel_times(result: dict[str, Any], model: str) -> str:
+    """Of whole linears in microseconds, the fraction of the floor behind them; peers have no branches."""
+    cells: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for row in result["rows"]:
+        if row["model"] == model and row["part"] != "linear":
+            part = "" if row["part"] == "whole" else f" {row['part']}"
+            name = "bf16" if row["part"] == "torch" else f"{row['format']} {row['repair']}{part}"
+            cells[row["layer"], row["tokens"]][name] = (
+                f"{row['seconds'] * 1e6:.1f} ({row['floor'] / row['seconds']:.0%})"
+            )
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [(layer, str(tokens), *(row.get(n, "") for n in names)) for (layer, tokens), row in cells.items()]
+    return "\n" + markdown(("layer", "M", *names), rows) + _device(result)
+
+
+def _device(result: dict[str, Any]) -> str:
+    rates = result["rates"]
+    peers = "; ".join(f"{name} {said}" for name, said in result["peers"].items())
+    said = (
+        f"\n{result['device']}: {rates['bytes'] / 1e12:.2f} TB/s, {rates['flop16'] / 1e12:.0f} TFLOP/s in bf16, "
+        f"{rates['flop8'] / 1e12:.0f} TOP/s in int8. Peers: {peers}.\n"
+    )
+    return said + source(result, "kernels_cuda")
+
+
+def kernels_aot(result: dict[str, Any]) -> str:
+    """What ptxas made of all builds, the worst of each kernel and architecture."""
+    builds: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for build in result["builds"]:
+        builds[build["kernel"], build["capability"]].append(build)
+    rows = [
+        (
+            kernel,
+            f"{capability / 10:.1f}",
+            str(len(mine)),
+            *(str(max(build[key] for build in mine)) for key in ("registers", "spills")),
+            f"{max(build['shared'] for build in mine) / 1024:.1f}",
+        )
+        for (kernel, capability), mine in builds.items()
+    ]
+    header = ("kernel", "sm", "builds", "registers, at most", "spills", "shared KiB, at most")
+    return f"\nTriton {result['triton']}:\n\n{markdown(header, rows)}" + source(result, "kernels_aot")
+
+
+def linear_aot(result: dict[str, Any]) -> str:
+    """Each build of the linear: the tile is N x M x K."""
+    rows = [
+        (
+            build["case"],
+            f"{build['warps']}/{build['stages']}",
+            str(build["registers"]),
+            f"{build['shared'] / 1024:.1f}",
+            "yes" if build["weights_from_registers"] else "",
+        )
+        for build in result["builds"]
+        if build["kernel"] == "linear"
+    ]
+    header = ("linear", "warps/stages", "registers", "shared KiB", "WGMMA takes weights from registers")
+    return "\n" + markdown(header, rows) + source(result, "kernels_aot")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -390,6 +465,11 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "hosts": ("hosts", hosts, ()),
     "scaling": ("scaling", scaling, ()),
     "schedule": ("schedule", schedule_at_scale, ()),
+    "kernel targets": ("kernels_cuda", kernel_targets, ()),
+    "kernel times 72B": ("kernels_cuda", kernel_times, ("72B",)),
+    "kernel times 7B": ("kernels_cuda", kernel_times, ("7B",)),
+    "kernels aot": ("kernels_aot", kernels_aot, ()),
+    "linear aot": ("kernels_aot", linear_aot, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

@@ -1,6 +1,7 @@
 """What every test starts from: one thread, the same numbers, the same hypothesis examples."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.determinism import pin
+
+if not torch.cuda.is_available():
+    # Read where a kernel is decorated, so before any is imported: its tests then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")

@@ -146,6 +146,57 @@ def test_gptq_beside_the_peers(tables):
     ]  # fmt: skip
 
 
+KERNELS = {
+    "environment": ENVIRONMENT, "device": "H100", "rates": {"bytes": 3e12, "flop16": 8e14, "flop8": 1.4e15},
+    "peers": {"gemlite": "ran"},
+    "rows": [
+        {"model": "72B", "layer": "qkv", "tokens": 1, "format": format, "repair": repair, "part": part,
+         "seconds": 2e-5, "floor": 1e-5}
+        for format, repair, part in (
+            ("bf16", "bare", "torch"), ("w4a8", "bare", "linear"), ("w4a8", "bare", "whole"),
+            ("w4a8", "shared", "unfused"), ("w4a16g128", "bare", "gemlite"),
+        )
+    ],
+    "targets": [
+        {"name": "a", "at_least": True, "wanted": 0.8, "found": 0.85, "met": True},
+        {"name": "b", "at_least": False, "wanted": 1.06, "found": 1.2, "met": False},
+        {"name": "c", "at_least": True, "wanted": 1.6, "found": None, "met": None},
+    ],
+}  # fmt: skip
+
+
+def test_kernels_beside_their_targets(tables):
+    assert rows_of(tables.kernel_targets(KERNELS))[1:] == [
+        ["a", "at least 0.80", "0.85", "yes"], ["b", "at most 1.06", "1.20", "NO"],
+        ["c", "at least 1.60", "not run", ""],
+    ]  # fmt: skip
+
+
+def test_kernels_beside_their_floors(tables):
+    header, row = rows_of(tables.kernel_times(KERNELS, "72B"))
+    assert header == ["layer", "M", "bf16", "w4a8 bare", "w4a8 shared unfused", "w4a16g128 bare gemlite"]
+    assert row == ["qkv", "1"] + ["20.0 (50%)"] * 4
+
+
+def test_kernels_built_ahead_of_time(tables):
+    build = {
+        "kernel": "linear", "case": "decode", "capability": 90, "warps": 4, "stages": 5, "registers": 71, "spills": 0,
+        "shared": 28672, "weights_from_registers": True,
+    }  # fmt: skip
+    builds = [
+        build,
+        build | {"registers": 99, "shared": 1024},
+        build | {"kernel": "down", "capability": 86, "spills": 1},
+    ]
+    result = {"environment": ENVIRONMENT, "triton": "3.9.0", "builds": builds}
+    assert rows_of(tables.kernels_aot(result))[1:] == [
+        ["linear", "9.0", "2", "99", "0", "28.0"], ["down", "8.6", "1", "71", "1", "28.0"],
+    ]  # fmt: skip
+    assert rows_of(tables.linear_aot(result))[1:] == [
+        ["decode", "4/5", "71", "28.0", "yes"], ["decode", "4/5", "99", "1.0", "yes"],
+    ]  # fmt: skip
+
+
 def test_code_is_quoted_as_it_is(tables):
     text = "<!-- file: tests/core/test_errors.py -->\n<!-- end -->"
     assert (ROOT / "tests/core/test_errors.py").read_text() in tables.rendered(text)

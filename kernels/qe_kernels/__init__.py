@@ -1,4 +1,24 @@
-"""Triton kernels for the quantized linear. There are none yet: they come with a later issue.
+"""Triton kernels for the quantized linear, with references in torch for all that has no such GPU.
 
-Until then every quantized linear runs on the torch reference in `qe_dist`.
+At load: `pack_weight` for `order_for(device)`, and `extracted_columns` where experts extract channels. At run time the
+calls of `ops`: quantize, down, route, linear. docs/kernels.md describes them.
 """
+
+from qe_kernels import ops
+from qe_kernels.down import Down
+from qe_kernels.layout import Order, Weight, order_for, pack_weight, unpack_weight
+from qe_kernels.linear import Branch
+from qe_kernels.quantize import Activations, extracted_columns
+
+__all__ = [
+    "Activations",
+    "Branch",
+    "Down",
+    "Order",
+    "Weight",
+    "extracted_columns",
+    "ops",
+    "order_for",
+    "pack_weight",
+    "unpack_weight",
+]

@@ -1,0 +1,1 @@
+"""What bench_kernels.py and tune.py share."""

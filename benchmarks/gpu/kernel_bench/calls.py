@@ -1,0 +1,124 @@
+"""The calls that bench_kernels.py measures, and what each must at least read, write and multiply."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from qe_kernels import Branch, ops
+from qe_kernels.down import Factor
+from torch import Tensor
+
+from kernel_bench.cases import Problem
+from kernel_bench.timing import Rates
+
+Prepared = tuple[Tensor, Tensor | None, list[Branch], Tensor | None]
+"""Base, token scale, branches and experts: what a linear is called with beside its weight."""
+
+
+def prepare(problem: Problem, x: Tensor) -> Prepared:
+    """Rounding, down projections, routing."""
+    f = problem.format
+    made = ops.quantize(x, bits=f.act_bits, kept=f.kept, int8=f.int8)
+    if problem.shared_down is None and problem.expert_down is None:
+        return made.base, made.token_scale, [], None
+    z = ops.down(x, problem.shared_down, problem.expert_down, problem.router, None if problem.router is None else x)
+    expert = None if z.expert is None else z.expert[0]
+    return made.base, made.token_scale, problem.branches(z.shared_z, z.expert_z), expert
+
+
+def linear(problem: Problem, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    base, token_scale, branches, expert = prepared
+    return ops.linear(base, token_scale, problem.weight, branches, expert, problem.bias, out_dtype=dtype)
+
+
+def whole(problem: Problem, x: Tensor) -> Tensor:
+    """All that a quantized linear launches."""
+    return linear(problem, prepare(problem, x), x.dtype)
+
+
+def unfused(problem: Problem, x: Tensor) -> Tensor:
+    """`whole` with the branches as torch products; their factors are of 16 bits."""
+    y = whole(replace(problem, shared_down=None, shared_up=None, expert_down=None, expert_up=None, router=None), x)
+    if problem.shared_down is not None:
+        y.addmm_(x @ problem.shared_down[0].T, problem.shared_up[0].T)
+    if problem.expert_down is not None:
+        experts, rank, columns = problem.expert_down[0].shape
+        expert = (x.abs() @ problem.router[0].T.to(x.dtype)).argmin(dim=1)
+        own = expert[:, None] == torch.arange(experts, device=x.device)
+        z = (x @ problem.expert_down[0].view(-1, columns).T).unflatten(1, (experts, rank)) * own[..., None]
+        y.addmm_(z.flatten(1), problem.expert_up[0].transpose(0, 1).flatten(1).T)
+    return y
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must at least read and write, and multiply."""
+
+    bytes: float
+    flop: float
+    flop8: float = 0.0
+    """Those of `flop` that the int8 tensor cores do."""
+
+    def floor(self, rates: Rates) -> float:
+        """Seconds."""
+        products = (self.flop - self.flop8) / rates.flop16 + self.flop8 / rates.flop8
+        return max(self.bytes / rates.bytes, products)
+
+
+def work_of_torch(outputs: int, inputs: int, tokens: int) -> Work:
+    """A product with weights of 16 bits."""
+    return Work(2.0 * (outputs * inputs + tokens * (inputs + outputs)), 2.0 * tokens * outputs * inputs)
+
+
+def work_of_linear(problem: Problem, prepared: Prepared, chosen: int) -> Work:
+    """chosen: how many experts the tokens have; the others are not read."""
+    weight, (base, *_) = problem.weight, prepared
+    tokens = len(base)
+    ranks = _rank(problem.shared_up) + _rank(problem.expert_up)
+    read = base.nbytes + 2.0 * tokens * ranks
+    read += sum(_factors(problem.shared_up, problem.expert_up, chosen))
+    main = 2.0 * tokens * weight.rows * weight.columns
+    return Work(
+        _stored(problem) + read + 2.0 * tokens * weight.rows,
+        main + 2.0 * tokens * weight.rows * ranks,
+        main if weight.int8 else 0.0,
+    )
+
+
+def work_of_whole(problem: Problem, tokens: int, chosen: int) -> Work:
+    weight = problem.weight
+    rows, columns = weight.rows, weight.columns
+    ranks = _rank(problem.shared_up) + _rank(problem.expert_up)
+    routed = 0 if problem.router is None else problem.router.shape[1]
+    factors = (
+        *_factors(problem.shared_up, problem.expert_up, chosen),
+        *_factors(problem.shared_down, problem.expert_down, chosen),
+    )
+    router = 0 if problem.router is None else problem.router.nbytes
+    main = 2.0 * tokens * rows * columns
+    return Work(
+        _stored(problem) + sum(factors) + router + 2.0 * tokens * (rows + columns),
+        main + 2.0 * tokens * (ranks * (rows + columns) + routed * columns),
+        main if weight.int8 else 0.0,
+    )
+
+
+def _stored(problem: Problem) -> float:
+    return float(sum(tensor.nbytes for tensor in (*problem.weight.planes, problem.weight.scale)))
+
+
+def _factors(shared: Factor | None, experts: Factor | None, chosen: int) -> Iterator[float]:
+    """Bytes."""
+    if shared is not None:
+        yield _size(shared)
+    if experts is not None:
+        yield _size(experts) * chosen / len(experts[0])
+
+
+def _size(factor: Factor) -> float:
+    return float(sum(tensor.nbytes for tensor in factor if tensor is not None))
+
+
+def _rank(up: Factor | None) -> int:
+    """Of the branch that a token uses."""
+    return 0 if up is None else up[0].shape[-1] * (2 if up[0].dtype == torch.uint8 else 1)

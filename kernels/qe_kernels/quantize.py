@@ -1,0 +1,369 @@
+"""The input of a group of linears: norm or SiLU, the transform's scale, extraction, and rounding of each token.
+
+    x~ = [ rms_norm(x) | silu(gate) * up | x ] / input_scale          base * token_scale = Qa(x~ without extracted)
+
+One program prepares a token and holds its row in registers until it is rounded. Per token of K channels of 16 bits it
+moves, in bytes of memory,
+
+    read x 2K (gated 4K)  +  write x~ 2K (where it differs from x and `with_x`)  +  write base K (int8) or 2K
+
+which is the floor of what it is asked for: each input is read once and each output written once. (Weights, scales and
+`extracted` are the same for all tokens and stay in the L2 cache; channels by index, and rows of more than 16384, are
+read once more from there.) A norm with int8 codes moves 5K, without x~ 3K; norm, division and rounding as three kernels
+move 11K. Not timed on a GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from qe_kernels.triton_if_any import tl, triton
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_TINY = tl.constexpr(2.0**-126)
+"""The smallest normal fp32: no scale is smaller, so a token of zeros has one to divide by."""
+_ROUNDER = tl.constexpr(1.5 * 2.0**23)
+"""Added to an fp32 below 2^22, rounds it to an integer, half to even, which is then the sum's lowest bits."""
+
+
+_WIDE = tl.constexpr(16384)
+"""A longer row leaves no thread room for all at once: between its reductions it is read again, from the L2 cache, and
+a barrier keeps the compiler from merging the reads."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the linears of a group share. NaN or infinity in a token of x ends up, not finite, in its `token_scale` or,
+    where that is None, in its `base`, so all its outputs are NaN or infinite; other tokens do not notice."""
+
+    x: Tensor | None
+    """x~ [M, K] in x's dtype, x itself if nothing changes it; None if not asked for."""
+    base: Tensor
+    """Qa(x~), extracted channels zero, over `token_scale`: codes [M, K] in int8 or as integers in x's dtype. With kept
+    channels Qa(x~) itself in x's dtype: the kept ones as they are, the others rounded to it. x~ where bits is None."""
+    token_scale: Tensor | None
+    """fp32 [M]; None: 1."""
+    shared_z: Tensor | None
+    """x~ of the channels [M, C] that the shared expert extracts."""
+    expert_z: Tensor | None
+    """x~ of the channels [M, D] that the token's own expert extracts; zero for a token without one."""
+    salient_z: Tensor | None
+    """x~ of the salient channels [M, S], which stay in `base` too."""
+
+
+def extracted_columns(columns: int, shared_channels: Tensor | None, expert_channels: Tensor | None) -> Tensor:
+    """uint8 [E + 1, columns], 1 where channels are extracted: row 0 by the shared expert, row e + 1 also by expert e.
+    Made once at load: a kernel cannot turn a list of channels into a mask in registers."""
+    given = next(channels for channels in (shared_channels, expert_channels) if channels is not None)
+    experts = 0 if expert_channels is None else len(expert_channels)
+    mask = given.new_zeros(experts + 1, columns, dtype=torch.uint8)
+    if shared_channels is not None:
+        mask[:, shared_channels.long()] = 1
+    if expert_channels is not None:
+        mask[1:].scatter_(1, expert_channels.long(), 1)
+    return mask
+
+
+def quantize(
+    x: Tensor,
+    *,
+    bits: int | None,
+    kept: int = 0,
+    int8: bool,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+    input_scale: Tensor | None = None,
+    modality: Tensor | None = None,
+    shared_channels: Tensor | None = None,
+    expert_channels: Tensor | None = None,
+    expert: Tensor | None = None,
+    extracted: Tensor | None = None,
+    salient_channels: Tensor | None = None,
+    with_x: bool = True,
+) -> Activations:
+    """Prepare x [M, K] of bf16 or fp16, rows contiguous, or [M, 2K] = [gate | up] if `gated`; K <= 32768.
+
+    bits: of the grid -q .. q, q = 2^(bits-1) - 1, that reaches each token's largest magnitude; None: no rounding.
+    kept: largest channels of each token that are not rounded and do not stretch the grid; not with int8.
+    int8: whether the codes are int8 or integers in x's dtype.
+    norm_weight [K], eps: RMSNorm in fp32; its result is rounded to x's dtype before and after the weight, as models do.
+    input_scale [1, K], or [modalities, K] with modality [M], the row of each token.
+    shared_channels [C], expert_channels [E, D] with expert [M] (-1: none): integers; `extracted_columns` of the two.
+    salient_channels [S]. with_x: whether x~ is needed beside base, for a down projection.
+
+    `ops.quantize` checks all but the values of indices, for which the device would have to be waited for.
+    """
+    tokens, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
+    by_modality = input_scale is not None and len(input_scale) > 1
+    extracts = shared_channels is not None or expert_channels is not None
+    changed = gated or norm_weight is not None or input_scale is not None
+    own_base = bits is not None or extracts
+    new = x.new_empty(tokens, columns) if changed and (with_x or not own_base) else None
+    base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if own_base else None
+    token_scale = x.new_empty(tokens, dtype=torch.float32) if bits is not None and not kept else None
+    lists = (shared_channels, expert_channels, salient_channels)
+    lengths = [0 if channels is None else channels.shape[-1] for channels in lists]
+    z = [None if channels is None else x.new_empty(tokens, channels.shape[-1]) for channels in lists]
+    if tokens and (changed or own_base or any(lengths)):
+        block = triton.next_power_of_2(columns)
+        _quantize[(tokens,)](
+            x, x.stride(0), columns, new, base, token_scale,
+            norm_weight, eps, input_scale, modality if by_modality else None,
+            extracted if extracts else None, expert if expert_channels is not None else None, *lists, *z,
+            *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, kept, block, num_warps=warps(block),
+        )  # fmt: skip
+    prepared = new if changed else x
+    return Activations(prepared if with_x else None, base if own_base else prepared, token_scale, *z)
+
+
+def warps(block: int) -> int:
+    """16 channels a thread, two vector loads of 16 bytes; more only where a program can have no more threads."""
+    return min(max(block // 512, 1), 32)
+
+
+@triton.jit
+def _quantize(
+    x, x_stride, columns, prepared, base, token_scale,
+    norm_weight, eps, input_scale, modality,
+    extracted, expert, shared_channels, expert_channels, salient_channels, shared_z, expert_z, salient_z,
+    SHARED: tl.constexpr, EXPERT: tl.constexpr, SALIENT: tl.constexpr,
+    GATED: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token. Pointers may be None; SHARED, EXPERT, SALIENT: lengths of the lists of channels; TOP: the largest
+    code, 0 without rounding; BLOCK: power of two, at least `columns`."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    WIDE: tl.constexpr = BLOCK > _WIDE
+    token = tl.program_id(0).to(tl.int64)
+    x += token * x_stride
+    if modality is not None:
+        input_scale += tl.load(modality + token).to(tl.int64) * columns
+    column = tl.arange(0, BLOCK)
+    within = column < columns
+
+    rstd = 1.0
+    if norm_weight is not None:
+        hidden = _load(x, column, within, columns, GATED)
+        rstd = tl.rsqrt(tl.sum(hidden * hidden, 0) / columns + eps)
+        if WIDE:
+            tl.debug_barrier()
+    value = _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED)
+    if prepared is not None:
+        tl.store(prepared + token * columns + column, value, within)
+
+    own = -1
+    if expert is not None:
+        own = tl.load(expert + token).to(tl.int32)
+        expert_channels += tl.maximum(own, 0) * EXPERT
+    if SHARED > 0:
+        _gather(shared_z, token, shared_channels, SHARED, SHARED, x, columns, rstd, norm_weight, input_scale, GATED)
+    if EXPERT > 0:
+        listed = tl.where(own < 0, 0, EXPERT)
+        _gather(expert_z, token, expert_channels, EXPERT, listed, x, columns, rstd, norm_weight, input_scale, GATED)
+    if SALIENT > 0:
+        _gather(salient_z, token, salient_channels, SALIENT, SALIENT, x, columns, rstd, norm_weight, input_scale, GATED)
+
+    if base is not None:
+        if extracted is not None:
+            extracted += (own + 1) * columns
+            value = _without(value, extracted, column, within)
+        base += token * columns
+        if TOP == 0:
+            tl.store(base + column, value, within)
+        else:
+            magnitude = value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+            if KEPT == 0:
+                reach = _as_float(tl.max(magnitude, 0), DTYPE)
+            else:
+                reach = _as_float(_largest_rounded(magnitude, columns, KEPT, BLOCK), DTYPE)
+            scale = tl.div_rn(reach, TOP * 1.0)
+            scale = tl.where(scale < _TINY, _TINY, scale)  # NaN stays
+            if token_scale is not None:
+                tl.store(token_scale + token, scale)
+            if WIDE:
+                tl.debug_barrier()
+                for start in range(0, BLOCK, BLOCK // 2):
+                    half = start + tl.arange(0, BLOCK // 2)
+                    there = half < columns
+                    part = _prepare(x, half, there, columns, rstd, norm_weight, input_scale, GATED)
+                    if extracted is not None:
+                        part = _without(part, extracted, half, there)
+                    tl.store(base + half, _round(part, scale, reach, KEPT, base.dtype.element_ty), there)
+            else:
+                tl.store(base + column, _round(value, scale, reach, KEPT, base.dtype.element_ty), within)
+
+
+@triton.jit
+def _load(x, column, within, columns, GATED: tl.constexpr):
+    """The token before norm and scale, at these columns: fp32, but rounded to x's dtype, as every step is."""
+    value = tl.load(x + column, within, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x + columns + column, within, other=0.0).to(tl.float32)
+        value = _rounded(_rounded(value / (1 + tl.exp(-value)), x) * up, x)
+    return value
+
+
+@triton.jit
+def _prepare(x, column, within, columns, rstd, norm_weight, input_scale, GATED: tl.constexpr):
+    """x~ at these columns, in x's dtype."""
+    value = _load(x, column, within, columns, GATED)
+    if norm_weight is not None:
+        weight = tl.load(norm_weight + column, within, other=0.0).to(tl.float32)
+        value = _rounded(_rounded(value * rstd, x) * weight, x)
+    if input_scale is not None:
+        value = value / tl.load(input_scale + column, within, other=1.0).to(tl.float32)
+    return value.to(x.dtype.element_ty)
+
+
+@triton.jit
+def _rounded(value, x):
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _without(value, extracted, column, within):
+    leaves = tl.load(extracted + column, within, other=0)
+    return tl.where(leaves != 0, tl.zeros_like(value), value)  # no product: it may be infinite
+
+
+@triton.jit
+def _gather(
+    z, token, channels, COUNT: tl.constexpr, listed, x, columns, rstd, norm_weight, input_scale, GATED: tl.constexpr
+):
+    """Row `token` of z [M, COUNT]: x~ of the first `listed` of these channels, zero for the others. Registers cannot
+    be indexed, so the few values are read and prepared again."""
+    at = tl.arange(0, triton.next_power_of_2(COUNT))
+    wanted = at < listed
+    channel = tl.load(channels + at, wanted, other=0)
+    value = _prepare(x, channel, wanted, columns, rstd, norm_weight, input_scale, GATED)
+    tl.store(z + token * COUNT + at, tl.where(wanted, value, tl.zeros_like(value)), at < COUNT)
+
+
+@triton.jit
+def _round(value, scale, reach, KEPT: tl.constexpr, CODES: tl.constexpr):
+    """Codes; where channels are kept, points of the grid, and the values beyond its reach as they are."""
+    wide = value.to(tl.float32)
+    shifted = _divide(wide, scale) + _ROUNDER
+    if CODES.is_int8():
+        made = shifted.to(tl.int32, bitcast=True).to(CODES)
+    elif KEPT == 0:
+        made = (shifted - _ROUNDER).to(CODES)
+    else:
+        made = tl.where(tl.abs(wide) <= reach, ((shifted - _ROUNDER) * scale).to(CODES), value)
+    return made
+
+
+@triton.jit
+def _divide(value, divisor):
+    """value / divisor, rounded as IEEE 754 demands, where neither it nor the remainder leaves the normal range.
+
+    Many values have one divisor: its correctly rounded inverse and one step of correction give the quotient (theorem
+    of Markstein) in three instructions, where div.rn has a dozen and a branch.
+    """
+    if _INTERPRETED:  # where fma may round twice
+        return tl.div_rn(value, divisor)
+    inverse = tl.div_rn(1.0, divisor)
+    quotient = value * inverse
+    remainder = tl.fma(-quotient, divisor, value)
+    return tl.fma(remainder, inverse, quotient)
+
+
+@triton.jit
+def _as_float(magnitude, DTYPE: tl.constexpr):
+    """The fp32 value of the lower 15 bits of a 16-bit float."""
+    return magnitude.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.constexpr_function
+def _parts(kept: int, block: int) -> int:
+    """More than half of a block is columns, so more than half of the parts hold one."""
+    return min(2 * triton.next_power_of_2(kept + 1), block)
+
+
+@triton.jit
+def _largest_rounded(magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr):
+    """The (KEPT + 1)-th largest magnitude, as bits: by bisection, for bits of positive floats are in their order.
+
+    The row is cut into parts, more than KEPT of them not padding alone. Each of these has a value that reaches the
+    smallest of their maxima, which is close enough to begin with: half the steps of a start at zero. Ties need no
+    care: those of the largest rounded value are points of the grid.
+    """
+    PARTS: tl.constexpr = _parts(KEPT, BLOCK)
+    SIZE: tl.constexpr = BLOCK // PARTS
+    largest = tl.max(tl.reshape(magnitude, [PARTS, SIZE]), 1)
+    low = tl.min(tl.where(tl.arange(0, PARTS) * SIZE < columns, largest, 0x7FFF), 0)
+    high = tl.max(largest, 0) + 1
+    # Two to a word, each below a set bit that the subtraction of a larger number clears.
+    even, odd = tl.split(tl.reshape(magnitude.to(tl.uint32), [BLOCK // 2, 2]))
+    pairs = even | (odd << 16) | 0x80008000
+    while high - low > 1:
+        middle = (low + high) >> 1
+        counts = tl.sum(((pairs - middle.to(tl.uint32) * 0x10001) >> 15) & 0x10001, 0)
+        reaching = (counts & 0xFFFF) + (counts >> 16)
+        low = tl.where(reaching > KEPT, middle, low)
+        high = tl.where(reaching > KEPT, high, middle)
+    return low
+
+
+def quantize_reference(
+    x: Tensor,
+    *,
+    bits: int | None,
+    kept: int = 0,
+    int8: bool,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+    input_scale: Tensor | None = None,
+    modality: Tensor | None = None,
+    shared_channels: Tensor | None = None,
+    expert_channels: Tensor | None = None,
+    expert: Tensor | None = None,
+    extracted: Tensor | None = None,
+    salient_channels: Tensor | None = None,
+    with_x: bool = True,
+) -> Activations:
+    """`quantize` in torch, of any float dtype and width; fp64 is computed in fp64."""
+    prepared = base = _prepared_reference(x, norm_weight, eps, gated, input_scale, modality)
+    shared_z, salient_z = (None if c is None else prepared[:, c.long()] for c in (shared_channels, salient_channels))
+    expert_z = token_scale = None
+    row = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if expert_channels is not None:
+        row = expert.long() + 1
+        expert_z = prepared.gather(1, expert_channels.long()[expert.long().clamp_min(0)])
+        expert_z = expert_z.masked_fill(expert[:, None] < 0, 0.0)
+    if shared_channels is not None or expert_channels is not None:
+        base = prepared.masked_fill(extracted[row].bool(), 0.0)
+    if bits is not None:
+        base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, kept, int8)
+    return Activations(prepared if with_x else None, base, token_scale, shared_z, expert_z, salient_z)
+
+
+def _prepared_reference(
+    x: Tensor, norm_weight: Tensor | None, eps: float, gated: bool, input_scale: Tensor | None, modality: Tensor | None
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if gated:
+        gate, up = x.to(wide).chunk(2, dim=1)
+        x = (silu(gate).to(x.dtype) * up).to(x.dtype)
+    if norm_weight is not None:
+        value = x.to(wide)
+        normed = (value * torch.rsqrt(value.square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
+        x = (normed * norm_weight.to(wide)).to(x.dtype)
+    if input_scale is not None:
+        rows = input_scale if len(input_scale) == 1 else input_scale[modality.long()]
+        x = (x / rows.to(wide)).to(x.dtype)
+    return x
+
+
+def _rounded_reference(x: Tensor, top: int, kept: int, int8: bool) -> tuple[Tensor, Tensor | None]:
+    """Activations.base and token_scale."""
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    reach = value.abs().topk(kept + 1, dim=1).values[:, -1:]
+    scale = (reach / top).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = torch.round(value / scale)
+    if kept:
+        return torch.where(value.abs() <= reach, codes * scale, value).to(x.dtype), None
+    return codes.to(torch.int8 if int8 else x.dtype), scale[:, 0]

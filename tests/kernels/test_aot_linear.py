@@ -1,0 +1,147 @@
+"""What ptxas makes of the fused linear: registers, spills, shared memory, and the path of the weights."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from qe_kernels.layout import Order, code_factor, order_for
+from qe_kernels.linear import Config, _Branch
+
+from tests.kernels.aot import FROM_REGISTERS, SHARED_LIMIT, TENSOR_CORE, Build, Job, build, count
+
+DECODE = Config(64, 16, 128)
+LARGE = Config(128, 128, 128, warps=8, stages=3, scale_weights=True)
+
+
+def shared(up: str, scale: str | None, rank: int = 64) -> _Branch:
+    return _Branch("*bf16:16", up, scale, "i32:16", None, "i32:16", "i32:16", "i32:16", "i32:16", rank)
+
+
+def routed(up: str, scale: str | None, rank: int = 16) -> _Branch:
+    return _Branch("*bf16:16", up, scale, "i32:16", "i32", "i32:16", "i32:16", "i32:16", "i32:16", rank)
+
+
+NO_BRANCHES = ()
+QE = (shared("*u8:16", "*bf16:16"), routed("*i8:16", "*bf16:16"))
+"""Shared low rank in 4 bits, routed in 8."""
+ALL = (*QE, shared("*bf16:16", None), routed("*bf16:16", None), shared("*u8:16", "*bf16:16", 32))
+
+
+@dataclass(frozen=True)
+class Case:
+    capability: int
+    config: Config
+    branches: tuple[_Branch, ...] = QE
+    int8: bool = False
+    group: int | None = 128
+
+    def __str__(self) -> str:
+        tile = f"{self.config.BN}x{self.config.BM}x{self.config.BK}"
+        kind = f"a{8 if self.int8 else 16}g{self.group}{'w' * self.config.scale_weights}"
+        return f"sm{self.capability}-{tile}-{kind}-{len(self.branches)}branches"
+
+    @property
+    def job(self) -> Job:
+        config = self.config
+        in_register = config.scale_weights or (self.group and self.group % config.BK)
+        scaling = "output" if self.group is None else "weight" if in_register else "accumulator"
+        signature = {
+            "base": "*i8:16" if self.int8 else "*bf16:16",
+            "planes": ("*u8:16",) * 3,
+            "scale": "*bf16:16",
+            "branches": self.branches,
+            "y": "*bf16:16",
+            "partials": "*fp32:16",
+            "counters": "*i32:16",
+            "M": "i32",
+            **dict.fromkeys(("N", "K", "row_tiles", "column_tiles", "base_token"), "i32:16"),
+        }
+        if self.int8:
+            signature["token_scale"] = "*fp32:16"
+        if any(branch.experts for branch in self.branches):
+            signature["expert"] = "*i32:16"
+        constexprs: dict[str, Any] = {
+            "BRANCHES": len(self.branches),
+            "BITS": 4,
+            "WGMMA": order_for(divmod(self.capability, 10)) is Order.WGMMA,
+            "FACTOR": code_factor(4, self.int8),
+            "GROUP": self.group,
+            "SCALING": scaling,
+            "BN": config.BN,
+            "BM": config.BM,
+            "BK": config.BK,
+            "SPLIT_K": config.split_k,
+            "PARTS": config.split_k + (config.split_k > 1 and len(self.branches) > 0),
+            "GROUP_M": config.group_m,
+            "EVEN_K": True,
+        }
+        return Job("qe_kernels.linear:_linear", signature, constexprs, self.capability, config.warps, config.stages)
+
+
+DECODE_CASES = [
+    Case(90, DECODE, NO_BRANCHES),
+    Case(90, DECODE),
+    Case(90, replace(DECODE, BM=32)),
+    Case(90, replace(DECODE, BM=64, BK=64)),
+    Case(90, replace(DECODE, scale_weights=True)),
+    Case(90, replace(DECODE, BN=128, warps=8)),
+    Case(90, replace(DECODE, split_k=8), ALL),
+    Case(90, DECODE, int8=True, group=None),
+    Case(90, replace(DECODE, BM=64), int8=True, group=None),
+    Case(80, DECODE),
+    Case(80, DECODE, int8=True),
+    Case(86, DECODE, int8=True, group=None),
+    Case(89, DECODE),
+]
+LARGE_CASES = [
+    Case(90, LARGE),
+    Case(90, replace(LARGE, BN=256, BK=64)),
+    Case(90, replace(LARGE, BN=256), int8=True, group=None),
+    Case(80, LARGE),
+    Case(89, replace(LARGE, BK=64), int8=True, group=None),
+]
+CASES = [*DECODE_CASES, *LARGE_CASES]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[Case, Build]:
+    """In two processes: most of the time is ptxas."""
+    jobs = [case.job for case in CASES]
+    with ThreadPoolExecutor(2) as pool:
+        even, odd = pool.map(build, (jobs[0::2], jobs[1::2]))
+    return dict(zip((*CASES[0::2], *CASES[1::2]), (*even, *odd), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_spills_and_all_fits(built: dict[Case, Build], case: Case) -> None:
+    found = built[case]
+    assert found.stack == 0
+    assert found.spills == 0
+    assert found.shared <= SHARED_LIMIT[case.capability]
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode_leaves_room_for_several_blocks(built: dict[Case, Build], case: Case) -> None:
+    """Of 65536 registers for 512 threads, of shared memory for two blocks: latency is hidden by their number."""
+    assert built[case].registers <= 128
+    assert built[case].shared <= SHARED_LIMIT[case.capability] // 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_do_not_go_back_to_shared_memory(built: dict[Case, Build], case: Case) -> None:
+    if case.capability < 90 and not case.int8 and not case.job.constexprs["WGMMA"]:
+        pytest.xfail("before 3.9, Triton exchanges 16-bit weights through shared memory on Ampere and Ada")
+    loop = built[case].loop
+    assert count(loop, TENSOR_CORE) > 0
+    assert count(loop, "STS") == 0
+    if case.capability == 90:
+        assert count(loop, FROM_REGISTERS) == count(loop, TENSOR_CORE)
+
+
+@pytest.mark.parametrize("case", [case for case in DECODE_CASES if case.config.BK == 128], ids=str)
+def test_decode_copies_16_bytes_at_a_time(built: dict[Case, Build], case: Case) -> None:
+    """Neighbouring threads copy neighbouring 16 bytes; only scales of weights go by 4."""
+    loop = built[case].loop
+    assert count(loop, "LDGSTS") - count(loop, r"LDGSTS\S*\.128") == case.config.scale_weights
+    assert count(loop, r"LDGSTS\S*\.128 .*\+0x10\]") == 0

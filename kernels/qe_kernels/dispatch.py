@@ -109,8 +109,8 @@ def written_table(table: Table) -> dict[str, Any]:
 DENSE_FROM = 1024
 """Tokens from which a 16-bit product is expected to be faster on weights that are dequantized once: that costs about a
 sixth of the product at 4096 tokens, and less than it gains from half as many instructions in the inner loop."""
-WAVES = 4
-"""Programs wanted for each multiprocessor, so that enough loads are in flight; K is split to get them."""
+WARPS = 16
+"""Wanted on each multiprocessor, so that enough loads are in flight; K is split to get them."""
 STEPS = 4
 """Of K that each split keeps at least: a shorter loop never fills its pipeline."""
 
@@ -126,7 +126,7 @@ def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:
     tiles = -(-weight.rows // config.BN) * -(-tokens // config.BM)
     steps = -(-weight.columns // depth)
     split = 1
-    while tokens <= 64 and tiles * split < WAVES * device.processors and 2 * split * STEPS <= steps:
+    while tokens <= 64 and tiles * split * config.warps < WARPS * device.processors and 2 * split * STEPS <= steps:
         split *= 2
     return replace(config, BK=depth, split_k=split, scale_weights=tokens > 64 and not weight.int8)
 
@@ -135,6 +135,8 @@ def _tile(device: Device, weight: Weight, tokens: int) -> Config:
     """The largest of those that tests/kernels/test_aot_linear.py holds to spill no registers."""
     hopper = device.capability >= (9, 0)
     if tokens <= 64:
+        if hopper and not weight.int8 and 1 < tokens <= 16:
+            return Config(128, 16, 128, warps=8, stages=4)  # with 64 outputs, L2 would read as much of x as of weights
         depth = 128 if tokens <= 32 or weight.int8 else 64
         return Config(64, max(16, bucket_of(tokens)), depth, warps=4, stages=4 if hopper or tokens <= 16 else 3)
     if tokens <= 256 or not hopper or (weight.int8 and weight.group_size):

@@ -14,11 +14,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
+from qe_dist.serve.format import METHOD, VERSION, check_version
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
-
-METHOD = "qe"
-VERSION = 2
 
 
 class QEConfig(QuantizationConfigMixin):
@@ -32,8 +30,7 @@ class QEConfig(QuantizationConfigMixin):
         format: str = "pack-quantized",
         **_: Any,
     ) -> None:
-        if version != VERSION:
-            raise CheckpointError(f"this checkpoint has format version {version}, this qe_dist reads {VERSION}")
+        check_version(version)
         self.quant_method = METHOD
         self.layouts, self.block_layouts = layouts, block_layouts
         self.version, self.format = version, format

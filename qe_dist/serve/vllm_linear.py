@@ -74,22 +74,27 @@ class QEConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        found = _BLOCK.fullmatch(prefix)
-        parent, _, name = found["name"].rpartition(".") if found else ("", "", "")
-        names = {f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])}
-        layout = self.layouts[self.block_layouts[int(found["index"])]] if found and "visual" not in prefix else {}
-        group = next((g for g, one in layout.items() if set(one["linears"]) == names), None)
-        if group is None:
+        found = self._find(prefix)
+        if found is None:
             return UnquantizedLinearMethod()
-        one = layout[group]
-        readers = sum(other["router_input"] == group and "router" in other["input"] for other in layout.values())
-        own_router = one["router_input"] == group and "router" in one["input"]
-        source = (
-            None if own_router or "router" not in one["input"] else self.methods[found["prefix"] + one["router_input"]]
-        )
-        method = QELinearMethod(f"{found['prefix']}{group}", one, source, readers - own_router)
-        self.methods[found["prefix"] + group] = method
+        block, group, layout = found
+        routers = {name for name, one in layout.items() if "router" in one["input"]}
+        read = layout[group]["router_input"]
+        source = self.methods[block + read] if group in routers and read != group else None
+        readers = sum(layout[name]["router_input"] == group for name in routers - {group})
+        method = self.methods[block + group] = QELinearMethod(block + group, layout[group], source, readers)
         return method
+
+    def _find(self, prefix: str) -> tuple[str, str, Mapping[str, Any]] | None:
+        """Prefix of the block, name of the group in it, and layout of the block of a fused linear that is quantized."""
+        found = _BLOCK.fullmatch(prefix)
+        if found is None or "visual" in prefix:
+            return None
+        parent, _, name = found["name"].rpartition(".")
+        linears = {f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])}
+        layout = self.layouts[self.block_layouts[int(found["index"])]]
+        group = next((g for g, one in layout.items() if set(one["linears"]) == linears), None)
+        return None if group is None else (found["prefix"], group, layout)
 
 
 @register_weight_loader_v2_supported_method

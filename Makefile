@@ -2,19 +2,24 @@
 
 PYTHON ?= python3
 # Which tests `make test` runs: all that need neither a GPU nor minutes.
-TESTS ?= not (gpu or slow)
+TESTS ?= not (gpu or slow or vllm)
 BIN := .venv/bin
 READY := .venv/.ready
 PEER := .venv-peer/.ready
+VLLM := .venv-vllm/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench peer clean
+.PHONY: demo test test-vllm lint bench peer clean
 
 demo: $(READY)
 	@$(BIN)/qe-dist demo
 
 test: lint
 	@$(BIN)/python -m pytest -q -m "$(TESTS)"
+
+# Checkpoints served by real vLLM on the CPU, in an environment of its own.
+test-vllm: $(VLLM)
+	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .
@@ -51,4 +56,16 @@ $(PEER): benchmarks/quality/requirements-peer.lock
 	@$(PYTHON) -m venv .venv-peer
 	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# torchvision's wheel declares its operators for CUDA alone; sitecustomize.py makes it importable beside a CPU build.
+$(VLLM): pyproject.toml tests/vllm/requirements.lock tests/vllm/sitecustomize.py
+	@echo "setting up .venv-vllm (minutes the first time: torch and vLLM are large)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r tests/vllm/requirements.lock
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --no-build-isolation -e .
+	@cp tests/vllm/sitecustomize.py "$$(.venv-vllm/bin/python -c 'import site; print(site.getsitepackages()[0])')"
 	@touch $@

@@ -2,6 +2,8 @@
 
 y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns
     + x~[salient] salient_columns
+
+Under tensor parallelism x holds a slice of the channels; the index I stands for a channel of another rank.
 """
 
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qe_dist.core.quantized import GroupInput, QuantizedLinear
 from qe_dist.core.scheme import Scheme
@@ -59,13 +62,13 @@ def prepare(
             assert modality is not None, "scales by modality need the tokens' modality"
             x = x / scale[modality.long()]
     base = x
-    salient = None if part.salient_channels is None else x[:, part.salient_channels.long()]
+    salient = None if part.salient_channels is None else _pick(x, part.salient_channels.long())
     shared = shared_channels = experts = expert_channels = None
     if part.shared_down is not None:
         shared = x @ part.shared_down.dense.T
     if part.shared_channels is not None:
-        shared_channels = x[:, part.shared_channels.long()]
-        base = base.index_fill(1, part.shared_channels.long(), 0.0)
+        shared_channels = _pick(x, part.shared_channels.long())
+        base = _without(base, part.shared_channels.long().expand(len(x), -1))
     if expert is not None:
         own = (expert[:, None] == torch.arange(part.num_experts, device=expert.device)).to(x)
         if part.expert_down is not None:
@@ -73,9 +76,19 @@ def prepare(
             experts = _keep_own(x @ down.flatten(0, 1).T, own)
         if part.expert_channels is not None:
             channels = part.expert_channels.long()
-            expert_channels = _keep_own(x[:, channels.flatten()], own)
-            base = torch.where(expert[:, None] < 0, base, base.scatter(1, channels[expert], 0.0))
+            expert_channels = _keep_own(_pick(x, channels.flatten()), own)
+            base = torch.where(expert[:, None] < 0, base, _without(base, channels[expert]))
     return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels, salient)
+
+
+def _pick(x: Tensor, channels: Tensor) -> Tensor:
+    """Channels of every token; zero for those of other ranks."""
+    return pad(x, (0, 1))[:, channels]
+
+
+def _without(x: Tensor, channels: Tensor) -> Tensor:
+    """Every token with its channels [T, C] zero."""
+    return pad(x, (0, 1)).scatter(1, channels, 0.0)[:, :-1]
 
 
 def _keep_own(z: Tensor, own: Tensor) -> Tensor:
@@ -84,9 +97,11 @@ def _keep_own(z: Tensor, own: Tensor) -> Tensor:
     return (z.view(tokens, experts, -1) * own[..., None]).flatten(1)
 
 
-def linear_forward(linear: QuantizedLinear, x: PreparedInput) -> Float[Tensor, "T O"]:
-    """float32, whatever the precision of the input."""
-    y = x.base @ dequantize(linear.codes, linear.scale).T
+def linear_forward(
+    linear: QuantizedLinear, x: PreparedInput, weight: Float[Tensor, "O I"] | None = None
+) -> Float[Tensor, "T O"]:
+    """float32, whatever the precision of the input. weight: the linear's codes times its scale, where they are kept."""
+    y = x.base @ (dequantize(linear.codes, linear.scale) if weight is None else weight).T
     if linear.shared_up is not None:
         y = y + x.shared @ linear.shared_up.dense.T
     if linear.shared_columns is not None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -14,11 +15,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
+from qe_dist.serve.format import METHOD, VERSION, check_version
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
-
-METHOD = "qe"
-VERSION = 2
 
 
 class QEConfig(QuantizationConfigMixin):
@@ -32,8 +31,7 @@ class QEConfig(QuantizationConfigMixin):
         format: str = "pack-quantized",
         **_: Any,
     ) -> None:
-        if version != VERSION:
-            raise CheckpointError(f"this checkpoint has format version {version}, this qe_dist reads {VERSION}")
+        check_version(version)
         self.quant_method = METHOD
         self.layouts, self.block_layouts = layouts, block_layouts
         self.version, self.format = version, format
@@ -57,6 +55,18 @@ class QEQuantizer(HfQuantizer):
             replace_linears(block, config.layouts[index], modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
             modality.follow(model.base_model)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        """What is not quantized gets the dtype that was asked for; before 5.20, transformers leaves it as on disk."""
+        for module in model.modules():
+            own = {"bias"} if isinstance(module, QELinear) else set() if isinstance(module, QEInput) else None
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_floating_point() and (own is None or name in own):
+                    parameter.data = parameter.data.to(self.dtype)
 
     def is_serializable(self, **_: Any) -> bool:
         return True

@@ -1,0 +1,224 @@
+"""The linears of a quantized checkpoint in vLLM: names as on disk, cut over tensor-parallel ranks while they load.
+
+vLLM fuses q, k, v and gate, up; that is just what an input group is. What belongs to the group's input is a submodule
+`group` of the fused linear. Where the router of a group reads another group's input, the linear of that group keeps
+it until the last reader has come.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
+
+from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_from_tensors
+from qe_dist.core.scheme import Scheme
+from qe_dist.numerics.grid import dequantize
+from qe_dist.numerics.packing import unpack
+from qe_dist.numerics.reference import linear_forward, prepare, route
+from qe_dist.serve.format import METHOD, check_version
+from qe_dist.serve.sharding import inputs_dim, local_channels, outputs_dim, why_not
+
+INPUT = "group"
+_BLOCK = re.compile(r"(?P<prefix>.*\blayers\.(?P<index>\d+)\.)(?P<name>.+)")
+SPARED = 0.01  # of the free memory, for the unpacked weights of one linear
+Shapes = Mapping[str, Sequence[Any]]
+
+
+@register_quantization_config(METHOD)
+class QEConfig(QuantizationConfig):
+    """The `quantization_config` of our checkpoints (written by io/checkpoint.py)."""
+
+    def __init__(self, layouts: list[dict[str, Any]], block_layouts: list[int]) -> None:
+        super().__init__()
+        self.layouts, self.block_layouts = layouts, block_layouts
+        self.methods: dict[str, QELinearMethod] = {}
+        """By the name of the group in the model."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QEConfig":
+        check_version(config.get("version"))
+        return cls(config["layouts"], config["block_layouts"])
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """What belongs to the input of a group goes into the fused linear that reads it. Applied by a model and by each
+        model within it, so that new names must not look like old ones."""
+        return WeightsMapper(orig_to_new_regex={re.compile(r"\.(\w+)_input\."): rf".\1_proj.{INPUT}."})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        found = self._find(prefix)
+        if found is None:
+            return UnquantizedLinearMethod()
+        block, group, layout = found
+        routers = {name for name, one in layout.items() if "router" in one["input"]}
+        read = layout[group]["router_input"]
+        source = self.methods[block + read] if group in routers and read != group else None
+        readers = sum(layout[name]["router_input"] == group for name in routers - {group})
+        method = self.methods[block + group] = QELinearMethod(block + group, layout[group], source, readers)
+        return method
+
+    def _find(self, prefix: str) -> tuple[str, str, Mapping[str, Any]] | None:
+        """Prefix of the block, name of the group in it, and layout of the block of a fused linear that is quantized."""
+        found = _BLOCK.fullmatch(prefix)
+        if found is None or "visual" in prefix:
+            return None
+        parent, _, name = found["name"].rpartition(".")
+        linears = {f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])}
+        layout = self.layouts[self.block_layouts[int(found["index"])]]
+        group = next((g for g, one in layout.items() if set(one["linears"]) == linears), None)
+        return None if group is None else (found["prefix"], group, layout)
+
+
+@register_weight_loader_v2_supported_method
+class QELinearMethod(LinearMethodBase):
+    def __init__(self, name: str, layout: Mapping[str, Any], source: "QELinearMethod | None", readers: int) -> None:
+        self.name, self.layout, self.source, self.readers = name, layout, source, readers
+        self.scheme = Scheme.parse(layout["scheme"])
+        self.rows: Tensor | None = None
+        """The input that was read last, for routers of other groups."""
+        self.readers_left = 0
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        linears: Mapping[str, Shapes] = self.layout["linears"]
+        outputs = {name: shapes["weight_scale"][1] for name, shapes in linears.items()}
+        row = isinstance(layer, RowParallelLinear)
+        if why := why_not(self.scheme, outputs, input_size, "row" if row else "column", layer.tp_size):
+            raise ValueError(f"{self.name}: {why}; choose another --tensor-parallel-size")
+        loader = extra["weight_loader"]
+        for name, (dtype, *shape) in next(iter(linears.values())).items():
+            dim = outputs_dim(name)
+            if dim is not None:
+                shape[dim] = sum(output_partition_sizes)
+            self._add(layer, name, dtype, shape, loader, row, len(linears), layer.tp_size)
+        part = nn.Module()
+        for name, (dtype, *shape) in self.layout["input"].items():
+            self._add(part, name, dtype, shape, loader, row, 1, layer.tp_size)
+        layer.register_module(INPUT, part)
+
+    def _add(
+        self,
+        module: nn.Module,
+        name: str,
+        dtype: str,
+        shape: list[int],
+        loader: Callable,
+        row: bool,
+        parts: int,
+        size: int,
+    ) -> None:
+        """An empty parameter that knows how it is cut, and how often it has to be loaded."""
+        cut = inputs_dim(name, tuple(shape)) if row else None
+        if cut is not None:
+            shape[cut] //= size
+        data = torch.empty(shape, dtype=getattr(torch, dtype))
+        checked = self._checked(name, loader)
+        dim = None if row else outputs_dim(name)
+        if cut is not None:
+            parameter = RowvLLMParameter(data=data, input_dim=cut, weight_loader=checked)
+        elif dim is not None:
+            parameter = ModelWeightParameter(data=data, input_dim=data.ndim - 1, output_dim=dim, weight_loader=checked)
+        else:
+            parameter = BasevLLMParameter(data=data, weight_loader=checked)
+        parameter.parts_left = parts
+        module.register_parameter(name, parameter)
+
+    def _checked(self, name: str, loader: Callable) -> Callable:
+        def load(parameter: BasevLLMParameter, loaded: Tensor, *shard: Any) -> None:
+            if loaded.dtype != parameter.dtype:
+                raise ValueError(
+                    f"{self.name}: {name} is {loaded.dtype}, expected {parameter.dtype}; see qe-dist verify"
+                )
+            try:
+                loader(parameter, loaded, *shard)
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(
+                    f"{self.name}: {name} of shape {tuple(loaded.shape)} does not fit into {tuple(parameter.shape)} "
+                    f"({error}); see qe-dist verify"
+                ) from None
+            parameter.parts_left -= 1
+
+        return load
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        own = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, BasevLLMParameter)}
+        of_input = dict(layer.get_submodule(INPUT).named_parameters())
+        for name, parameter in (*own.items(), *of_input.items()):
+            if parameter.parts_left > 0:
+                raise ValueError(f"{self.name}: the checkpoint lacks {name}; copy it again, or see qe-dist verify")
+            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"{self.name}: {name} has a NaN or Inf; see qe-dist verify")
+        width = layer.input_size_per_partition
+        tensors = {name: parameter.data for name, parameter in of_input.items()}
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            tensors = local_channels(tensors, width, layer.tp_rank)
+        codes = unpack(own["weight_packed"].data, self.scheme.weight_bits, width)
+        repair = repair_from_tensors({name: parameter.data for name, parameter in own.items()})
+        self.part = input_from_tensors(tensors)
+        if self.part.by_modality:
+            raise ValueError(
+                f"{self.name} treats text and image tokens differently ({self.layout['scheme']}, scales or experts by "
+                "modality), which vLLM's layers do not know; use a recipe without, or serve with transformers"
+            )
+        self.linear = QuantizedLinear(codes, own["weight_scale"].data, **repair)
+        self.weight = dequantize(codes, self.linear.scale) if _has_room(4 * codes.numel()) else None
+        layer.weight_packed = nn.Parameter(own["weight_packed"].new_empty(0), requires_grad=False)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = x.flatten(0, -2)
+        if self.readers:
+            self.rows, self.readers_left = rows, self.readers
+        expert = route(self.part, self.source.for_router() if self.source else rows)
+        prepared = prepare(self.part, rows, expert, self.scheme)
+        y = linear_forward(self.linear, prepared, self.weight)
+        if bias is not None:
+            y = y + bias.float()
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def for_router(self) -> Tensor:
+        rows = self.rows
+        self.readers_left -= 1
+        if not self.readers_left:
+            self.rows = None
+        return rows
+
+
+def _has_room(size: int) -> bool:
+    """Whether weights of so many bytes can be kept unpacked: not where the others may come to lack the memory."""
+    return size < SPARED * psutil.virtual_memory().available

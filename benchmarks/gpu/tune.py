@@ -25,15 +25,14 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / part) for part in ("kernels", "pipelines", ".")]
 
 import torch  # noqa: E402
-from kernel_bench.calls import Prepared, prepare  # noqa: E402
-from kernel_bench.cases import FORMATS, MODELS, REPAIRS, Format, Layer, Problem, Random, some_rows  # noqa: E402
+from kernel_bench.calls import Prepared, prepare, some_outputs  # noqa: E402
+from kernel_bench.cases import FORMATS, MODELS, REPAIRS, Format, Layer, Problem, Random  # noqa: E402
 from kernel_bench.check import device_for, error  # noqa: E402
 from kernel_bench.measure import write  # noqa: E402
 from kernel_bench.timing import copies, seconds  # noqa: E402
-from qe_kernels import Branch  # noqa: E402
 from qe_kernels.dense import linear_on_dense_weight  # noqa: E402
 from qe_kernels.dispatch import BUCKETS, Device, Table, file_name, heuristic, key_of, read_table, written_table  # noqa: E402
-from qe_kernels.linear import Config, linear, linear_reference  # noqa: E402
+from qe_kernels.linear import Config, linear  # noqa: E402
 from qe_kernels.workspaces import workspace_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
@@ -86,21 +85,16 @@ def call(problem: Problem, prepared: Prepared, dtype: torch.dtype, config: Confi
     return linear(*arguments, out_dtype=dtype, config=config, workspace=workspace_of(base.device))
 
 
-def right(problem: Problem, prepared: Prepared, dtype: torch.dtype) -> Callable[[Tensor], bool]:
+def right(problem: Problem, prepared: Prepared) -> Callable[[Tensor], bool]:
     """Whether a result is, judged by a few hundred outputs."""
-    rows, part = some_rows(problem)
-    ups = [up for up in (part.shared_up, part.expert_up) if up is not None]
-    branches = [Branch(branch.z, *up) for branch, up in zip(prepared[2], ups, strict=True)]
-    exact = linear_reference(
-        *prepared[:2], part.weight, branches, prepared[3], part.bias, out_dtype=torch.float64, compute=torch.float64
-    )
+    rows, exact = some_outputs(problem, prepared)
     return lambda y: error(y[:, rows], exact) <= 1.0
 
 
 def tune(problems: Sequence[Problem], x: Tensor, device: Device, deadline: float) -> list[Timed]:
     """Those that are right and fit, the fastest first; at least the heuristic's is tried."""
     prepared = [prepare(problem, x) for problem in problems]
-    is_right, found = right(problems[0], prepared[0], x.dtype), []
+    is_right, found = right(problems[0], prepared[0]), []
     for config in candidates(device, problems[0], len(x)):
         if found and time.monotonic() > deadline:
             break

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qe_kernels.dispatch import depths
 from qe_kernels.layout import TILE_COLUMNS, TILE_ROWS, Order, Weight, field_widths
-from qe_kernels.linear import Branch
+from qe_kernels.linear import MAX_EXPERTS, Branch
 
 FLOATS = (torch.bfloat16, torch.float16)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,8 +20,6 @@ FACTORS = (torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 """Of 16 bits, int8, or two 4-bit codes in each byte."""
 MAX_WIDTH = 32768
 """Channels of a token that the quantizer holds in registers."""
-MAX_EXPERTS = 32
-"""The bits of the mask that says which experts a tile of tokens has."""
 ALIGNMENT = 16
 """Bytes of a vector load."""
 

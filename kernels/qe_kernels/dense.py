@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from qe_kernels.dispatch import depths
+from qe_kernels.factors import dense
 from qe_kernels.layout import TILE_ROWS, Order, Weight, code_factor, unpack_weight
-from qe_kernels.linear import INTERPRET, Branch, dense_up, load_scales, scale_weights, scaled
-from qe_kernels.triton_if_any import tl, triton
+from qe_kernels.linear import Branch, load_scales, scale_weights, scaled
+from qe_kernels.triton_if_any import INTERPRET, tl, triton
 from qe_kernels.unpack import load_weight
 
 SLAB = 2**26
@@ -46,16 +47,16 @@ def linear_on_dense_weight(
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """codes * scale, [N, K] in `dtype` (bf16 or fp16), for products so large that cuBLAS wins."""
-    dense = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
     block_k = max(depths(weight))
     grid = (triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, block_k))
     _dequantize[grid](
-        weight.three_planes, weight.scale, dense, weight.rows, weight.columns, weight.row_tiles, weight.column_tiles,
+        weight.three_planes, weight.scale, out, weight.rows, weight.columns, weight.row_tiles, weight.column_tiles,
         BITS=weight.bits, WGMMA=weight.order is Order.WGMMA, INT8=weight.int8,
         FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size or 128 * weight.column_tiles,
         BN=64, BK=block_k, num_warps=4,
     )  # fmt: skip
-    return dense
+    return out
 
 
 def dequantize_reference(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -75,7 +76,7 @@ def _slabs(weight: Weight) -> Iterator[tuple[slice, Weight]]:
 
 def _side_by_side(branch: Branch, expert: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """z [M, R'] and up [N, R'] of all experts, z zero but for the token's own."""
-    up, z = dense_up(branch, dtype), branch.z.to(dtype)
+    up, z = dense(branch.up, branch.scale, dtype), branch.z.to(dtype)
     if branch.experts is None:
         return z, up
     own = expert[:, None] == torch.arange(branch.experts, device=expert.device)

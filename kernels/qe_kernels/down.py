@@ -13,14 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qe_kernels.factors import Factor, dense
 from qe_kernels.split_k import Workspace, reduce_splits
-from qe_kernels.triton_if_any import tl, triton
-
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-
-Factor = tuple[Tensor, Tensor | None]
-"""Values [*rows, K] in bf16 or fp16, without scale; or int8 [*rows, K], or uint8 [*rows, K/2] with two codes + 8 to a
-byte (the even column in the lower half), and their scale [*rows]."""
+from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
 
 @dataclass(frozen=True)
@@ -141,11 +136,6 @@ def down(
     return result
 
 
-def route(router: Tensor, x: Tensor, *, config: DownConfig, workspace: Workspace) -> Tensor:
-    """int32 [T, M], the experts that routers [T, E, H] choose for x [M, H]; see `Down.expert`."""
-    return down(x, router=router, router_x=x, config=config, workspace=workspace).expert
-
-
 def down_reference(
     x: Tensor,
     shared: Factor | None = None,
@@ -164,17 +154,10 @@ def down_reference(
         index = torch.where(scores == best, torch.arange(none, device=x.device), none).amin(dim=-1)
         chosen = torch.where(index < none, index, -1).to(torch.int32)
     return Down(
-        None if shared is None else (x.to(wide) @ _dense(shared, wide).T).to(x.dtype),
-        None if experts is None else torch.einsum("mk,erk->mer", x.to(wide), _dense(experts, wide)).to(x.dtype),
+        None if shared is None else (x.to(wide) @ dense(*shared, wide).T).to(x.dtype),
+        None if experts is None else torch.einsum("mk,erk->mer", x.to(wide), dense(*experts, wide)).to(x.dtype),
         chosen,
     )
-
-
-def _dense(factor: Factor, dtype: torch.dtype) -> Tensor:
-    values, scale = factor
-    if values.dtype == torch.uint8:
-        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-    return values.to(dtype) if scale is None else values.to(dtype) * scale.to(dtype)[..., None]
 
 
 @triton.jit(do_not_specialize=["tokens"])  # a serving engine meets every number of tokens

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qe_kernels.factors import dense
 from qe_kernels.layout import Order, Weight, code_factor, unpack_weight
 from qe_kernels.split_k import Workspace, reduce_splits
-from qe_kernels.triton_if_any import tl, triton
+from qe_kernels.triton_if_any import INTERPRET, tl, triton
 from qe_kernels.unpack import load_weight
 
 MAX_EXPERTS = 32
 """Of a routed branch: a tile keeps the experts that it needs as bits of one integer."""
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def linear_reference(
     if token_scale is not None:
         y = y * token_scale[:, None]
     for branch in branches:
-        up, z = dense_up(branch, compute), branch.z.to(compute)
+        up, z = dense(branch.up, branch.scale, compute), branch.z.to(compute)
         if branch.experts is None:
             y = y + z @ up.T
         for i in range(branch.experts or 0):
@@ -144,14 +144,6 @@ def scaled(codes: Tensor, scale: Tensor, weight: Weight, dtype: torch.dtype) -> 
     """codes [N, K], scale [N, G] -> weights [N, K]."""
     size = weight.group_size or weight.columns
     return codes.to(dtype) * scale.to(dtype).repeat_interleave(size, dim=1)[:, : weight.columns]
-
-
-def dense_up(branch: Branch, dtype: torch.dtype) -> Tensor:
-    up = branch.up
-    if up.dtype == torch.uint8:
-        up = torch.stack((up & 15, up >> 4), dim=-1).flatten(-2).to(dtype) - 8
-    up = up.to(dtype)
-    return up if branch.scale is None else up * branch.scale.to(dtype)[..., None]
 
 
 class _Branch(NamedTuple):

@@ -11,7 +11,6 @@ together; torch.compile traces both. Where the kernels know the GPU they run; on
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +18,13 @@ from torch import Tensor
 from qe_kernels import checks
 from qe_kernels.dense import linear_on_dense_weight
 from qe_kernels.dispatch import choose, device_of
-from qe_kernels.down import Down, Factor, down_config, down_reference
+from qe_kernels.down import Down, down_config, down_reference
 from qe_kernels.down import down as down_kernel
+from qe_kernels.factors import Factor
 from qe_kernels.layout import Order, Weight, order_for
 from qe_kernels.linear import Branch, linear_reference
 from qe_kernels.linear import linear as linear_kernel
-from qe_kernels.quantize import Activations, quantize_reference
+from qe_kernels.quantize import Activations, new_tensors, quantize_reference
 from qe_kernels.quantize import quantize as quantize_kernel
 from qe_kernels.workspaces import workspace_of
 
@@ -48,7 +48,7 @@ def quantize(
     with_x: bool = True,
 ) -> Activations:
     """See `qe_kernels.quantize.quantize`. Raises ValueError, naming the tensor, if one does not fit."""
-    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     made = iter(
         _quantize(
             x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels,
@@ -123,28 +123,6 @@ def linear(
     )
 
 
-class _New(NamedTuple):
-    """Which of `Activations` are tensors of their own, and not x or another one."""
-
-    x: bool
-    base: bool
-    token_scale: bool
-
-
-def _new(
-    bits: int | None,
-    kept: int,
-    norm_weight: Tensor | None,
-    gated: bool,
-    input_scale: Tensor | None,
-    extracted: Tensor | None,
-    with_x: bool,
-) -> _New:
-    changed = gated or norm_weight is not None or input_scale is not None
-    base = bits is not None or extracted is not None
-    return _New(changed and (with_x or not base), base, bits is not None and not kept)
-
-
 @torch.library.custom_op("qe::quantize", mutates_args=())
 def _quantize(
     x: Tensor,
@@ -176,7 +154,7 @@ def _quantize(
         checks.expect_aligned({"x": x, **given})
         with _on(x.device):
             made = quantize_kernel(x, **how, **given, eps=eps, with_x=with_x)
-    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     prepared = made.base if made.x is None else made.x
     first = ((prepared, new.x), (made.base, new.base), (made.token_scale, new.token_scale))
     gathered = (made.shared_z, made.expert_z, made.salient_z)
@@ -192,7 +170,7 @@ def _(x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, share
         extracted=extracted, salient_channels=salient_channels,
     )  # fmt: skip
     tokens, columns = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    new = _new(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
     made = [x.new_empty(tokens, columns)] if new.x else []
     if new.base:
         made.append(x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype))

@@ -14,14 +14,14 @@ move 11K. Not timed on a GPU.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from qe_kernels.triton_if_any import tl, triton
+from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TINY = tl.constexpr(2.0**-126)
 """The smallest normal fp32: no scale is smaller, so a token of zeros has one to divide by."""
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
@@ -51,6 +51,29 @@ class Activations:
     """x~ of the channels [M, D] that the token's own expert extracts; zero for a token without one."""
     salient_z: Tensor | None
     """x~ of the salient channels [M, S], which stay in `base` too."""
+
+
+class New(NamedTuple):
+    """Which of `Activations` are tensors of their own, and not x or another one."""
+
+    x: bool
+    base: bool
+    token_scale: bool
+
+
+def new_tensors(
+    bits: int | None,
+    kept: int,
+    norm_weight: Tensor | None,
+    gated: bool,
+    input_scale: Tensor | None,
+    extracted: Tensor | None,
+    with_x: bool,
+) -> New:
+    """Of the arguments of `quantize`."""
+    changed = gated or norm_weight is not None or input_scale is not None
+    base = bits is not None or extracted is not None
+    return New(changed and (with_x or not base), base, bits is not None and not kept)
 
 
 def extracted_columns(columns: int, shared_channels: Tensor | None, expert_channels: Tensor | None) -> Tensor:
@@ -99,24 +122,24 @@ def quantize(
     tokens, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
     by_modality = input_scale is not None and len(input_scale) > 1
     extracts = shared_channels is not None or expert_channels is not None
-    changed = gated or norm_weight is not None or input_scale is not None
-    own_base = bits is not None or extracts
-    new = x.new_empty(tokens, columns) if changed and (with_x or not own_base) else None
-    base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if own_base else None
-    token_scale = x.new_empty(tokens, dtype=torch.float32) if bits is not None and not kept else None
+    extracted = extracted if extracts else None
+    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    prepared = x.new_empty(tokens, columns) if new.x else None
+    base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if new.base else None
+    token_scale = x.new_empty(tokens, dtype=torch.float32) if new.token_scale else None
     lists = (shared_channels, expert_channels, salient_channels)
     lengths = [0 if channels is None else channels.shape[-1] for channels in lists]
     z = [None if channels is None else x.new_empty(tokens, channels.shape[-1]) for channels in lists]
-    if tokens and (changed or own_base or any(lengths)):
+    if tokens and (new.x or new.base or any(lengths)):
         block = triton.next_power_of_2(columns)
         _quantize[(tokens,)](
-            x, x.stride(0), columns, new, base, token_scale,
+            x, x.stride(0), columns, prepared, base, token_scale,
             norm_weight, eps, input_scale, modality if by_modality else None,
-            extracted if extracts else None, expert if expert_channels is not None else None, *lists, *z,
+            extracted, expert if expert_channels is not None else None, *lists, *z,
             *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, kept, block, num_warps=warps(block),
         )  # fmt: skip
-    prepared = new if changed else x
-    return Activations(prepared if with_x else None, base if own_base else prepared, token_scale, *z)
+    prepared = prepared if new.x else x
+    return Activations(prepared if with_x else None, base if new.base else prepared, token_scale, *z)
 
 
 def warps(block: int) -> int:
@@ -262,7 +285,7 @@ def _divide(value, divisor):
     Many values have one divisor: its correctly rounded inverse and one step of correction give the quotient (theorem
     of Markstein) in three instructions, where div.rn has a dozen and a branch.
     """
-    if _INTERPRETED:  # where fma may round twice
+    if INTERPRET:  # where fma may round twice
         return tl.div_rn(value, divisor)
     inverse = tl.div_rn(1.0, divisor)
     quotient = value * inverse

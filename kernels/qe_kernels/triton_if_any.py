@@ -19,4 +19,7 @@ try:
 except ModuleNotFoundError:
     triton = tl = _Missing()
 
-__all__ = ["tl", "triton"]
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels are interpreted, on the CPU: decided when Triton is imported."""
+
+__all__ = ["INTERPRET", "tl", "triton"]

@@ -10,9 +10,9 @@ masked at the end. Four bits cost 11 instructions for 8 weights of 16 bits, and 
 """
 
 from qe_kernels import layout
-from qe_kernels.triton_if_any import tl, triton
+from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
-COMPILED = not triton.knobs.runtime.interpret
+COMPILED = not INTERPRET.value
 
 code_factor = triton.constexpr_function(layout.code_factor)
 _field_widths = triton.constexpr_function(layout.field_widths)

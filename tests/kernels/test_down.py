@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from qe_kernels.down import Down, DownConfig, Factor, down, down_config, down_reference, route
+from qe_kernels.down import Down, DownConfig, Factor, down, down_config, down_reference
 from qe_kernels.split_k import Workspace
 from torch import Tensor
 
@@ -172,7 +172,7 @@ def test_routers_choose_the_lowest_score_and_the_lower_index(
     router = torch.randint(-1, 2, (routers, experts, columns), generator=generator(1)).to(torch.bfloat16).to(DEVICE)
     x = torch.randint(-2, 3, (tokens, columns), generator=generator(2)).to(torch.bfloat16).to(DEVICE)
     workspace = Workspace.allocate(1 << 20, 1 << 10, DEVICE)
-    chosen = route(router, x, config=config, workspace=workspace)
+    chosen = down(x, router=router, router_x=x, config=config, workspace=workspace).expert
     assert chosen.dtype == torch.int32
     assert chosen.shape == (routers, tokens)
     scores = torch.einsum("teh,mh->tme", router.double(), x.double().abs())

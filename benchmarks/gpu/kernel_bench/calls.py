@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from qe_kernels import Branch, ops
-from qe_kernels.down import Factor
+from qe_kernels.factors import Factor
+from qe_kernels.linear import linear_reference
 from torch import Tensor
 
-from kernel_bench.cases import Problem
+from kernel_bench.cases import Problem, some_rows
 from kernel_bench.timing import Rates
 
 Prepared = tuple[Tensor, Tensor | None, list[Branch], Tensor | None]
@@ -29,6 +30,18 @@ def prepare(problem: Problem, x: Tensor) -> Prepared:
 def linear(problem: Problem, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     base, token_scale, branches, expert = prepared
     return ops.linear(base, token_scale, problem.weight, branches, expert, problem.bias, out_dtype=dtype)
+
+
+def some_outputs(problem: Problem, prepared: Prepared) -> tuple[list[int], Tensor]:
+    """Which outputs a few tiles hold, and their exact values, float64 [M, outputs]."""
+    base, token_scale, branches, expert = prepared
+    rows, part = some_rows(problem)
+    ups = [up for up in (part.shared_up, part.expert_up) if up is not None]
+    branches = [Branch(branch.z, *up) for branch, up in zip(branches, ups, strict=True)]
+    exact = linear_reference(
+        base, token_scale, part.weight, branches, expert, part.bias, out_dtype=torch.float64, compute=torch.float64
+    )
+    return rows, exact
 
 
 def whole(problem: Problem, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from qe_kernels import Branch, Weight, order_for, pack_weight
-from qe_kernels.down import Factor
+from qe_kernels.factors import Factor
 from torch import Tensor
 
 

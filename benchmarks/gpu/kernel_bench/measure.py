@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qe_kernels import Branch
 from qe_kernels.dispatch import choose, device_of
-from qe_kernels.linear import linear_reference
 from torch import Tensor
 
-from kernel_bench.calls import Work, linear, prepare, unfused, whole, work_of_linear, work_of_torch, work_of_whole
-from kernel_bench.cases import REPAIRS, Format, Layer, Problem, Random, Repair, some_rows
+from kernel_bench.calls import (
+    Work,
+    linear,
+    prepare,
+    some_outputs,
+    unfused,
+    whole,
+    work_of_linear,
+    work_of_torch,
+    work_of_whole,
+)  # fmt: skip
+from kernel_bench.cases import REPAIRS, Format, Layer, Problem, Random, Repair
 from kernel_bench.check import error
 from kernel_bench.peers import PEERS
 from kernel_bench.targets import targets
@@ -107,8 +115,7 @@ class Bench:
             products = [PEERS[name](problem) for problem in bare]
             for tokens in self.tokens:
                 x = self.draw.tokens(tokens, bare[0].weight.columns)
-                rows, part = some_rows(bare[0])
-                exact = linear_reference(x, None, part.weight, out_dtype=torch.float64, compute=torch.float64)
+                rows, exact = some_outputs(bare[0], (x, None, [], None))
                 assert error(products[0](x)[:, rows], exact) <= 4.0, "its result is wrong"
                 calls = [lambda p=p, x=x: p(x) for p in products]
                 least = work_of_whole(bare[0], tokens, 0)
@@ -143,12 +150,7 @@ class Bench:
 def verify(problem: Problem, x: Tensor) -> None:
     """AssertionError where the linear differs from the reference on a few hundred outputs."""
     prepared = prepare(problem, x)
-    rows, part = some_rows(problem)
-    ups = [up for up in (part.shared_up, part.expert_up) if up is not None]
-    branches = [Branch(branch.z, *up) for branch, up in zip(prepared[2], ups, strict=True)]
-    exact = linear_reference(
-        *prepared[:2], part.weight, branches, prepared[3], part.bias, out_dtype=torch.float64, compute=torch.float64
-    )
+    rows, exact = some_outputs(problem, prepared)
     wrong = error(linear(problem, prepared, x.dtype)[:, rows], exact)
     assert wrong <= 1.0, f"{problem.format.name}, {len(x)} tokens: {wrong:.2f} times the error that is allowed"
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +21,15 @@ from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.loading import load_model
+from tests.vllm.questions import DATA, MODEL, QUESTIONS, RECIPES, ROOT, STORIES, Question, prompts
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parents[2]
-MODEL, DATA = ROOT / "models" / "outlier", ROOT / "models" / "data"
-QUESTIONS, STORIES = 200, 20
-RECIPES = ("qe-w4a16g64", "qe-w4a8", "qe-w4a6", "rtn-w4a8", "qe-extract-w4a6")
 EQUAL = 0.98
 """Share of the answers to questions that must be those of transformers, token by token."""
 MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 """By ranks: how far the log-probability of a token may be off on average. Two ranks have two activation grids, so that
 stories, which are free to go on in many ways, part ways somewhere."""
-
-
-@dataclass(frozen=True)
-class Question:
-    prompt: str
-    answer: str
-    image: str | None
-
-
-def prompts() -> list[Question]:
-    """Questions about images, then beginnings of stories."""
-    rows = [json.loads(line) for line in (DATA / "evaluation.jsonl").read_text().splitlines()]
-    mark = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
-    asked = [Question(mark.format(r["prompt"]), r["answer"], str(DATA / r["image"])) for r in rows if "image" in r]
-    begun = [Question(r["text"][: len(r["text"]) // 2], "", None) for r in rows if "text" in r]
-    return [*asked[:QUESTIONS], *begun[:STORIES]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
-
-
-@pytest.fixture(scope="module")
-def checkpoints(folder: Path) -> dict[str, Path]:
-    """All recipes in one pass of the calibration."""
-    runs = [RunConfig(MODEL, load_recipe(name), DATA / "calibration.jsonl", folder / name) for name in RECIPES]
-    local.quantize(*runs)
-    return {name: folder / name for name in RECIPES}
 
 
 def serve(checkpoint: Path, ranks: int, asked: list[Question], folder: Path) -> subprocess.CompletedProcess[str]:

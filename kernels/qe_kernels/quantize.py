@@ -116,7 +116,8 @@ def quantize(
     norm_weight [K], eps: RMSNorm in fp32; its result is rounded to x's dtype before and after the weight, as models do.
     input_scale [1, K], or [modalities, K] with modality [M], the row of each token.
     shared_channels [C], expert_channels [E, D] with expert [M] (-1: none): integers; `extracted_columns` of the two.
-    salient_channels [S]. A channel K is another rank's, and its z is zero. with_x: whether x~ is needed beside base, for a down projection.
+    salient_channels [S]. A channel K is another rank's, and its z is zero.
+    with_x: whether x~ is needed beside base, for a down projection.
 
     `ops.quantize` checks all but the values of indices, for which the device would have to be waited for.
     """

@@ -226,6 +226,11 @@ def test_recipes_by_linear_are_refused_for_more_ranks(runs, tmp_path):
         quantize(replace(runs["linear"], output=tmp_path / "out", tensor_parallel_size=2))
 
 
+def test_recipes_by_modality_are_refused_for_more_ranks(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"the recipe treats text and image tokens differently.* Choose another size"):
+        quantize(replace(runs["masquant"], output=tmp_path / "out", tensor_parallel_size=2))
+
+
 @pytest.fixture
 def verify(monkeypatch, capsys):
     def call(*words):

@@ -58,8 +58,7 @@ def check_cuts(checkpoint: Checkpoint, sizes: Sequence[int]) -> Iterator[tuple[i
                 _tokens(where, widths[name]),
                 _tokens(block["prefix"] + router, widths[router]),
             )  # fmt: skip
-            for size in sizes:
-                yield from ((size, f"{where}: {fault}") for fault in _differences(group, size))
+            yield from ((size, f"{where}: {fault}") for size, fault in _differences(group, sizes))
 
 
 def _read(checkpoint: Checkpoint, module: str, names: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -77,26 +76,29 @@ def _tokens(name: str, width: int) -> Tensor:
     return torch.randn(TOKENS, width, generator=draw) * torch.randn(width, generator=draw).mul(1.5).exp()
 
 
-def _differences(group: _Group, size: int) -> Iterator[str]:
+def _differences(group: _Group, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
     part = input_from_tensors(group.input)
     expert = route(part, group.router_x)
     unrounded = prepare(part, group.x, expert, replace(group.scheme, act_bits=None, kept=None))
     for linear, tensors in group.linears.items():
-        is_row = linear.split == "row"
-        slices = unrounded.base.unflatten(1, (size if is_row else 1, -1)).flatten(0, 1)  # one grid each
-        prepared = replace(unrounded, base=round_activations(slices, group.scheme).view_as(unrounded.base))
         whole = _linear(tensors, group.scheme, linear.in_features)
         weight = dequantize(whole.codes, whole.scale)
-        got = (_sum_of_rows if is_row else _columns_together)(group, linear, size)
-        wanted, exact = (linear_forward(whole, x, weight) for x in (prepared, unrounded))
-        slack = ROUNDING * wanted.norm(dim=0)
-        if not bool(((got - wanted).norm(dim=0) <= slack).all()):
-            worst = ((got - wanted).norm(dim=0) / wanted.norm(dim=0)).nan_to_num(torch.inf).max()
-            yield f"{linear.name} over {size} ranks is off by {worst:.1e} of an output, {ROUNDING:.0e} is rounding"
-        if group.scheme.act_bits is not None:
-            step = unrounded.base.abs().amax(dim=1, keepdim=True) / (2 ** (group.scheme.act_bits - 1) - 1)
-            if not bool(((got - exact).abs() <= step / 2 * weight.abs().sum(dim=1) + slack).all()):
-                yield f"{linear.name} over {size} ranks is further off the product than its activation grid explains"
+        exact = linear_forward(whole, unrounded, weight)
+        reach = weight.abs().sum(dim=1)
+        for size in sizes:
+            named, is_row = f"{linear.name} over {size} ranks", linear.split == "row"
+            slices = unrounded.base.unflatten(1, (size if is_row else 1, -1)).flatten(0, 1)  # one grid each
+            rounded = round_activations(slices, group.scheme).view_as(unrounded.base)
+            wanted = linear_forward(whole, replace(unrounded, base=rounded), weight)
+            got = (_sum_of_rows if is_row else _columns_together)(group, linear, size)
+            off, slack = (got - wanted).norm(dim=0), ROUNDING * wanted.norm(dim=0)
+            if not bool((off <= slack).all()):
+                worst = (off / wanted.norm(dim=0)).nan_to_num(torch.inf).max()
+                yield size, f"{named} is off by {worst:.1e} of an output, {ROUNDING:.0e} is rounding"
+            if group.scheme.act_bits is not None:
+                step = unrounded.base.abs().amax(dim=1, keepdim=True) / (2 ** (group.scheme.act_bits - 1) - 1)
+                if not bool(((got - exact).abs() <= step / 2 * reach + slack).all()):
+                    yield size, f"{named} is further off the product than its activation grid explains"
 
 
 def _columns_together(group: _Group, linear: LinearSpec, size: int) -> Tensor:

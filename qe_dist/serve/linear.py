@@ -49,8 +49,9 @@ class QEInput(nn.Module):
             self._router_source = (other,)
             other.num_routers += 1
 
-    def prepare(self, x: Tensor) -> PreparedInput:
-        """What the linears of the group share; computed for the first of them, kept for the others."""
+    def forward(self, x: Tensor) -> PreparedInput:
+        """What the linears of the group share; computed for the first of them, kept for the others. By the call of
+        the module, for that is where accelerate brings in the parameters of a module that is offloaded."""
         if self._prepared is None or self._seen is not x:
             part = input_from_tensors(dict(self.named_parameters()))
             rows = x.flatten(0, -2)
@@ -96,7 +97,7 @@ class QELinear(nn.Module):
         return QuantizedLinear(codes, self.weight_scale, **repair_from_tensors(tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear_forward(self.quantized, self._group[0].prepare(x))
+        y = linear_forward(self.quantized, self._group[0](x))
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:

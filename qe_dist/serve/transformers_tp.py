@@ -2,7 +2,7 @@
 
 While the weights are loaded, a parameter that is cut is a DTensor: transformers' loader takes this rank's part of it.
 After that it is a plain tensor, and the module one that is merely smaller. Only the all-reduce of a row-parallel linear
-is left; a token's expert is the same on all ranks, for routers read inputs that all ranks have (serve/sharding.py).
+is left; a token's expert is the same on all ranks, for routers read inputs that all ranks have (numerics/sharding.py).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.serve.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
+from qe_dist.numerics.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
 
 THEIRS: dict[str | None, Parallel] = {"colwise": "column", "rowwise": "row"}
 """How transformers says that a linear is cut."""

@@ -78,10 +78,10 @@ class QEQuantizer(HfQuantizer):
         def check(found: Any) -> None:
             del model._adjust_missing_and_unexpected_keys
             adjust(found)
-            odd = [f"{name} of shape {tuple(s)}, expected {tuple(w)}" for name, s, w in found.mismatched_keys]
+            odd = [f"{name} of shape {tuple(s)}, expected {tuple(w)}" for name, s, w in sorted(found.mismatched_keys)]
             found.mismatched_keys.clear()  # or transformers raises an error of its own, without the name
-            odd += [f"no {name}" for name in found.missing_keys]
-            odd += [f"{name}, which the model does not know" for name in found.unexpected_keys]
+            odd += [f"no {name}" for name in sorted(found.missing_keys)]
+            odd += [f"{name}, which the model does not know" for name in sorted(found.unexpected_keys)]
             if odd:
                 more = f" (and {len(odd) - 1} more such)" if len(odd) > 1 else ""
                 raise CheckpointError(
@@ -108,6 +108,10 @@ class QEQuantizer(HfQuantizer):
             check_tensors(blocks[index], layout, f"{prefix}.{index}.")
             if self.cut:
                 transformers_tp.settle(blocks[index], layout)
+        if any(parameter.is_meta for parameter in blocks.parameters()):
+            from qe_dist.serve import offload  # accelerate is there if it has offloaded
+
+            offload.hook_blocks(blocks, prefix)
 
     def _set_dtype(self, model: nn.Module) -> None:
         """What is not quantized gets the dtype that was asked for; before 5.20, transformers leaves it as on disk."""

@@ -1,4 +1,4 @@
-"""Tensor parallelism in transformers: styles of our own in the model's plan, so that a rank reads from disk what it holds.
+"""Tensor parallelism in transformers: our styles in the plan of a model, so that a rank reads from disk what it holds.
 
 While the weights are loaded, a parameter that is cut is a DTensor: transformers' loader takes this rank's part of it.
 After that it is a plain tensor, and the module one that is merely smaller. Only the all-reduce of a row-parallel linear
@@ -98,7 +98,11 @@ def _parallel(plan: Mapping[str, str], prefix: str, group: Mapping[str, Any]) ->
 
 
 def _why_not(
-    linears: Mapping[str, nn.Linear], group: Mapping[str, Any], own: Parallel | None, routers: Parallel | None, size: int
+    linears: Mapping[str, nn.Linear],
+    group: Mapping[str, Any],
+    own: Parallel | None,
+    routers: Parallel | None,
+    size: int,
 ) -> str | None:
     """own, routers: how the group is cut, and that whose input its router reads."""
     if own is None:
@@ -128,7 +132,8 @@ def settle(block: nn.Module, layout: Mapping[str, Any]) -> None:
                 linear.out_features //= size
         if row:
             part = block.get_submodule(f"{name}_input")
-            _set(part, local_channels(_local(part), linears[0].in_features, rank))
+            part.in_features //= size
+            _set(part, local_channels(_local(part), part.in_features, rank))
 
 
 def _local(module: nn.Module) -> dict[str, Tensor]:

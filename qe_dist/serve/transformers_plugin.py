@@ -68,18 +68,23 @@ class QEQuantizer(HfQuantizer):
             replace_linears(block, layout, modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
             modality.follow(model.base_model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._listen(model)
 
     def _listen(self, model: nn.Module) -> None:
         """Where transformers would go on with values of its own, and a warning, we do not. It tells what it found to
-        this method alone, in all versions that we know."""
+        this method alone, in all versions that we know; before 5.22, it says nothing of shapes."""
         adjust = model._adjust_missing_and_unexpected_keys
 
         def check(found: Any) -> None:
             del model._adjust_missing_and_unexpected_keys
             adjust(found)
-            odd = [f"{name} of shape {tuple(s)}, expected {tuple(w)}" for name, s, w in sorted(found.mismatched_keys)]
+            shapes = {name: (p.shape, self.shapes.get(name, p.shape)) for name, p in model.named_parameters()}
+            shapes |= {name: (own, wanted) for name, own, wanted in found.mismatched_keys}
             found.mismatched_keys.clear()  # or transformers raises an error of its own, without the name
+            odd = [
+                f"{n} of shape {tuple(s)}, expected {tuple(wanted)}" for n, (s, wanted) in shapes.items() if s != wanted
+            ]
             odd += [f"no {name}" for name in sorted(found.missing_keys)]
             odd += [f"{name}, which the model does not know" for name in sorted(found.unexpected_keys)]
             if odd:
@@ -105,9 +110,9 @@ class QEQuantizer(HfQuantizer):
         blocks = model.get_decoder().layers
         prefix = next(name for name, module in model.named_modules() if module is blocks)
         for index, layout in enumerate(self.layouts):
-            check_tensors(blocks[index], layout, f"{prefix}.{index}.")
             if self.cut:
-                transformers_tp.settle(blocks[index], layout)
+                transformers_tp.settle(blocks[index], layout, f"{prefix}.{index}.")
+            check_tensors(blocks[index], layout, f"{prefix}.{index}.")
         if any(parameter.is_meta for parameter in blocks.parameters()):
             from qe_dist.serve import offload  # accelerate is there if it has offloaded
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
 
@@ -115,14 +115,16 @@ def _why_not(
 
 
 @torch.no_grad()
-def settle(block: nn.Module, layout: Mapping[str, Any]) -> None:
-    """Makes the parts that were loaded the plain parameters of smaller modules."""
+def settle(block: nn.Module, layout: Mapping[str, Any], prefix: str) -> None:
+    """Makes the parts that were loaded the plain parameters of smaller modules. CheckpointError for one that is of
+    another shape, which transformers does not see before 5.22. prefix: of the block's names."""
     for name, group in layout.items():
-        linears = [block.get_submodule(linear) for linear in group["linears"]]
-        mesh, row = linears[0].weight_packed.device_mesh, linears[0].weight_packed.placements == (Shard(1),)
+        linears = {linear: block.get_submodule(linear) for linear in group["linears"]}
+        packed = next(iter(linears.values())).weight_packed
+        mesh, row = packed.device_mesh, packed.placements == (Shard(1),)
         rank, size = mesh.get_local_rank(), mesh.size()
-        for linear in linears:
-            local = _local(linear)
+        for linear_name, linear in linears.items():
+            local = _local(linear, f"{prefix}{linear_name}")
             if row and rank > 0 and "bias" in local:
                 local["bias"].zero_()  # one of the summands has it
             _set(linear, local)
@@ -133,11 +135,19 @@ def settle(block: nn.Module, layout: Mapping[str, Any]) -> None:
         if row:
             part = block.get_submodule(f"{name}_input")
             part.in_features //= size
-            _set(part, local_channels(_local(part), part.in_features, rank))
+            _set(part, local_channels(_local(part, f"{prefix}{name}_input"), part.in_features, rank))
 
 
-def _local(module: nn.Module) -> dict[str, Tensor]:
-    return {n: p.to_local() if isinstance(p, DTensor) else p.data for n, p in module.named_parameters(recurse=False)}
+def _local(module: nn.Module, module_name: str) -> dict[str, Tensor]:
+    tensors = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+    for name, whole in tensors.items():
+        if isinstance(whole, DTensor):
+            part, size, dim = whole.to_local(), whole.device_mesh.size(), whole.placements[0].dim
+            wanted = tuple(n // size if i == dim else n for i, n in enumerate(whole.shape))
+            if part.shape != wanted:
+                raise CheckpointError(f"{module_name}.{name}: a rank finds {tuple(part.shape)}, expected {wanted}")
+            tensors[name] = part
+    return tensors
 
 
 def _set(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -58,9 +58,8 @@ def test_all_in_one_place(load: Load, whole: torch.Tensor, device_map: Any) -> N
     [
         {"device_map": every_second_block_on_disk()},
         {"device_map": "auto", "max_memory": {"cpu": "2MiB"}},
-        {"device_map": {"": "disk"}},
     ],
-    ids=["some blocks", "what does not fit", "all"],
+    ids=["some blocks", "what does not fit"],
 )
 def test_with_blocks_on_disk(load: Load, whole: torch.Tensor, options: dict[str, Any], tmp_path: Path) -> None:
     model = load(**options, offload_folder=tmp_path)

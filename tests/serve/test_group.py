@@ -185,5 +185,27 @@ def test_ranks_add_up(ran_by: str, normal: Normal, scheme: str) -> None:
     assert close(total, run(on_reference, one, part, repair, words, scale, x))
 
 
+def test_torch_compile_makes_one_graph_of_groups_that_choose_for_each_other(normal: Normal) -> None:
+    """As vLLM does with a whole model, whatever the number of tokens. (It compiles the formula too, but here its shapes
+    are checked at run time, which cannot be traced.)"""
+    by = on_kernels
+    one, x = Scheme.parse("w4a8"), tokens(normal)
+    part, repair, (words, scale) = whole_input(normal, 8), branches(normal, 8), weight(normal, one)
+    first, second = (Group(by.Input(part, one, INPUTS)) for _ in range(2))
+    first.choose_for(first, part.router)
+    first.choose_for(second, part.router.flip(0))
+    linears = [by.Linear(words.clone(), scale, repair, one, INPUTS) for _ in range(2)]
+
+    def block(x: Tensor) -> Tensor:
+        y = linears[0](first.prepare(x), None, x.dtype)
+        return y + linears[1](second.prepare(x + 1), None, x.dtype)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (TOKENS, 4):
+        assert torch.equal(compiled(x[:count]), block(x[:count]))
+    assert first.expert is None
+    assert second.expert is None
+
+
 def test_a_cpu_runs_the_formula() -> None:
     assert backend(torch.device("cpu"), torch.bfloat16) is on_reference

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
-    "docs/engine.md", "docs/kernels.md",
+    "docs/engine.md", "docs/kernels.md", "docs/serving.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -468,6 +468,15 @@ def linear_aot(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "kernels_aot")
 
 
+def transformers_versions(result: dict[str, Any]) -> str:
+    rows = [
+        (version, str(case["passed"]), str(case["skipped"]), ", ".join(sorted(set(case["failed"]))) or "none")
+        for version, case in result["cases"].items()
+    ]
+    header = ("transformers", "tests passed", "skipped", "failed")
+    return "\n" + markdown(header, rows) + source(result, "transformers_versions")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -490,6 +499,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "answers on a GPU": ("generate_cuda", answers_on_gpu, ()),
     "steps on a GPU": ("generate_cuda", steps_on_gpu, ()),
     "kernels aot": ("kernels_aot", kernels_aot, ()),
+    "transformers versions": ("transformers_versions", transformers_versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),

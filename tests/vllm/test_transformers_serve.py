@@ -19,6 +19,7 @@ from tests.vllm.questions import DATA, ROOT
 
 pytestmark = pytest.mark.vllm
 
+COMMAND = "python -m qe_dist.serve.hf serve CHECKPOINT --host 127.0.0.1 --port 8000"
 QUESTIONS, STORIES, TOKENS = 12, 4, 24
 
 
@@ -33,8 +34,10 @@ def server(checkpoint: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    process = subprocess.Popen([sys.executable, "-m", "tests.vllm.transformers_serve", *words], cwd=ROOT)
+    assert COMMAND in (ROOT / "docs" / "serving.md").read_text()
+    words = COMMAND.replace("CHECKPOINT", str(checkpoint)).replace("8000", str(port)).split()[3:]
+    run = [sys.executable, "-m", "tests.vllm.transformers_serve", *words, "--dtype", "float32"]
+    process = subprocess.Popen(run, cwd=ROOT)
     try:
         yield wait_for(f"http://127.0.0.1:{port}", process)
     finally:

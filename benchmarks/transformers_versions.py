@@ -57,13 +57,17 @@ def run_tests(python: Path, report: Path) -> Case:
     paths = os.pathsep.join(str(ROOT / source) for source in SOURCES)
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/serve"]
     subprocess.run([python, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, check=False)
-    suite = next(ElementTree.parse(report).iter("testsuite")).attrib
-    cases = ElementTree.parse(report).iter("testcase")
-    failed = [
-        case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None
+    return case_of(report)
+
+
+def case_of(report: Path) -> Case:
+    """What pytest's XML says."""
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    odd = [
+        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
     ]
-    skipped = int(suite["skipped"])
-    return Case(int(suite["tests"]) - skipped - len(failed), skipped, failed, float(suite["time"]))
+    failed, skipped = sorted({case.attrib["name"] for case in odd}), int(suite.attrib["skipped"])
+    return Case(int(suite.attrib["tests"]) - skipped - len(failed), skipped, failed, float(suite.attrib["time"]))
 
 
 def found_before() -> dict[str, Any]:
@@ -75,15 +79,14 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
     parser.add_argument("--venvs", type=Path, default=ROOT / ".venv-versions", help="folder of the environments")
     asked = parser.parse_args()
-    cases = found_before()
     for version in asked.versions:
         python = environment(asked.venvs.resolve(), version)
         case = run_tests(python, asked.venvs / f"{version}.xml")
-        cases[version] = asdict(case)
         Console().print(f"transformers {version}: {case.passed} passed, {len(case.failed)} failed {case.failed}")
+        cases = found_before() | {version: asdict(case)}
         ordered = dict(sorted(cases.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
         write_result(RESULT, {"cases": ordered})
-    sys.exit(any(case["failed"] for case in cases.values()))
+    sys.exit(any(case["failed"] for case in found_before().values()))
 
 
 if __name__ == "__main__":

@@ -82,16 +82,13 @@ class QEQuantizer(HfQuantizer):
             shapes = {name: (p.shape, self.shapes.get(name, p.shape)) for name, p in model.named_parameters()}
             shapes |= {name: (own, wanted) for name, own, wanted in found.mismatched_keys}
             found.mismatched_keys.clear()  # or transformers raises an error of its own, without the name
-            odd = [
-                f"{n} of shape {tuple(s)}, expected {tuple(wanted)}" for n, (s, wanted) in shapes.items() if s != wanted
-            ]
+            odd = [f"{n} of shape {tuple(own)}, expected {tuple(w)}" for n, (own, w) in shapes.items() if own != w]
             odd += [f"no {name}" for name in sorted(found.missing_keys)]
             odd += [f"{name}, which the model does not know" for name in sorted(found.unexpected_keys)]
             if odd:
                 more = f" (and {len(odd) - 1} more such)" if len(odd) > 1 else ""
-                raise CheckpointError(
-                    f"{model.config.name_or_path} has {odd[0]}{more}; copy it again, or see qe-dist verify"
-                )
+                folder = model.config.name_or_path
+                raise CheckpointError(f"{folder} has {odd[0]}{more}; copy it again, or see qe-dist verify")
             self.complete = True
 
         model._adjust_missing_and_unexpected_keys = check

@@ -23,4 +23,4 @@ def test_the_scripts_run_as_they_stand(
     run = [sys.executable, *by, "generate.py"]
     done = subprocess.run(run, cwd=tmp_path, env=found | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 3
+    assert done.stdout.strip()

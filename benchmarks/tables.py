@@ -491,6 +491,15 @@ def serving_load(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "serving_load")
 
 
+def transformers_versions(result: dict[str, Any]) -> str:
+    rows = [
+        (version, str(case["passed"]), str(case["skipped"]), ", ".join(case["failed"]) or "none")
+        for version, case in result["cases"].items()
+    ]
+    header = ("transformers", "tests passed", "skipped", "failed")
+    return "\n" + markdown(header, rows) + source(result, "transformers_versions")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -513,6 +522,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "answers on a GPU": ("generate_cuda", answers_on_gpu, ()),
     "steps on a GPU": ("generate_cuda", steps_on_gpu, ()),
     "kernels aot": ("kernels_aot", kernels_aot, ()),
+    "transformers versions": ("transformers_versions", transformers_versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
     "serving load": ("serving_load", serving_load, ()),
     "league winners": ("league", winners, ()),

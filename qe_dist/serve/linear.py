@@ -73,6 +73,10 @@ class QEInput(nn.Module):
                 self._group.choose_for(reader.group(x), reader.router)
         return self._group
 
+    def forget(self) -> None:
+        """What was made from the parameters, which are to be offloaded."""
+        self._group = None
+
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._group = None
         return super()._apply(*args, **kwargs)
@@ -80,6 +84,9 @@ class QEInput(nn.Module):
 
 class QELinear(nn.Module):
     """A quantized linear; the same call as nn.Linear. While it runs, the packed weights are where they run best."""
+
+    offloaded = False
+    """Whether accelerate takes the parameters away when the block has run (serve/offload.py)."""
 
     def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], group: QEInput, linear: nn.Linear) -> None:
         super().__init__()
@@ -95,9 +102,14 @@ class QELinear(nn.Module):
             repair = repair_from_tensors({n: p for n, p in self.named_parameters() if n != "bias"})
             run = backend(x.device, x.dtype)
             self._linear = run.Linear(self.weight_packed.data, self.weight_scale, repair, self.scheme, x.shape[-1])
-            self.weight_packed.data = self.weight_packed.new_empty(0)
+            if not self.offloaded:
+                self.weight_packed.data = self.weight_packed.new_empty(0)
         y = self._linear(self._group[0](x), self.bias, x.dtype)
         return y.unflatten(0, x.shape[:-1])
+
+    def forget(self) -> None:
+        """What was made from the parameters, which are to be offloaded."""
+        self._linear = None
 
     def _stop(self) -> None:
         """Packs the weights as on disk."""

@@ -21,7 +21,7 @@ def load_model(folder: Path) -> Any:
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.bfloat16 if gpu else torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from None
     if missing := sorted(found["missing_keys"]):  # transformers would make them up
         raise CheckpointError(f"{folder} lacks {missing[0]} (and {len(missing) - 1} more); copy it again, or verify it")

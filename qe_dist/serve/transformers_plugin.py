@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -17,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
+from qe_dist.serve import transformers_tp
 from qe_dist.serve.format import METHOD, VERSION, check_files, check_version
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
@@ -44,29 +46,82 @@ class QEQuantizer(HfQuantizer):
 
     quantization_config: QEConfig
     requires_calibration = True
+    cut = False
+    """Whether this process has only its part of the model."""
+    complete = False
+    """Whether every tensor was found."""
+
+    @property
+    def layouts(self) -> list[dict[str, Any]]:
+        """Of all blocks."""
+        return [self.quantization_config.layouts[index] for index in self.quantization_config.block_layouts]
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if checkpoint_files and os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
             check_files(Path(checkpoint_files[0]).parent)
-        config = self.quantization_config
         blocks = model.get_decoder().layers
-        if len(blocks) != len(config.block_layouts):
+        if len(blocks) != len(self.layouts):
             raise CheckpointError(
-                f"config.json describes {len(config.block_layouts)} quantized blocks, the model has {len(blocks)}"
+                f"config.json describes {len(self.layouts)} quantized blocks, the model has {len(blocks)}"
             )
+        asked = getattr(model.config, "distributed_config", None)
+        if asked is not None:
+            self.cut = transformers_tp.plan(model, self.layouts, asked)
         modality = TokenModality(model.config)
-        for block, index in zip(blocks, config.block_layouts, strict=True):
-            replace_linears(block, config.layouts[index], modality)
+        for block, layout in zip(blocks, self.layouts, strict=True):
+            replace_linears(block, layout, modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
             modality.follow(model.base_model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._listen(model)
+
+    def _listen(self, model: nn.Module) -> None:
+        """Where transformers would go on with values of its own, and a warning, we do not. It tells what it found to
+        this method alone, in all versions that we know; before 5.22, it says nothing of shapes."""
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def check(found: Any) -> None:
+            del model._adjust_missing_and_unexpected_keys
+            adjust(found)
+            shapes = {name: (p.shape, self.shapes.get(name, p.shape)) for name, p in model.named_parameters()}
+            shapes |= {name: (own, wanted) for name, own, wanted in found.mismatched_keys}
+            found.mismatched_keys.clear()  # or transformers raises an error of its own, without the name
+            odd = [f"{n} of shape {tuple(own)}, expected {tuple(w)}" for n, (own, w) in shapes.items() if own != w]
+            odd += [f"no {name}" for name in sorted(found.missing_keys)]
+            odd += [f"{name}, which the model does not know" for name in sorted(found.unexpected_keys)]
+            if odd:
+                more = f" (and {len(odd) - 1} more such)" if len(odd) > 1 else ""
+                folder = model.config.name_or_path
+                raise CheckpointError(f"{folder} has {odd[0]}{more}; copy it again, or see qe-dist verify")
+            self.complete = True
+
+        model._adjust_missing_and_unexpected_keys = check
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
         return dtype
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        if not self.complete:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} does not tell which tensors of {model.config.name_or_path} "
+                "it found; give it the folder as qe-dist wrote it, and one of the versions in docs/serving.md"
+            )
+        self._set_dtype(model)
+        blocks = model.get_decoder().layers
+        prefix = next(name for name, module in model.named_modules() if module is blocks)
+        for index, layout in enumerate(self.layouts):
+            if self.cut:
+                transformers_tp.settle(blocks[index], layout, f"{prefix}.{index}.")
+            check_tensors(blocks[index], layout, f"{prefix}.{index}.")
+        if any(parameter.is_meta for parameter in blocks.parameters()):
+            from qe_dist.serve import offload  # accelerate is there if it has offloaded
+
+            offload.hook_blocks(blocks, prefix)
+
+    def _set_dtype(self, model: nn.Module) -> None:
         """What is not quantized gets the dtype that was asked for; before 5.20, transformers leaves it as on disk."""
         for module in model.modules():
             own = {"bias"} if isinstance(module, QELinear) else set() if isinstance(module, QEInput) else None
@@ -75,11 +130,24 @@ class QEQuantizer(HfQuantizer):
                     parameter.data = parameter.data.to(self.dtype)
 
     def is_serializable(self, **_: Any) -> bool:
-        return True
+        return not self.cut
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def check_tensors(block: nn.Module, layout: dict[str, Any], prefix: str) -> None:
+    """CheckpointError for what has another kind of numbers than config.json says, or a NaN or Inf. What is offloaded
+    (`meta`) is not looked into."""
+    for name, group in layout.items():
+        for module, shapes in ((f"{name}_input", group["input"]), *group["linears"].items()):
+            for tensor, (dtype, *_) in shapes.items():
+                found, wanted = block.get_submodule(module).get_parameter(tensor), getattr(torch, dtype)
+                if found.dtype != wanted and not (found.is_floating_point() and wanted.is_floating_point):
+                    raise CheckpointError(f"{prefix}{module}.{tensor} is {found.dtype}, expected {wanted}")
+                if found.is_floating_point() and not found.is_meta and not bool(torch.isfinite(found).all()):
+                    raise CheckpointError(f"{prefix}{module}.{tensor} has a NaN or Inf; see qe-dist verify")
 
 
 def replace_linears(block: nn.Module, layout: dict[str, Any], modality: TokenModality) -> None:

@@ -1,0 +1,24 @@
+"""Checkpoints of the bundled outlier model, made once, of few samples: what they are good for does not matter here."""
+
+from pathlib import Path
+
+import pytest
+
+from qe_dist.flow import local
+from qe_dist.flow.config import RunConfig
+from qe_dist.methods.recipes import load_recipe
+from tests.tiny import MODELS, calibration
+
+RECIPES = ("rtn-w4a16g64", "qe-w4a6", "qe-extract-w4a6", "smoothquant+cross_modal-w4a6", "rtn-w4a16g128")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """All recipes in one pass of the calibration."""
+    folder = tmp_path_factory.mktemp("serve")
+    samples = calibration(folder / "data")
+    runs = [
+        RunConfig(MODELS / "outlier", load_recipe(name), samples, folder / name, sample_tokens=256) for name in RECIPES
+    ]
+    local.quantize(*runs)
+    return {name: folder / name for name in RECIPES}

@@ -48,7 +48,9 @@ class Exported:
     def notes(self) -> list[str]:
         """For people, one line each, the losses first."""
         told = [("LOST", self.lost), ("changed", self.changed)]
-        return [f"{w}: {what} ({n} of {self.groups} input groups)" for w, c in told for what, n in sorted(c.items())]
+        notes = [f"{w}: {what} ({n} of {self.groups} input groups)" for w, c in told for what, n in sorted(c.items())]
+        apart = "LOST without the LoRA: the repair; the base alone may answer nonsense"
+        return [apart, *notes] if self.rank else notes
 
     @property
     def max_lora_rank(self) -> int:
@@ -246,12 +248,11 @@ def model_card(title: str, exported: Exported) -> str:
     if exported.rank:
         serve += (
             f" --enable-lora --max-lora-rank {exported.max_lora_rank} --lora-modules repaired={title}/{ADAPTER}\n\n"
-            f"Ask for the model `repaired`: the base alone, `{title}`, lacks its repair and may answer nonsense."
+            f"Ask for the model `repaired`, not for `{title}`."
         )
     return (
         f"# {title}\n\n"
-        "Weights of a checkpoint of [qe_dist](https://pypi.org/project/qe-dist) for engines that do not know it, as "
-        "compressed-tensors reads them.\n\n"
+        "Weights of a checkpoint of qe_dist for engines that do not know it, as compressed-tensors reads them.\n\n"
         f"**This is not the checkpoint it was made from:**\n\n{notes}\n\n"
         f"The same is in `{REPORT}`, for machines.\n\n{serve}\n"
     )

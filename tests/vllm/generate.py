@@ -1,4 +1,4 @@
-"""python -m tests.vllm.generate CHECKPOINT RANKS PROMPTS ANSWERS [DTYPE [LORA]]: greedy answers of real vLLM as JSON.
+"""python -m tests.vllm.generate CHECKPOINT RANKS PROMPTS ANSWERS: greedy answers of real vLLM, offline, as JSON.
 
 A process of its own for each engine, as vLLM itself has it. PROMPTS: JSON lines of `prompt` and maybe `image`, a path.
 """
@@ -12,35 +12,24 @@ from typing import Any
 MAX_TOKENS = 48
 
 
-def main(checkpoint: str, ranks: str, prompts: str, answers: str, dtype: str = "float32", lora: str = "") -> None:
+def main(checkpoint: str, ranks: str, prompts: str, answers: str) -> None:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     if int(ranks) > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(int(ranks))))
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
-    adapter = {"enable_lora": True, "max_lora_rank": _max_rank(lora)} if lora else {}
     engine = LLM(
         checkpoint,
         tensor_parallel_size=int(ranks),
-        dtype=dtype,  # float32: so that only our layers may differ from transformers'
+        dtype="float32",  # so that only our layers may differ from transformers'
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=32,
         limit_mm_per_prompt={"image": 1, "video": 0},
-        **adapter,
     )
     asked = [_prompt(json.loads(line)) for line in Path(prompts).read_text().splitlines()]
-    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, logprobs=0)
-    request = LoRARequest("repaired", 1, lora) if lora else None
-    outputs = engine.generate(asked, sampling, lora_request=request)
+    outputs = engine.generate(asked, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, logprobs=0))
     Path(answers).write_text(json.dumps([_answer(output) for output in outputs]))
-
-
-def _max_rank(lora: str) -> int:
-    """The least that vLLM takes for the rank of an adapter."""
-    rank = json.loads((Path(lora) / "adapter_config.json").read_text())["r"]
-    return next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)
 
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:

@@ -32,20 +32,16 @@ MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 stories, which are free to go on in many ways, part ways somewhere."""
 
 
-def serve(
-    checkpoint: Path, ranks: int, asked: list[Question], folder: Path, *options: str | Path
-) -> subprocess.CompletedProcess[str]:
-    """vLLM in a process of its own; its answers are in ANSWERS of the folder. options: dtype, and a LoRA."""
+def serve(checkpoint: Path, ranks: int, asked: list[Question], folder: Path) -> subprocess.CompletedProcess[str]:
+    """vLLM in a process of its own; its answers are in ANSWERS of the folder."""
     rows = [{"prompt": q.prompt} | ({"image": q.image} if q.image else {}) for q in asked]
     (folder / "prompts").write_text("\n".join(map(json.dumps, rows)))
-    words = ["-m", "tests.vllm.generate", checkpoint, ranks, folder / "prompts", folder / "answers", *options]
+    words = ["-m", "tests.vllm.generate", checkpoint, ranks, folder / "prompts", folder / "answers"]
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-def answers(
-    checkpoint: Path, ranks: int, asked: list[Question], folder: Path, *options: str | Path
-) -> list[dict[str, Any]]:
-    done = serve(checkpoint, ranks, asked, folder, *options)
+def answers(checkpoint: Path, ranks: int, asked: list[Question], folder: Path) -> list[dict[str, Any]]:
+    done = serve(checkpoint, ranks, asked, folder)
     said = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
     assert done.returncode == 0, said
     return json.loads((folder / "answers").read_text())

@@ -107,6 +107,7 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
             (broken / MANIFEST).unlink()
         return Job(name, str(broken))
 
+    lora = {"enable_lora": True, "max_lora_rank": RANK}
     jobs = [
         damaged("bare", "qe-extract-w4a6", zero_the_experts),
         damaged("lost", "rtn-w4a8", lambda tensors: tensors.pop(one_of(tensors, "down_proj.weight_scale"))),

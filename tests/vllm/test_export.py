@@ -4,39 +4,57 @@ vLLM's kernel for 4 bits on the CPU computes in float16 or bf16, so these bounds
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from qe_dist.core.scheme import Scheme
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.export import ADAPTER, export
+from qe_dist.flow.export import ADAPTER, Exported, export
+from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.methods.recipes import load_recipe
+from tests.vllm.generate import Answers, Job, generate
 from tests.vllm.questions import DATA, MODEL, QUESTIONS, prompts
-from tests.vllm.test_offline import EQUAL, answers, in_transformers
+from tests.vllm.test_offline import EQUAL, Twin
 
 pytestmark = pytest.mark.vllm
 
-MEAN_LOGPROB = 0.005
-"""How far the log-probability of a token may be off on average, stories included; float16 was seen to need 0.0008."""
+BASES = ("rtn-w4a8", "qe-w4a6")
 ADAPTED = "aser-w4a16g64"
 """Its LoRA holds the most important channels alone, so that nothing goes without it."""
+MEAN_LOGPROB = 0.005
+"""How far the log-probability of a token may be off on average, stories included; float16 was seen to need 0.0008."""
 
 
-@pytest.fixture(autouse=True)
-def stock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "")
-    assert os.environ["VLLM_PLUGINS"] == ""
+@pytest.fixture(scope="module")
+def adapted(folder: Path) -> Path:
+    """Our checkpoint of the recipe that becomes a base and a LoRA."""
+    run = RunConfig(MODEL, load_recipe(ADAPTED), DATA / "calibration.jsonl", folder / ADAPTED)
+    local.quantize(run)
+    return run.output
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoints: dict[str, Path], adapted: Path, folder: Path) -> Answers:
+    """What vLLM alone answers from exports."""
+    places = {name: folder / f"stock-{name}" for name in (*BASES, ADAPTED)}
+    jobs = [Job(places[name].name, str(places[name]), {"dtype": "float16"}) for name in BASES]
+    for name in BASES:
+        export(checkpoints[name], places[name], peft=False)
+    exported: Exported = export(adapted, places[ADAPTED], peft=True)
+    lora = {"enable_lora": True, "max_lora_rank": exported.max_lora_rank, "dtype": "float16"}
+    jobs.append(Job(places[ADAPTED].name, str(places[ADAPTED]), lora, str(places[ADAPTED] / ADAPTER)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "")
+        return generate(jobs, prompts(), 1, folder)
 
 
 def stripped(checkpoint: Path, folder: Path) -> Path:
     """Our checkpoint without repairs, its activations in 16 bits: what a base-only export should be."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".run"))
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(".run", MANIFEST))
     config = json.loads((folder / "config.json").read_text())
     for layout in config["quantization_config"]["layouts"]:
         for group in layout.values():
@@ -51,25 +69,24 @@ def stripped(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a8", "qe-w4a6"])
-def test_vllm_answers_from_the_base_alone(recipe: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    asked = prompts()
-    export(checkpoints[recipe], tmp_path / "stock", peft=False)
-    given = answers(tmp_path / "stock", 1, asked, tmp_path, "float16")
-    same, off = zip(*in_transformers(stripped(checkpoints[recipe], tmp_path / "bare"), asked, given), strict=True)
+@pytest.mark.parametrize("recipe", BASES)
+def test_vllm_answers_from_the_base_alone(
+    recipe: str, checkpoints: dict[str, Path], stock: Answers, tmp_path: Path
+) -> None:
+    given = stock[f"stock-{recipe}"]
+    assert "error" not in given, given
+    same, off = Twin(stripped(checkpoints[recipe], tmp_path / "bare")).compare(prompts(), given)
     assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS
-    assert torch.cat(off).mean() <= MEAN_LOGPROB
+    assert off.mean() <= MEAN_LOGPROB
 
 
-def test_vllm_repairs_the_base_by_the_lora(folder: Path, tmp_path: Path) -> None:
-    """As our whole checkpoint in transformers; without the LoRA it would not be."""
-    asked, run = prompts(), RunConfig(MODEL, load_recipe(ADAPTED), DATA / "calibration.jsonl", folder / ADAPTED)
-    local.quantize(run)
-    export(run.output, tmp_path / "stock", peft=True)
-    given = answers(tmp_path / "stock", 1, asked, tmp_path, "float16", tmp_path / "stock" / ADAPTER)
-    same, off = zip(*in_transformers(run.output, asked, given), strict=True)
+def test_vllm_repairs_the_base_by_the_lora(adapted: Path, stock: Answers, tmp_path: Path) -> None:
+    """As our whole checkpoint in transformers; without its repair it would answer otherwise."""
+    given = stock[f"stock-{ADAPTED}"]
+    assert "error" not in given, given
+    same, off = Twin(adapted).compare(prompts(), given)
     assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS
-    assert torch.cat(off).mean() <= MEAN_LOGPROB
-    alone, off = zip(*in_transformers(stripped(run.output, tmp_path / "bare"), asked, given), strict=True)
+    assert off.mean() <= MEAN_LOGPROB
+    alone, off = Twin(stripped(adapted, tmp_path / "bare")).compare(prompts(), given)
     assert sum(alone[:QUESTIONS]) < 0.2 * QUESTIONS
-    assert torch.cat(off).mean() > 100 * MEAN_LOGPROB
+    assert off.mean() > 100 * MEAN_LOGPROB

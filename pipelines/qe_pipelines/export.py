@@ -20,8 +20,8 @@ def export(
 
     OUTPUT is a compressed-tensors checkpoint (pack-quantized W4A16 or W8A16, with 8-bit activations where the recipe
     rounds whole tokens to 8 bits). What does not exist there is lost, and said: routed experts, channels kept or
-    extracted from the activation grid, activations of fewer bits. With --peft the repair of a weight-only recipe
-    without routed experts (qe-w4a16, qera-w4a16, aser-w4a16 ...) goes along as a LoRA, in OUTPUT/adapter.
+    extracted from the activation grid, activations of fewer bits. With --peft the repair of a recipe without routed
+    experts (qe, qera, lqer, aser, serq) goes along as a LoRA, in OUTPUT/adapter.
     """
     set_up_logging(None)
     from qe_dist.core.errors import ConfigError

@@ -95,14 +95,12 @@ def losses(group: Layout, peft: bool) -> Counter[str]:
 
 def why_not(group: Layout, peft: bool) -> str | None:
     """Why stock engines cannot have this group; None where they can, as far as names and shapes tell."""
-    scheme, names = Scheme.parse(group["scheme"]), group["input"]
+    names = group["input"]
     experts = {"lr_expert_a", "lr_expert_channels", "router"} & set(names)
     if names.get("input_scale", (None, 1))[1] > 1 or (experts and "router" not in names):
         return "it treats text and image tokens differently, which layers of stock engines do not see"
     if peft and experts:
         return "it has routed experts, and a LoRA is the same for every token; export with --base-only"
-    if peft and scheme.act_bits:
-        return f"its activations have {scheme.act_bits} bits, and a LoRA is for recipes of 16 (w4a16); use --base-only"
     if not peft and "lr_salient_channels" in names:
         return "weights of its loudest channels are partly beside the codes (salient); what is left answers nonsense"
     return None
@@ -281,6 +279,6 @@ def _refuse_empty_columns(name: str, part: GroupInput, linears: Mapping[str, Qua
     if count := int((held > HELD * typical).sum()):
         raise ConfigError(
             f"{name}: the codes have nothing of {count} of its {len(empty)} input channels, its most important ones, "
-            "which the repair holds alone; without it the model answers nonsense. Export with --peft (weight-only "
-            "recipes without routed experts), or quantize with a recipe that rounds all columns (qe, rtn, awq)"
+            "which the repair holds alone; without it the model answers nonsense. Export with --peft (recipes "
+            "without routed experts), or quantize with a recipe that rounds all columns (qe, rtn, awq)"
         )

@@ -86,7 +86,7 @@ def losses(group: Layout, peft: bool) -> Counter[str]:
     lost = []
     if "router" in names:
         lost.append("routed experts")
-    if _static_rank(names) and not peft:
+    if rank_of(group) and not peft:
         lost.append("the shared low-rank branch")
     if scheme.act_bits and StockFormat.of(group).act_bits is None:
         lost.append(f"the speed of {scheme.act_bits}-bit activations, which stay in 16 bits (as exact or better)")
@@ -102,13 +102,14 @@ def why_not(group: Layout, peft: bool) -> str | None:
     if peft and experts:
         return "it has routed experts, and a LoRA is the same for every token; export with --base-only"
     if not peft and "lr_salient_channels" in names:
-        return "weights of its loudest channels are partly beside the codes (salient); what is left answers nonsense"
+        return "weights of its loudest channels are partly beside the codes; what is left answers nonsense; use --peft"
     return None
 
 
 def rank_of(group: Layout) -> int:
     """Of the LoRA that says what the static repair of a group does."""
-    return _static_rank(group["input"])
+    names = group["input"]
+    return sum(names[n][1] for n in ("lr_shared_a", "lr_shared_channels", "lr_salient_channels") if n in names)
 
 
 def stock_block(
@@ -191,10 +192,6 @@ def _extracting(names: Iterable[str]) -> bool:
     return bool({"lr_shared_channels", "lr_expert_channels"} & set(names))
 
 
-def _static_rank(names: Mapping[str, Any]) -> int:
-    return sum(names[n][1] for n in ("lr_shared_a", "lr_shared_channels", "lr_salient_channels") if n in names)
-
-
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
@@ -224,7 +221,7 @@ def _fold(
         scale = torch.ones(first.codes.shape[1]) if part.input_scale is None else part.input_scale[0]
         for feeder in {feeders[module] for module in linears[name]}:
             factor = folded(scale.double(), feeder, sizes[feeder.module])
-            if factor is None:
+            if factor is None:  # one linear, o: nothing else reads heads
                 unfolded[name] = scale.double()
             elif not torch.equal(factors.setdefault(feeder.module, factor), factor):
                 raise ConfigError(

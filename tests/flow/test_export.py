@@ -253,7 +253,7 @@ def test_index_and_files_agree_and_keep_their_names(made, tmp_path):
         ("rtn-w4a16g32", True, "no repair that could become a LoRA; export with --base-only"),
         ("aser-w4a16g32", False, r"layers\.0\.self_attn\.qkv: .* of its 64 input channels.*--peft"),
         ("qe-paper-w4a16g32", False, r"layers\.0\.self_attn\.qkv: .* of its 64 input channels"),
-        ("serq-w4a16g32", False, r"layers\.0\.self_attn\.qkv .*salient"),
+        ("serq-w4a16g32", False, r"layers\.0\.self_attn\.qkv .*beside the codes.*--peft"),
         ("rtn-w4a16g8", False, r"layers\.0\.self_attn\.qkv .*every 8 inputs.*32, 64 or 128"),
     ],
 )

@@ -102,15 +102,15 @@ def test_the_commands_of_the_page_have_options_that_vllm_takes() -> None:
         "import json, sys\n"
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "told = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
-        "modules = [[m.name, m.path] for m in told.lora_modules or []]\n"
-        "print(json.dumps([told.model_tag, told.enable_lora, told.max_lora_rank, modules]))"
+        "for command in sys.argv[1:]:\n"
+        "    told = make_arg_parser(FlexibleArgumentParser()).parse_args(command.split())\n"
+        "    modules = [[m.name, m.path] for m in told.lora_modules or []]\n"
+        "    print(json.dumps([told.model_tag, told.enable_lora, told.max_lora_rank, modules]))"
     )
     page = (ROOT / "docs" / "serving.md").read_text()
-    read = []
-    for command in re.findall(r"^    vllm serve (STOCK.*)$", page, re.MULTILINE):
-        done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-1000:]
-        read.append(json.loads(done.stdout.splitlines()[-1]))
-    assert [told[0] for told in read] == ["STOCK", "STOCK"]
-    assert read[1][1:] == [True, 32, [["repaired", f"STOCK/{ADAPTER}"]]]
+    commands = re.findall(r"^    vllm serve (STOCK.*)$", page, re.MULTILINE)
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    plain, repaired = map(json.loads, done.stdout.splitlines()[-2:])
+    assert plain[0] == repaired[0] == "STOCK"
+    assert repaired[1:] == [True, 32, [["repaired", f"STOCK/{ADAPTER}"]]]

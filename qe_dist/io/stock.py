@@ -6,17 +6,17 @@ several heads of o's input; where their s differ, nothing in front of o can divi
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int8, Int32
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.quantized import GroupInput, QuantizedLinear, input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Feeder
 from qe_dist.numerics.grid import dequantize
@@ -24,6 +24,7 @@ from qe_dist.numerics.packing import pack, unpack
 
 GROUP_SIZES = (128, 64, 32)
 """That Marlin takes, vLLM's kernel for every CUDA device since Turing; -1 (a whole row) besides."""
+ROWS = 256
 HELD = 0.5
 """Of the size of an ordinary column: more than rounding can have left of one whose codes are all zero."""
 Layout = Mapping[str, Any]
@@ -66,6 +67,34 @@ class StockFormat:
             "input_activations": rounded if self.act_bits else None,
             "format": "pack-quantized",
         }
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear of ours with its codes packed: most of them go on as they are, and unpacking takes minutes a block."""
+
+    words: Int32[Tensor, "O W"]
+    bits: int
+    width: int
+    scale: Float[Tensor, "O G"]
+    bias: Tensor | None = None
+    shared_up: Factor | None = None
+    shared_columns: Float[Tensor, "O C"] | None = None
+    salient_columns: Factor | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], bits: int) -> "StoredLinear":
+        """tensors: by their names within the linear."""
+        repair = repair_from_tensors(tensors)
+        static = {n: repair.get(n) for n in ("bias", "shared_up", "shared_columns", "salient_columns")}
+        width = int(tensors["weight_shape"][1])
+        return cls(tensors["weight_packed"], bits, width, tensors["weight_scale"], **static)
+
+    def codes(self, rows: slice = slice(None)) -> Int8[Tensor, "_ I"]:
+        return unpack(self.words[rows], self.bits, self.width)
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "O I"]:
+        return dequantize(self.codes(), self.scale, dtype)
 
 
 @dataclass
@@ -126,7 +155,7 @@ def stock_block(
     by_linear = {n: x for group in linears.values() for n, x in group.items()}
     quantized = tuple(f"{prefix}{m}." for m in (*by_linear, *(f"{name}_input" for name in layout)))
     others = {name: t for name, t in tensors.items() if not name.startswith(quantized)}
-    sizes = {m: len(x.codes) for m, x in by_linear.items()}
+    sizes = {m: len(x.words) for m, x in by_linear.items()}
     sizes |= {n.removeprefix(prefix).removesuffix(".weight"): len(t) for n, t in others.items()}
     factors, unfolded = _fold(prefix, parts, linears, feeders, sizes)
     for name, tensor in others.items():
@@ -139,7 +168,9 @@ def stock_block(
         block.changed += _changes(scheme, form, parts[name], columns)
         for module, linear in linears[name].items():
             rows = factors.get(module)
-            written = _packed(linear, rows, scheme, form) if columns is None else _dense(linear, rows, columns)
+            written = (
+                _packed(linear, rows, scheme.group_size, form) if columns is None else _dense(linear, rows, columns)
+            )
             block.tensors |= {f"{prefix}{module}.{n}": t for n, t in written.items()}
             block.dense += [] if columns is None else [module]
             if peft:
@@ -162,18 +193,18 @@ def _changes(scheme: Scheme, form: StockFormat, part: GroupInput, columns: Tenso
     return Counter(told)
 
 
-def adapter(part: GroupInput, linear: QuantizedLinear) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
+def adapter(part: GroupInput, linear: StoredLinear) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
     """(down, up) of all that a linear adds to its codes for every token alike, on x~; of rank 0 where that is nothing.
 
     An extracted channel leaves the codes; theirs stay in a stock engine, so that the adapter has the difference.
     """
-    outputs, width = linear.codes.shape
+    outputs, width = len(linear.words), linear.width
     pairs = [(torch.zeros(0, width), torch.zeros(outputs, 0))]
     if part.shared_down is not None and linear.shared_up is not None:
         pairs.append((part.shared_down.dense, linear.shared_up.dense))
     if part.shared_channels is not None and linear.shared_columns is not None:
         channels = part.shared_channels.long()
-        in_codes = dequantize(linear.codes, linear.scale)[:, channels]
+        in_codes = linear.dense(torch.float32)[:, channels]
         pairs.append((one_hot(channels, width).float(), linear.shared_columns.float() - in_codes))
     if part.salient_channels is not None and linear.salient_columns is not None:
         pairs.append((one_hot(part.salient_channels.long(), width).float(), linear.salient_columns.dense))
@@ -196,19 +227,15 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _linears(prefix: str, group: Layout, tensors: Mapping[str, Tensor]) -> dict[str, QuantizedLinear]:
-    bits, found = Scheme.parse(group["scheme"]).weight_bits, {}
-    for name in group["linears"]:
-        own = _within(tensors, f"{prefix}{name}.")
-        codes = unpack(own["weight_packed"], bits, int(own["weight_shape"][1]))
-        found[name] = QuantizedLinear(codes, own["weight_scale"], **repair_from_tensors(own))
-    return found
+def _linears(prefix: str, group: Layout, tensors: Mapping[str, Tensor]) -> dict[str, StoredLinear]:
+    bits = Scheme.parse(group["scheme"]).weight_bits
+    return {name: StoredLinear.of(_within(tensors, f"{prefix}{name}."), bits) for name in group["linears"]}
 
 
 def _fold(
     prefix: str,
     parts: Mapping[str, GroupInput],
-    linears: Mapping[str, Mapping[str, QuantizedLinear]],
+    linears: Mapping[str, Mapping[str, StoredLinear]],
     feeders: Mapping[str, Feeder],
     sizes: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -218,7 +245,7 @@ def _fold(
     unfolded: dict[str, Tensor] = {}
     for name, part in parts.items():
         first = next(iter(linears[name].values()))
-        scale = torch.ones(first.codes.shape[1]) if part.input_scale is None else part.input_scale[0]
+        scale = torch.ones(first.width) if part.input_scale is None else part.input_scale[0]
         for feeder in {feeders[module] for module in linears[name]}:
             factor = folded(scale.double(), feeder, sizes[feeder.module])
             if factor is None:  # one linear, o: nothing else reads heads
@@ -240,42 +267,53 @@ def folded(scale: Float[Tensor, " I"], feeder: Feeder, outputs: int) -> Float[Te
     return heads[:, 0].flatten() if bool((heads == heads[:, :1]).all()) else None
 
 
-def _packed(linear: QuantizedLinear, rows: Tensor | None, scheme: Scheme, form: StockFormat) -> dict[str, Tensor]:
+def _packed(linear: StoredLinear, rows: Tensor | None, group_size: int | None, form: StockFormat) -> dict[str, Tensor]:
     scale = linear.scale
-    if form.group_size is not None and scheme.group_size is not None:
-        scale = scale.repeat_interleave(scheme.group_size // form.group_size, dim=1)
+    if form.group_size is not None and group_size is not None:
+        scale = scale.repeat_interleave(group_size // form.group_size, dim=1)
     if rows is not None:
         scale = (scale.double() / rows[:, None]).to(scale.dtype)
     return {
-        "weight_packed": pack(linear.codes, form.bits),
-        "weight_scale": scale.contiguous(),
-        "weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
+        "weight_packed": linear.words if form.bits == linear.bits else pack(linear.codes(), form.bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor((len(linear.words), linear.width), dtype=torch.int64),
         **_bias(linear, rows),
     }
 
 
-def _dense(linear: QuantizedLinear, rows: Tensor | None, columns: Tensor) -> dict[str, Tensor]:
-    weight = dequantize(linear.codes, linear.scale, torch.float64) / columns
+def _dense(linear: StoredLinear, rows: Tensor | None, columns: Tensor) -> dict[str, Tensor]:
+    weight = linear.dense(torch.float64) / columns
     weight = weight if rows is None else weight / rows[:, None]
     return {"weight": weight.to(linear.scale.dtype), **_bias(linear, rows)}
 
 
-def _bias(linear: QuantizedLinear, rows: Tensor | None) -> dict[str, Tensor]:
+def _bias(linear: StoredLinear, rows: Tensor | None) -> dict[str, Tensor]:
     if linear.bias is None:
         return {}
     return {"bias": linear.bias if rows is None else (linear.bias.double() / rows).to(linear.bias.dtype)}
 
 
-def _refuse_empty_columns(name: str, part: GroupInput, linears: Mapping[str, QuantizedLinear]) -> None:
+def _refuse_empty_columns(name: str, part: GroupInput, linears: Mapping[str, StoredLinear]) -> None:
     """Channels that a method exempted from rounding: the codes have nothing of them, the repair has all."""
-    empty = ~torch.stack([x.codes.any(dim=0) for x in linears.values()]).any(dim=0)
+    empty = _empty_columns(linears.values())
     if not bool(empty.any()):
         return
     held = torch.cat([up @ down[:, empty] for down, up in (adapter(part, x) for x in linears.values())]).norm(dim=0)
-    typical = torch.cat([dequantize(x.codes, x.scale)[:, ~empty] for x in linears.values()]).norm(dim=0).mean()
+    typical = sum(x.dense(torch.float32)[:, ~empty].square().sum(dim=0) for x in linears.values()).sqrt().mean()
     if count := int((held > HELD * typical).sum()):
         raise ConfigError(
             f"{name}: the codes have nothing of {count} of its {len(empty)} input channels, its most important ones, "
             "which the repair holds alone; without it the model answers nonsense. Export with --peft (recipes "
             "without routed experts), or quantize with a recipe that rounds all columns (qe, rtn, awq)"
         )
+
+
+def _empty_columns(linears: Collection[StoredLinear]) -> Bool[Tensor, " I"]:
+    """Input channels for which all codes are zero. Reads some rows; more only while there seem to be any."""
+    empty = torch.ones(next(iter(linears)).width, dtype=torch.bool)
+    for linear in linears:
+        for start in range(0, len(linear.words), ROWS):
+            if not bool(empty.any()):
+                return empty
+            empty &= ~linear.codes(slice(start, start + ROWS)).any(dim=0)
+    return empty

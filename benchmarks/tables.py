@@ -475,6 +475,8 @@ def serving_load(result: dict[str, Any]) -> str:
 def exports(result: dict[str, Any]) -> str:
     def shown(row: dict[str, Any], kind: str) -> str:
         found = row.get(kind)
+        if "no repair" in row.get(f"{kind}_refused", ""):
+            return "no repair"
         return "refused" if found is None else f"{100 * found['accuracy']:.1f} / {found['kl']:.4f}"
 
     rows = [(row["recipe"], *(shown(row, kind) for kind in ("whole", "base", "lora"))) for row in result["rows"]]

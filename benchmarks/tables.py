@@ -500,6 +500,18 @@ def transformers_versions(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "transformers_versions")
 
 
+def exports(result: dict[str, Any]) -> str:
+    def shown(row: dict[str, Any], kind: str) -> str:
+        found = row.get(kind)
+        if "no repair" in row.get(f"{kind}_refused", ""):
+            return "no repair"
+        return "refused" if found is None else f"{100 * found['accuracy']:.1f} / {found['kl']:.4f}"
+
+    rows = [(row["recipe"], *(shown(row, kind) for kind in ("whole", "base", "lora"))) for row in result["rows"]]
+    header = ("accuracy, % / KL from full precision", "our checkpoint", "`--base-only`", "`--peft`, with its LoRA")
+    return "\n" + markdown(header, rows) + source(result, "exports")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -525,6 +537,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "transformers versions": ("transformers_versions", transformers_versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
     "serving load": ("serving_load", serving_load, ()),
+    "exports": ("exports", exports, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

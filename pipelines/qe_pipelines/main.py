@@ -11,6 +11,7 @@ from qe_dist.core.errors import QEError, Stopped
 from qe_pipelines.compare import compare
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
+from qe_pipelines.export import export
 from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
 from qe_pipelines.status import status
@@ -25,6 +26,7 @@ app.command()(demo)
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
 app.command()(verify)
 app.command()(status)
+app.command()(export)
 
 
 @app.callback()

@@ -13,7 +13,7 @@ from qe_dist.core.errors import CheckpointError
 from qe_dist.core.rotation import RotationSites
 from qe_dist.core.sample import Example, Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
+from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, ModelSpec
 
 
 @runtime_checkable
@@ -31,6 +31,10 @@ class Prelude(Protocol):
 @runtime_checkable
 class Arch(Protocol):
     model_types: tuple[str, ...]
+    blocks: str
+    """Where the Hugging Face model has its blocks (`model.language_model.layers`)."""
+    unquantized: tuple[str, ...]
+    """Its linears outside of the blocks, as compressed-tensors ignores them: names, or patterns after `re:`."""
 
     def warm_up(self) -> None:
         """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
@@ -70,6 +74,10 @@ class Arch(Protocol):
 
     def rotation_sites(self, source: WeightSource) -> RotationSites:
         """Every tensor that writes or reads the residual stream, or an attention head's values."""
+        ...
+
+    def feeders(self, folder: Path) -> Mapping[str, Feeder]:
+        """Of every linear of a block. folder: where the model's `config.json` lies."""
         ...
 
     def tiny_config(self) -> Mapping[str, Any]:

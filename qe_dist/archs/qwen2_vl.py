@@ -18,7 +18,7 @@ from qe_dist.core.errors import CheckpointError
 from qe_dist.core.rotation import RotationSites, Space, Turned
 from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
-from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
+from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, LinearSpec, ModelSpec
 
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 # (group, linears, how they are split over tensor-parallel ranks, group whose input the router reads, producers)
@@ -90,6 +90,8 @@ class _Prelude:
 
 class Qwen2VL:
     model_types = ("qwen2_vl",)
+    blocks = "model.language_model.layers"
+    unquantized = ("lm_head", r"re:.*\bvisual\..*")
 
     def warm_up(self) -> None:
         import accelerate  # noqa: F401
@@ -208,6 +210,14 @@ class Qwen2VL:
                     tensors[bias] = Turned(bias, rows, stored=True)
         widths: dict[Space, int] = {"stream": text.hidden_size, "head": text.hidden_size // text.num_attention_heads}
         return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
+
+    def feeders(self, folder: Path) -> Mapping[str, Feeder]:
+        from transformers import Qwen2VLConfig
+
+        text = Qwen2VLConfig.from_pretrained(folder).text_config
+        norms = {linear: Feeder(gain.removesuffix(".weight")) for linear, (_, _, gain) in _SITES.items() if gain}
+        values = Feeder("self_attn.v_proj", head=text.hidden_size // text.num_attention_heads)
+        return norms | {"self_attn.o_proj": values, "mlp.down_proj": Feeder("mlp.up_proj")}
 
     def tiny_config(self) -> Mapping[str, Any]:
         return {

@@ -43,6 +43,17 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class Feeder:
+    """What makes the input of a linear channel by channel, and so can divide it by a scale for good: the weight of a
+    norm, or the outputs of another linear."""
+
+    module: str
+    """Relative to the block."""
+    head: int | None = None
+    """Width of a head, where one head of the module feeds several of the input (grouped-query attention)."""
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     index: int
     prefix: str

@@ -64,11 +64,24 @@ def read_json(path: Path) -> Any:
 
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """A safetensors file; the same tensors give the same bytes. Returns its SHA-256."""
+    return publish_one_by_one(path, tensors, tensors.__getitem__, metadata)
+
+
+def publish_one_by_one(
+    path: Path,
+    described: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """The same of tensors that are made when their turn comes, so that one is held at a time.
+
+    described: of each, any tensor of its type and shape (on the meta device, for example).
+    """
     total = hashlib.sha256()
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            for part in _serialized(tensors, metadata or {"format": "pt"}):
+            for part in _serialized(described, make, metadata or {"format": "pt"}):
                 total.update(part)
                 file.write(part)
 
@@ -126,7 +139,9 @@ def refresh(folder: Path) -> None:
         probe.unlink()
 
 
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | np.ndarray]:
+def _serialized(
+    tensors: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | np.ndarray]:
     """The parts of a safetensors file: length of the header, header, tensors. Wide types first, so that all lie on
     multiples of their width."""
     types = {dtype: name for name, dtype in DTYPES.items()}
@@ -140,8 +155,8 @@ def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for _, tensor in ordered:
-        yield _raw(tensor)
+    for name, _ in ordered:
+        yield _raw(make(name))
 
 
 def _raw(tensor: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every architecture file: block by block equals the Hugging Face model, and nothing of it is lost."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from qe_dist import archs
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.io.samples import load_images, read_samples
+from qe_dist.io.stock import folded
 from qe_dist.io.weights import SafetensorsSource
 from tests.tiny import DATA, tiny_model
 
@@ -121,6 +123,44 @@ def test_producers_absorb_an_order_of_the_channels_that_they_make(model, example
             weight.copy_(weight[:, order])
     after = arch.run_block(block, batch)
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+@torch.no_grad()
+def test_feeders_absorb_a_scale_of_the_input(model, examples):
+    """What a feeder makes divided by s, and the columns that read it times s: the same block, in full precision."""
+    arch, source = model
+    spec = arch.spec(source).blocks[0]
+    block = arch.block(source, spec, "cpu", torch.float32)
+    batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
+    before = arch.run_block(block, batch)
+    feeders = arch.feeders(source.folder)
+    linears = {x.name: x for group in spec.groups for x in group.linears}
+    assert feeders.keys() == linears.keys()
+    for feeder in dict.fromkeys(feeders.values()):
+        parameters = list(block.get_submodule(feeder.module).parameters())
+        outputs = len(parameters[0])
+        scale = torch.rand(outputs, generator=torch.Generator().manual_seed(outputs)) + 0.5
+        for parameter in parameters:
+            parameter.copy_(parameter / (scale if parameter.ndim == 1 else scale[:, None]))
+        for name in (name for name in linears if feeders[name] == feeder):
+            heads = scale.view(-1, feeder.head or outputs)
+            columns = heads.repeat_interleave(linears[name].in_features // outputs, dim=0).flatten()
+            weight = block.get_submodule(name).weight
+            weight.copy_(weight * columns)
+            assert torch.equal(folded(columns, feeder, outputs), scale)
+    after = arch.run_block(block, batch)
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_everything_that_is_not_in_a_block_is_named_as_unquantized(model):
+    arch, source = model
+    whole = hf_model(source)
+    ignored = [re.compile(n.removeprefix("re:") if n.startswith("re:") else re.escape(n)) for n in arch.unquantized]
+    linears = {name for name, module in whole.named_modules() if isinstance(module, torch.nn.Linear)}
+    inside = {name for name in linears if name.startswith(arch.blocks + ".")}
+    assert inside
+    assert all(any(p.fullmatch(name) for p in ignored) for name in linears - inside)
+    assert not any(p.fullmatch(name) for p in ignored for name in inside)
 
 
 def test_padding_is_marked_and_images_are_told_from_text(model, examples):

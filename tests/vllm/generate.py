@@ -80,16 +80,16 @@ def _run(job: Job, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    options = {"dtype": "float32"} | job.options  # so that only our layers may differ from transformers'
     engine = LLM(
         job.checkpoint,
         tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
         distributed_executor_backend="external_launcher",
-        dtype="float32",  # so that only our layers may differ from transformers'
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=32,
         limit_mm_per_prompt={"image": 1, "video": 0},
-        **job.options,
+        **options,
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, logprobs=0)
     adapter = LoRARequest("adapter", 1, job.adapter) if job.adapter else None

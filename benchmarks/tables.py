@@ -468,6 +468,29 @@ def linear_aot(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "kernels_aot")
 
 
+def serving_load(result: dict[str, Any]) -> str:
+    rounds = result["rounds"]
+    rows = [
+        (
+            str(index),
+            f"{one['seconds']:.0f}",
+            f"{one['good']}",
+            f"{one['other_questions']} + {one['other_stories']}",
+            f"{one['cancelled']}",
+            f"{sum(one['refused'].values())} ({', '.join(sorted(one['refused']))})",
+            f"{len(one['unclear'])}",
+            f"{sum(one['left'].values()):g}",
+            f"{one['mib']:.0f}",
+        )
+        for index, one in enumerate(rounds, 1)
+    ]
+    header = (
+        "round", "seconds", "answered", "otherwise than alone (questions + stories)", "cancelled", "refused (status)",
+        "not refused clearly", "still held after it", "MiB of the server",
+    )  # fmt: skip
+    return "\n" + markdown(header, rows) + source(result, "serving_load")
+
+
 def transformers_versions(result: dict[str, Any]) -> str:
     rows = [
         (version, str(case["passed"]), str(case["skipped"]), ", ".join(case["failed"]) or "none")
@@ -501,6 +524,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "kernels aot": ("kernels_aot", kernels_aot, ()),
     "transformers versions": ("transformers_versions", transformers_versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
+    "serving load": ("serving_load", serving_load, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

@@ -20,8 +20,10 @@ from qe_dist.archs.base import Arch, Encoder
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
+from qe_dist.flow.source import padded
 from qe_dist.io.checkpoint import INDEX, MANIFEST
-from qe_dist.io.publish import DTYPES, read_json, sha256
+from qe_dist.io.integrity import file_faults, settings_faults
+from qe_dist.io.publish import DTYPES, read_json
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 
@@ -75,16 +77,8 @@ class Checkpoint:
 
 
 def check_hashes(checkpoint: Checkpoint) -> list[str]:
-    """Every file of the manifest is there as it was written, and there are no others."""
-    faults = []
-    for name, expected in checkpoint.manifest["files"].items():
-        path = checkpoint.folder / name
-        if not path.exists():
-            faults.append(f"{name}: missing")
-        elif (found := sha256(path)) != expected:
-            faults.append(f"{name}: SHA-256 expected {expected}, found {found}")
-    present = {*checkpoint.tensors, *checkpoint.unreadable}
-    return faults + [f"{name}: not in the manifest" for name in sorted(present - set(checkpoint.manifest["files"]))]
+    """Every file of the manifest is there as it was written, and there are no others; config.json describes them."""
+    return settings_faults(checkpoint.config, checkpoint.manifest) + file_faults(checkpoint.folder, checkpoint.manifest)
 
 
 def check_index(checkpoint: Checkpoint) -> list[str]:
@@ -169,11 +163,12 @@ def _last_logits(model: Any, arch: Arch, encoder: Encoder, image: Image.Image) -
 
 
 def _source(folder: Path, manifest: Mapping[str, Any]) -> WeightSource:
-    """Names and shapes of the model that the recipe quantized: rotated, it may have a head that was tied."""
-    source = SafetensorsSource(folder)
-    if manifest["recipe"].get("rotation") is None:
-        return source
-    return RotatedSource(source, archs.for_config(source.config).rotation_sites(source), bases={})
+    """Names and shapes of the model that was quantized: rotated, it may have a head that was tied; padded, its MLPs are
+    wider."""
+    source: WeightSource = SafetensorsSource(folder)
+    if manifest["recipe"].get("rotation") is not None:
+        source = RotatedSource(source, archs.for_config(source.config).rotation_sites(source), bases={})
+    return padded(source, manifest["padding"][1]) if "padding" in manifest else source
 
 
 def _header(path: Path) -> dict[str, Described]:

@@ -6,10 +6,13 @@ vLLM fuses q, k, v and gate, up; that is just what an input group is. What belon
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -24,7 +27,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 from qe_dist.core.quantized import input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
-from qe_dist.serve.format import METHOD, check_version
+from qe_dist.serve.format import METHOD, check_files, check_version
 from qe_dist.serve.group import Group, backend
 
 INPUT = "group"
@@ -72,6 +75,8 @@ class QEConfig(QuantizationConfig):
         found = self._find(prefix)
         if found is None:
             return UnquantizedLinearMethod()
+        if not self.methods and get_world_group().local_rank == 0:  # once for each host, before the first weight
+            check_files(Path(get_current_vllm_config().model_config.model))
         block, group, layout = found
         method = self.methods[block + group] = QELinearMethod(block + group, layout[group])
         if "router" in layout[group]["input"]:

@@ -13,4 +13,4 @@ def register() -> None:
 
     if ".".join(found.split(".")[:2]) not in SUPPORTED:
         raise RuntimeError(f"qe_dist serves with vLLM {' or '.join(SUPPORTED)}, found {found}; install one of those")
-    from qe_dist.serve import vllm_linear  # noqa: F401 (registers itself)
+    from qe_dist.serve import vllm_linear, vllm_media  # noqa: F401 (they register themselves)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError
+from qe_dist.io.checkpoint import MANIFEST
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -23,6 +24,7 @@ def loaded(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[Change], A
         from transformers import AutoModelForImageTextToText
 
         shutil.copytree(checkpoints["qe-extract-w4a6"], tmp_path / "copy")
+        (tmp_path / "copy" / MANIFEST).unlink()  # it would tell before anything is loaded
         path = tmp_path / "copy" / "block-00005.safetensors"
         tensors = load_file(path)
         save_file(change(tensors) or tensors, path)

@@ -1,0 +1,144 @@
+"""An endpoint on Ray: replicas of vLLM behind the HTTP proxies of Ray Serve.
+
+A replica is the server of `ray.serve.llm`, which starts vLLM on what Ray gave it. It answers HTTP by vLLM's own
+application instead of Ray's copy of it, so that an endpoint on a cluster is what `vllm serve` is on one machine.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from pydantic import TypeAdapter
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+
+from qe_dist.core.errors import QEError
+from qe_dist.serve.endpoint import Endpoint
+from qe_dist.serve.vllm_gate import traffic
+
+HEALTH_SECONDS = 5.0
+"""How often Ray asks a replica whether its engine lives."""
+OBJECT_STORE = 2**28
+"""Bytes. Requests and answers pass through it, weights do not."""
+
+
+@serve.ingress()
+class Replica(LLMServer):
+    """vLLM and its HTTP application."""
+
+    async def __init__(self, llm_config: LLMConfig, environment: dict[str, str], api_key: str | None) -> None:
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        if api_key:
+            os.environ["VLLM_API_KEY"] = api_key
+        await super().__init__(llm_config)
+
+    async def drain(self) -> None:
+        """Refuses new requests, and returns when no old one is left."""
+        traffic.closed = True
+        while traffic.running:
+            await asyncio.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Service:
+    """An endpoint that answers."""
+
+    endpoint: Endpoint
+    handle: DeploymentHandle
+    host: str
+    metrics: list[str]
+    """URLs, one for each node, where Prometheus finds vLLM's counters and Ray's."""
+
+    def drain(self) -> None:
+        """Returns when all running requests have ended. QEError where they take too long."""
+        try:
+            self.handle.broadcast("drain").results(timeout_s=self.endpoint.drain_seconds, return_exceptions=True)
+        except TimeoutError:
+            raise QEError(
+                f"some requests were still running after {self.endpoint.drain_seconds} s and were cut off; "
+                "--drain gives them longer"
+            ) from None
+
+
+def application(said: dict[str, Any]) -> serve.Application:
+    """The endpoint that a Serve config file describes by the fields of Endpoint (cluster/rayservice.yaml). Its key is
+    VLLM_API_KEY, as the nodes have it."""
+    return build(TypeAdapter(Endpoint).validate_python(said), None)
+
+
+def build(endpoint: Endpoint, api_key: str | None) -> serve.Application:
+    """For the cluster that this process is connected to: on its GPUs, or, where it has none, on its CPUs."""
+    from qe_dist.serve.vllm_options import arguments
+
+    engine = arguments(endpoint.vllm_options())
+    name, on_gpus = engine.pop("served_model_name")[0], devices()[0] > 0
+    config = LLMConfig(
+        model_loading_config={"model_id": name, "model_source": endpoint.checkpoint},
+        engine_kwargs=engine,
+        # On CPUs all ranks of a replica are processes of one node.
+        placement_group_config=None if on_gpus else {"bundles": [{"CPU": endpoint.tensor_parallel_size}]},
+        deployment_config={
+            "num_replicas": endpoint.replicas,
+            "ray_actor_options": {"num_cpus": 1 if on_gpus else 0},
+            "max_ongoing_requests": endpoint.max_requests,
+            "max_queued_requests": endpoint.max_requests,
+            "graceful_shutdown_timeout_s": endpoint.drain_seconds,
+            "health_check_period_s": HEALTH_SECONDS,
+        },
+    )
+    return build_llm_deployment(
+        config,
+        deployment_cls=Replica,
+        bind_kwargs={"environment": endpoint.environment(), "api_key": api_key},  # these alone are not logged
+        override_serve_options={"backpressure_config": {"retry_after_s": 1}},
+    )
+
+
+def devices() -> tuple[int, int]:
+    """GPUs and CPU slots of the cluster."""
+    found = ray.cluster_resources()
+    return int(found.get("GPU", 0)), int(found.get("CPU", 0))
+
+
+@contextmanager
+def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> Iterator[Service]:
+    """An endpoint on the cluster that this process is connected to, for as long as the context lasts.
+
+    QEError where it does not start.
+    """
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        handle = serve.run(build(endpoint, api_key), name=endpoint.name, route_prefix="/")
+        yield Service(endpoint, handle, _address(host), _metrics())
+    except (RuntimeError, RayServeException, RayError) as error:
+        raise QEError(f"the endpoint did not start: {_reason(endpoint.name, error)}") from None
+    finally:
+        serve.delete(endpoint.name)
+        if not serve.status().applications:
+            serve.shutdown()
+
+
+def _reason(name: str, error: Exception) -> str:
+    """What Ray Serve knows of an endpoint that did not start, in one line."""
+    told = serve.status().applications.get(name)
+    said = [deployment.message for deployment in told.deployments.values()] if told else []
+    return next(filter(None, said), str(error))
+
+
+def _address(host: str) -> str:
+    """Where the endpoint can be asked: at the head node, where it listens on all addresses."""
+    head = next(node for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+    return head["NodeManagerAddress"] if host == "0.0.0.0" else host
+
+
+def _metrics() -> list[str]:
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]

@@ -1,0 +1,56 @@
+"""What an OpenAI-compatible endpoint serves and allows, said once for plain vLLM and for Ray Serve. Needs neither."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NOWHERE = "no-remote-media.invalid"
+"""The one host that images may come from. Without any, vLLM fetches whatever URL a request names."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A checkpoint and its limits."""
+
+    checkpoint: str
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    max_requests: int = 256
+    """Running and waiting, of each replica; those beyond get 503."""
+    max_images: int = 4
+    """Of one request."""
+    max_body: int = 64 * 2**20
+    """Bytes of one request; larger ones get 413."""
+    drain_seconds: int = 300
+    """For running requests to end when the endpoint stops."""
+    options: Sequence[str] = ()
+    """More of vLLM's, as on its command line; they win over ours."""
+
+    @property
+    def name(self) -> str:
+        """Of the model, for those who ask."""
+        return Path(self.checkpoint).name
+
+    def vllm_options(self) -> list[str]:
+        """As on the command line of `vllm serve CHECKPOINT`, for one replica."""
+        ours = {
+            "served-model-name": self.name,
+            "tensor-parallel-size": str(self.tensor_parallel_size),
+            "max-num-queued-reqs": str(self.max_requests),
+            "limit-mm-per-prompt": json.dumps({"image": self.max_images, "video": 0}),
+            "allowed-media-domains": NOWHERE,
+            "middleware": "qe_dist.serve.vllm_gate.Gate",
+            "shutdown-timeout": str(self.drain_seconds),
+        }
+        return [word for name, value in ours.items() for word in (f"--{name}", value)] + [*self.options]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that vLLM reads beside its options. Whoever has set them otherwise knows why."""
+        return {
+            "QE_DIST_MAX_BODY": str(self.max_body),
+            "VLLM_MAX_IMAGE_PIXELS": str(2**25),  # 100 MB as RGB
+            "VLLM_MAX_N_SEQUENCES": "16",  # answers to one request; 16384 else
+            "VLLM_MAX_COMPLETION_PROMPTS": "16",  # of one request; 1024 else
+            "VLLM_NO_USAGE_STATS": "1",
+        }

@@ -1,5 +1,6 @@
 """`qe-dist quantize`: a model in, a low-bit checkpoint out, continued where it was interrupted."""
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def quantize(
     host_memory: Annotated[str | None, typer.Option(help="for Gram matrices that a GPU has no room for")] = None,
     embed_device: Annotated[str | None, typer.Option(help="cpu: embed on nodes without a GPU")] = None,
     from_block: Annotated[int, typer.Option(help="first block that --recipe is for; others stay as they are")] = 0,
+    tensor_parallel_size: Annotated[int, typer.Option(help="ranks that shall serve it: pads or refuses for them")] = 1,
     mirror: Annotated[str | None, typer.Option(help="URL that gets a copy of all that is finished")] = None,
     patience: Annotated[float, typer.Option(help="seconds to wait for workers; minutes where nodes start")] = 60.0,
     threads: Annotated[int, typer.Option(help="CPU threads per worker", min=1)] = 1,
@@ -61,6 +63,7 @@ def quantize(
         host_memory=num_bytes("--host-memory", host_memory),
         embed_device=embed_device,
         from_block=from_block,
+        tensor_parallel_size=tensor_parallel_size,
         mirror=mirror,
         threads=threads,
         seed=seed,
@@ -100,6 +103,8 @@ def num_bytes(option: str, text: str | None) -> int | None:
 
 def summary_lines(summary, output: Path) -> list[str]:
     """The last lines of a run."""
+    from qe_dist.flow.serving import served_sizes
+
     size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     peak = max((s["peak_mib"] for s in summary.stages), default=0.0)
     forward = sum(s["forward"] for s in summary.stages)
@@ -111,6 +116,7 @@ def summary_lines(summary, output: Path) -> list[str]:
     ]
     if summary.continued:
         lines.append(f"continued: {summary.continued} blocks were finished before")
+    lines.append(served_sizes(json.loads((output / "config.json").read_text())))
     lines.append(f"fall-backs: {len(summary.fallbacks) or 'none'}")
     lines += [f"  {layer}: {'; '.join(steps)}" for layer, steps in summary.fallbacks.items()]
     return lines

@@ -3,22 +3,29 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_pipelines.progress import set_up_logging
+
+if TYPE_CHECKING:
+    from qe_dist.flow.verify import Checkpoint
 
 
 def verify(
     output: Annotated[Path, typer.Argument(help="a finished checkpoint")],
     source: Annotated[Path | None, typer.Option(help="the model it was made of: names and shapes must match")] = None,
+    tensor_parallel_size: Annotated[
+        str | None, typer.Option(help="ranks that shall serve it, like 1,2,4,8: they must compute what the whole does")
+    ] = None,
 ) -> None:
-    """Check every hash, number, name and shape of OUTPUT, and that it sees its images."""
+    """Check every hash, number, name and shape of OUTPUT, that it sees its images, and how it can be served."""
     set_up_logging(None)
-    from qe_dist.core.errors import CheckpointError
     from qe_dist.flow import verify as checks
 
+    sizes = _sizes(tensor_parallel_size)
     checkpoint = checks.Checkpoint.open(output)
     steps = {
         "SHA-256 of every file": checks.check_hashes,
@@ -33,13 +40,51 @@ def verify(
         count += _tell(title, check(checkpoint))
     if count == 0:
         count += _tell("images change the answer", _blind(output))
+        why = _unservable(checkpoint, sizes)
+        count += _cut(checkpoint, [size for size in sizes if size not in why])
     else:
-        typer.echo("skipped  images: a damaged checkpoint is not loaded")
+        why = {}
+        typer.echo("skipped  images and tensor parallelism: a damaged checkpoint is not loaded")
     if count:
         raise CheckpointError(
             f"{output} has {count} faults, listed above; remove its config.json and type the command that made it "
             "again: only what is damaged is made anew"
         )
+    if why:
+        raise ConfigError(
+            f"{output} cannot be served at --tensor-parallel-size {', '.join(map(str, why))}, as said above; serve it "
+            "at another size, or quantize with that option, which pads what can be padded"
+        )
+
+
+def _sizes(text: str | None) -> list[int]:
+    sizes = (text or "").split(",") if text is not None else []
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise ConfigError(f"--tensor-parallel-size must be numbers of ranks like 1,2,4,8, found {text!r}")
+    return [int(size) for size in sizes]
+
+
+def _unservable(checkpoint: "Checkpoint", sizes: list[int]) -> dict[int, tuple[str, ...]]:
+    """The sizes at which it cannot be served, each with its reasons, which are shown."""
+    from qe_dist.flow.serving import serving_problems
+
+    why = {size: problems for size in sizes if (problems := serving_problems(checkpoint.config, size))}
+    for size, problems in why.items():
+        typer.echo(f"no       tensor-parallel size {size} cannot be served")
+        for problem in problems:
+            typer.echo(f"         {problem}")
+    return why
+
+
+def _cut(checkpoint: "Checkpoint", sizes: list[int]) -> int:
+    """What ranks compute otherwise than the whole does, at all sizes in one pass over the blocks."""
+    from qe_dist.flow.cuts import check_cuts
+
+    faults = list(check_cuts(checkpoint, sizes)) if sizes else []
+    return sum(
+        _tell(f"tensor-parallel size {size}: ranks agree with the whole", [fault for s, fault in faults if s == size])
+        for size in sizes
+    )
 
 
 def _tell(title: str, faults: list[str]) -> int:

@@ -13,7 +13,7 @@ from qe_dist.core.errors import CheckpointError
 from qe_dist.core.rotation import RotationSites
 from qe_dist.core.sample import Example, Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 
 
 @runtime_checkable
@@ -34,6 +34,18 @@ class Arch(Protocol):
 
     def warm_up(self) -> None:
         """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
+        ...
+
+    def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
+        """Of one block, as `config.json` has them; whether linears have a bias is not known there."""
+        ...
+
+    def vision_heads(self, config: Mapping[str, Any]) -> int:
+        """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
+        ...
+
+    def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
+        """`config.json` with another inner width of the MLPs."""
         ...
 
     def spec(self, source: WeightSource) -> ModelSpec:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class _Prelude:
         from accelerate import init_empty_weights
         from transformers import Qwen2VLModel
 
-        config = copy.deepcopy(arch.hf_config(source))
+        config = arch.hf_config(source.config)
         config.text_config.num_hidden_layers = 1
         config.text_config.layer_types = ["full_attention"]
         with init_empty_weights(include_buffers=False):
@@ -94,10 +95,10 @@ class Qwen2VL:
         import accelerate  # noqa: F401
         import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
 
-    def hf_config(self, source: WeightSource) -> Any:
+    def hf_config(self, config: Mapping[str, Any]) -> Any:
         from transformers import Qwen2VLConfig
 
-        return Qwen2VLConfig.from_pretrained(source.folder)
+        return Qwen2VLConfig.from_dict(copy.deepcopy(dict(config)))
 
     def disk_name(self, name: str, source: WeightSource) -> str:
         """Module name -> tensor name: published files say `model.layers` and `visual`, newer saves may not."""
@@ -106,20 +107,42 @@ class Qwen2VL:
         plain = f"model.{name.removeprefix('language_model.')}"
         return plain if plain in source.names() else f"model.{name}"
 
-    def spec(self, source: WeightSource) -> ModelSpec:
-        config = self.hf_config(source).text_config
-        heads, kv = config.num_attention_heads, config.num_key_value_heads
-        hidden, wide = config.hidden_size, config.intermediate_size
+    def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
+        text = self.hf_config(config).text_config
+        heads, kv = text.num_attention_heads, text.num_key_value_heads
+        hidden, wide = text.hidden_size, text.intermediate_size
         head = hidden // heads
-        shapes = {
-            "self_attn.q_proj": (heads * head, hidden), "self_attn.k_proj": (kv * head, hidden),
-            "self_attn.v_proj": (kv * head, hidden), "self_attn.o_proj": (hidden, heads * head),
-            "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide),
+        # outputs, inputs, heads
+        linears = {
+            "self_attn.q_proj": (heads * head, hidden, heads), "self_attn.k_proj": (kv * head, hidden, kv),
+            "self_attn.v_proj": (kv * head, hidden, kv), "self_attn.o_proj": (hidden, heads * head, heads),
+            "mlp.gate_proj": (wide, hidden, None), "mlp.up_proj": (wide, hidden, None),
+            "mlp.down_proj": (hidden, wide, None),
         }  # fmt: skip
+        groups = []
+        for name, members, split, router_input, producers in _GROUPS:
+            sizes = {n: linears[n] for n in members}
+            specs = [LinearSpec(n, inputs, outputs, False, split, h) for n, (outputs, inputs, h) in sizes.items()]
+            groups.append(InputGroup(name, tuple(specs), router_input, producers))
+        return tuple(groups)
+
+    def vision_heads(self, config: Mapping[str, Any]) -> int:
+        return self.hf_config(config).vision_config.num_heads
+
+    def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
+        """Published configs have it beside `vision_config`, newer ones in `text_config`, some in both places."""
+        wider = copy.deepcopy(dict(config))
+        places = [wider.get("text_config", wider), *([wider] if "intermediate_size" in wider else [])]
+        for place in places:
+            place["intermediate_size"] = width
+        return wider
+
+    def spec(self, source: WeightSource) -> ModelSpec:
+        groups = self.groups(source.config)
         blocks = []
-        for i in range(config.num_hidden_layers):
+        for i in range(self.hf_config(source.config).text_config.num_hidden_layers):
             first = self.disk_name(f"language_model.layers.{i}.{_NORMS[0]}", source)
-            blocks.append(_block_spec(i, first.removesuffix(_NORMS[0]), shapes, source))
+            blocks.append(_block_spec(i, first.removesuffix(_NORMS[0]), groups, source))
         claimed = {n for b in blocks for n in source.names() if n.startswith(b.prefix)}
         passthrough = tuple(sorted(set(source.names()) - claimed))
         return ModelSpec("qwen2_vl", tuple(blocks), passthrough)
@@ -138,7 +161,7 @@ class Qwen2VL:
         from accelerate import init_empty_weights
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-        config = self.hf_config(source).text_config
+        config = self.hf_config(source.config).text_config
         config._attn_implementation = "sdpa"
         with init_empty_weights():
             module = Qwen2VLDecoderLayer(config, spec.index)
@@ -162,7 +185,7 @@ class Qwen2VL:
         return inputs
 
     def rotation_sites(self, source: WeightSource) -> RotationSites:
-        config = self.hf_config(source)
+        config = self.hf_config(source.config)
         text = config.text_config
         norm, embeddings = (self.disk_name(f"language_model.{n}.weight", source) for n in ("norm", "embed_tokens"))
         merger = self.disk_name("visual.merger.mlp.2.weight", source).removesuffix("weight")
@@ -210,21 +233,17 @@ def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return untied
 
 
-def _block_spec(index: int, prefix: str, shapes: Mapping[str, tuple[int, int]], source: WeightSource) -> BlockSpec:
-    groups = []
-    for name, linears, split, router_input, producers in _GROUPS:
-        specs = []
-        for linear in linears:
-            out_features, in_features = shapes[linear]
-            found = source.shape(f"{prefix}{linear}.weight")
-            if found != shapes[linear]:
-                raise CheckpointError(
-                    f"{source.folder}: {prefix}{linear}.weight has shape {found}, config.json asks for {shapes[linear]}"
-                )
-            bias = f"{prefix}{linear}.bias" in source.names()
-            specs.append(LinearSpec(linear, in_features, out_features, bias, split))
-        groups.append(InputGroup(name, tuple(specs), router_input, producers))
-    return BlockSpec(index, prefix, tuple(groups), _NORMS)
+def _block_spec(index: int, prefix: str, groups: Sequence[InputGroup], source: WeightSource) -> BlockSpec:
+    """With biases as the source has them, and its shapes compared with those of config.json."""
+
+    def checked(linear: LinearSpec) -> LinearSpec:
+        name, wanted = f"{prefix}{linear.name}", (linear.out_features, linear.in_features)
+        if (found := source.shape(f"{name}.weight")) != wanted:
+            raise CheckpointError(f"{source.folder}: {name}.weight has shape {found}, config.json asks for {wanted}")
+        return replace(linear, bias=f"{name}.bias" in source.names())
+
+    own = tuple(replace(group, linears=tuple(map(checked, group.linears))) for group in groups)
+    return BlockSpec(index, prefix, own, _NORMS)
 
 
 ARCH = Qwen2VL()

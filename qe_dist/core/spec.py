@@ -16,6 +16,8 @@ class LinearSpec:
     bias: bool
     split: Literal["column", "row"]
     """How tensor parallelism cuts it: by outputs or by inputs."""
+    heads: int | None = None
+    """Attention heads that what is cut consists of: a rank has whole ones. None: no heads."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,14 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.io.bucket import is_url
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipe import Recipe
+from qe_dist.numerics.sharding import padding_step
 from qe_dist.numerics.stats import Needs
 
 Resume = Literal["auto", "required", "never"]
-_COUNTS = ("workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory")
+_COUNTS = (
+    "workers", "samples_per_batch", "sample_tokens", "threads", "blocks_per_worker", "memory", "host_memory",
+    "tensor_parallel_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class RunConfig:
     """Bytes that a worker may use on its device; None: most of what is free there."""
     host_memory: int | None = None
     """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    tensor_parallel_size: int = 1
+    """Ranks that the checkpoint must be servable over: the model is padded for them, or the run refused."""
     mirror: str | None = None
     """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
     from_block: int = 0
@@ -102,8 +108,15 @@ class RunConfig:
             "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
+            "tensor_parallel_size": self.tensor_parallel_size,
             "seed": self.seed,
         }
+
+
+def padded_alike(run: RunConfig, recipe: Recipe) -> bool:
+    """Whether at the run's tensor-parallel size another recipe wants the model as its own does."""
+    step, other = (padding_step(r.scheme, run.tensor_parallel_size) for r in (run.recipe, recipe))
+    return step == other
 
 
 POLICY = ("recipe", "from_block", "earlier")
@@ -127,6 +140,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")
+        if not padded_alike(run, first.recipe):
+            raise ConfigError(f"{run.output} and {first.output} pad the model differently: they need a pass each")
     if len({run.output for run in runs}) < len(runs):
         raise ConfigError("every recipe needs an output directory of its own")
     mirrors = [run.mirror for run in runs if run.mirror is not None]

@@ -13,8 +13,9 @@ from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
-from qe_dist.flow.config import POLICY, RunConfig, check_siblings
+from qe_dist.flow.config import POLICY, RunConfig, check_siblings, padded_alike
 from qe_dist.flow.plan import Seat, Task, Wave, check_runs, local_seats, make_plan, plan_wave
+from qe_dist.flow.serving import check_serving
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import assemble, put_passthrough
@@ -120,6 +121,8 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
         _check_images(run, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
     identities = {run: run.identity(images) for run in runs}
+    for run in runs:
+        check_serving(model, run, source.config)
     check_runs(model, runs, upper_bytes(source, model.passthrough))
     ready = Prepared(runs, samples, source, model, identities)
     if seats:
@@ -182,6 +185,8 @@ def _with_policy(run: RunConfig) -> RunConfig:
     for _, recipe in earlier:
         if recipe.rotation != run.recipe.rotation:
             raise ConfigError(f"from block {run.from_block} on the model would be rotated differently; it is one model")
+        if not padded_alike(run, recipe):
+            raise ConfigError(f"from block {run.from_block} on the model would be padded differently; it is one model")
     return replace(run, earlier=earlier)
 
 

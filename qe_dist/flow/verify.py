@@ -20,6 +20,7 @@ from qe_dist.archs.base import Arch, Encoder
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
+from qe_dist.flow.source import padded
 from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.publish import DTYPES, read_json, sha256
 from qe_dist.io.rotated import RotatedSource
@@ -169,11 +170,12 @@ def _last_logits(model: Any, arch: Arch, encoder: Encoder, image: Image.Image) -
 
 
 def _source(folder: Path, manifest: Mapping[str, Any]) -> WeightSource:
-    """Names and shapes of the model that the recipe quantized: rotated, it may have a head that was tied."""
-    source = SafetensorsSource(folder)
-    if manifest["recipe"].get("rotation") is None:
-        return source
-    return RotatedSource(source, archs.for_config(source.config).rotation_sites(source), bases={})
+    """Names and shapes of the model that was quantized: rotated, it may have a head that was tied; padded, its MLPs are
+    wider."""
+    source: WeightSource = SafetensorsSource(folder)
+    if manifest["recipe"].get("rotation") is not None:
+        source = RotatedSource(source, archs.for_config(source.config).rotation_sites(source), bases={})
+    return padded(source, manifest["padding"][1]) if "padding" in manifest else source
 
 
 def _header(path: Path) -> dict[str, Described]:

@@ -20,6 +20,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
@@ -139,7 +140,8 @@ def assemble(
         "recipe": recipe,
         "run": run_info,
         "files": files,
-        **cost_per_weight(spec, reports),
+        **_padding(source),
+        **cost_per_weight(source.model if isinstance(source, PaddedSource) else spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
         "blocks": [
             {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
@@ -152,9 +154,14 @@ def assemble(
     publish_json(run.output / "config.json", config)
 
 
+def _padding(source: WeightSource) -> dict[str, Any]:
+    """What a padded model says of it in the manifest: the inner width of the MLPs, as it was and as it is."""
+    return {"padding": [source.before, source.width]} if isinstance(source, PaddedSource) else {}
+
+
 def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str, float]:
-    """Everything stored for the quantized linears, what one token reads of it, and its multiplications, over the
-    number of weights."""
+    """Everything stored for the quantized linears, padding included, what one token reads of it, and its
+    multiplications, over the number of weights of the model as it was."""
     groups = [group for report in reports for group in report["groups"].values()]
     weights = sum(block.num_weights for block in spec.blocks)
     return {

@@ -28,8 +28,8 @@ from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.packing import unpack
 from qe_dist.numerics.reference import linear_forward, prepare, route
+from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
 from qe_dist.serve.format import METHOD, check_version
-from qe_dist.serve.sharding import inputs_dim, local_channels, outputs_dim, why_not
 
 INPUT = "group"
 _BLOCK = re.compile(r"(?P<prefix>.*\blayers\.(?P<index>\d+)\.)(?P<name>.+)")

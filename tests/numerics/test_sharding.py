@@ -22,7 +22,7 @@ from qe_dist.io.checkpoint import linear_tensors
 from qe_dist.numerics.factors import store_factor
 from qe_dist.numerics.packing import unpack
 from qe_dist.numerics.reference import linear_forward, prepare, route
-from qe_dist.serve.sharding import cut, inputs_dim, local_channels, outputs_dim, why_not
+from qe_dist.numerics.sharding import cut, inputs_dim, local_channels, outputs_dim, why_not
 
 Normal = Callable[..., Tensor]
 TOKENS, INPUTS, OUTPUTS, RANK, EXPERTS, GROUP = 24, 64, 16, 6, 3, 16

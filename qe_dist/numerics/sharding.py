@@ -6,6 +6,7 @@ is completed by the all-reduce of the layer itself. Every rank rounds its slice 
 coarser than the whole token's.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from qe_dist.core.scheme import Scheme
 
 Parallel = Literal["column", "row"]
+TILE = 64
+"""Rows of a weight in a tile of the kernels (`TILE_ROWS` of qe_kernels/layout.py): no rank's gate and up end within."""
 
 _BY_OUTPUTS = {
     "weight_packed": 0,
@@ -58,6 +61,12 @@ def local_channels(tensors: Mapping[str, Tensor], width: int, rank: int) -> dict
             here = local[name] - rank * width
             local[name] = torch.where((here >= 0) & (here < width), here, width)
     return local
+
+
+def padding_step(scheme: Scheme, size: int) -> int:
+    """What a width is padded to multiples of, so that each of `size` ranks gets whole scale groups and whole tiles of
+    the kernels. One rank takes any width."""
+    return 1 if size == 1 else size * math.lcm(scheme.group_size or 1, TILE)
 
 
 def why_not(scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: Parallel, size: int) -> str | None:

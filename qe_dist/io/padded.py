@@ -1,0 +1,53 @@
+"""A model whose MLPs are made wider by channels that are zero: it computes the same, and can be cut into more parts.
+
+What makes these channels gets outputs that are zero, what reads them inputs that are zero.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qe_dist.core.source import WeightSource
+from qe_dist.core.spec import InputGroup, ModelSpec
+
+
+def padded_group(groups: Iterable[InputGroup]) -> InputGroup:
+    """The group of a block whose input may be made wider: its producers make it channel by channel."""
+    return next(group for group in groups if group.producers)
+
+
+class PaddedSource:
+    """model: that on disk, as its architecture describes it. config: `config.json` of the padded model."""
+
+    def __init__(self, source: WeightSource, model: ModelSpec, config: Mapping[str, Any], width: int) -> None:
+        self.source, self.model, self.width = source, model, width
+        self.folder, self.config = source.folder, config
+        self.before = padded_group(model.blocks[0].groups).in_features
+        self._dimension: dict[str, int] = {}
+        """Tensor -> which of its dimensions grows."""
+        for block in model.blocks:
+            group = padded_group(block.groups)
+            for name in group.producers:
+                self._dimension |= {f"{block.prefix}{name}.{part}": 0 for part in ("weight", "bias")}
+            self._dimension |= {f"{block.prefix}{linear.name}.weight": 1 for linear in group.linears}
+
+    def names(self) -> Collection[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = list(self.source.shape(name))
+        if name in self._dimension:
+            shape[self._dimension[name]] = self.width
+        return tuple(shape)
+
+    def get(self, name: str) -> Tensor:
+        tensor = self.source.get(name)
+        if name not in self._dimension:
+            return tensor
+        behind = (0, 0) * (tensor.ndim - 1 - self._dimension[name])  # pad counts dimensions from the last one
+        return pad(tensor, (*behind, 0, self.width - self.before))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self.source.prefetch(names)

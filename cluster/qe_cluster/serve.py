@@ -4,14 +4,15 @@ A replica is the server of `ray.serve.llm`, which starts vLLM on what Ray gave i
 application instead of Ray's copy of it, so that an endpoint on a cluster is what `vllm serve` is on one machine.
 """
 
-import asyncio
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from fastapi import FastAPI
 from pydantic import TypeAdapter
 from ray import serve
 from ray.exceptions import RayError
@@ -22,10 +23,12 @@ from ray.serve.llm.deployment import LLMServer
 
 from qe_dist.core.errors import QEError
 from qe_dist.serve.endpoint import Endpoint
-from qe_dist.serve.vllm_gate import traffic
+from qe_dist.serve.traffic import Traffic
 
 HEALTH_SECONDS = 5.0
 """How often Ray asks a replica whether its engine lives."""
+TRIES = 2
+"""Starts of a replica, before an endpoint that never answered counts as failed."""
 OBJECT_STORE = 2**28
 """Bytes. Requests and answers pass through it, weights do not."""
 
@@ -39,13 +42,17 @@ class Replica(LLMServer):
             os.environ.setdefault(name, value)
         if api_key:
             os.environ["VLLM_API_KEY"] = api_key
+        self.traffic = Traffic()
         await super().__init__(llm_config)
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        app = await super().__serve_build_asgi_app__()
+        app.add_middleware(self.traffic.around)
+        return app
 
     async def drain(self) -> None:
         """Refuses new requests, and returns when no old one is left."""
-        traffic.closed = True
-        while traffic.running:
-            await asyncio.sleep(0.1)
+        await self.traffic.drain()
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ def build(endpoint: Endpoint, api_key: str | None) -> serve.Application:
             "max_queued_requests": endpoint.max_requests,
             "graceful_shutdown_timeout_s": endpoint.drain_seconds,
             "health_check_period_s": HEALTH_SECONDS,
+            "max_constructor_retry_count": TRIES,
         },
     )
     return build_llm_deployment(
@@ -123,15 +131,20 @@ def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> It
         raise QEError(f"the endpoint did not start: {_reason(endpoint.name, error)}") from None
     finally:
         serve.delete(endpoint.name)
-        if not serve.status().applications:
-            serve.shutdown()
+
+
+def leave() -> None:
+    """Ends Ray Serve on a cluster that goes on, unless it serves somebody else."""
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What Ray Serve knows of an endpoint that did not start, in one line."""
+    """What Ray Serve knows of an endpoint that did not start: the last exception of its traceback."""
     told = serve.status().applications.get(name)
-    said = [deployment.message for deployment in told.deployments.values()] if told else []
-    return next(filter(None, said), str(error))
+    said = "\n".join(d.message for d in told.deployments.values()) if told else str(error)
+    *_, last = re.split(r"^(?=[\w.]+(?:Error|Exception):)", said, flags=re.MULTILINE)
+    return f"{' '.join(last.split())} (its node has more in /tmp/ray/session_latest/logs)"
 
 
 def _address(host: str) -> str:

@@ -1,6 +1,7 @@
 """`qe-dist serve`: an OpenAI-compatible endpoint for a checkpoint, on Ray or by vLLM alone."""
 
 import json
+import logging
 import os
 import shlex
 import socket
@@ -13,7 +14,7 @@ import typer
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.serve.endpoint import Endpoint
 from qe_pipelines.progress import set_up_logging
-from qe_pipelines.quantize import num_bytes, stopping
+from qe_pipelines.quantize import stopping
 
 KEYS = ("QE_DIST_API_KEY", "VLLM_API_KEY")
 
@@ -30,7 +31,6 @@ def serve(
     api_key: Annotated[str | None, typer.Option(help="that requests must carry", envvar=[*KEYS])] = None,
     max_requests: Annotated[int, typer.Option(help="of a replica, running and waiting; beyond: 503", min=1)] = 256,
     max_images: Annotated[int, typer.Option(help="of one request", min=0)] = 4,
-    max_body: Annotated[str, typer.Option(help="of one request, like 64MiB; beyond: 413")] = "64MiB",
     drain: Annotated[int, typer.Option(help="seconds that running requests have when it stops", min=0)] = 300,
 ) -> None:
     """Serve CHECKPOINT over HTTP until Ctrl-C or SIGTERM: `qe-dist serve CHECKPOINT [-- OPTIONS OF VLLM]`
@@ -44,7 +44,6 @@ def serve(
         replicas,
         max_requests=max_requests,
         max_images=max_images,
-        max_body=num_bytes("--max-body", max_body) or 0,
         drain_seconds=drain,
         options=tuple(context.args),
     )
@@ -59,19 +58,20 @@ def serve(
 
 def check(endpoint: Endpoint) -> None:
     """What can be said before anything starts. ConfigError or CheckpointError, naming the option."""
-    from qe_dist.flow.verify import Checkpoint
-    from qe_dist.serve.format import METHOD, check_version
+    from qe_dist.flow.serving import serving_problems
+    from qe_dist.flow.verify import Checkpoint, check_index, check_layout
+    from qe_dist.serve.format import check_version
     from qe_dist.serve.vllm_plugin import check_installed
 
     if endpoint.options and not endpoint.options[0].startswith("-"):
         raise ConfigError(f"unexpected {endpoint.options[0]!r}; options of vLLM come behind --, and begin with a dash")
     opened = Checkpoint.open(Path(endpoint.checkpoint))
-    found = opened.config["quantization_config"]
-    if found.get("quant_method") != METHOD:
-        raise ConfigError(f"{endpoint.checkpoint} is no checkpoint of qe-dist: quant_method {found['quant_method']!r}")
-    check_version(found.get("version"))
-    for name, error in opened.unreadable.items():
-        raise CheckpointError(f"{endpoint.checkpoint}/{name} cannot be read: {error}")
+    check_version(opened.config["quantization_config"].get("version"))
+    damage = [f"{name}: {error}" for name, error in opened.unreadable.items()]
+    for fault in damage or [*check_index(opened), *check_layout(opened)]:
+        raise CheckpointError(f"{opened.folder} is damaged: {fault}; qe-dist verify lists all there is")
+    for problem in serving_problems(opened.config, endpoint.tensor_parallel_size):
+        raise ConfigError(f"--tensor-parallel-size {endpoint.tensor_parallel_size}: {problem}")
     check_installed()
 
 
@@ -92,15 +92,18 @@ def _alone(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_ke
 
 
 def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
-    from qe_cluster import launch
-
+    logging.disable(logging.ERROR)  # Ray's and vLLM's own lines on how they do it
     try:
+        from qe_cluster import launch
         from qe_cluster import serve as on_ray
+
+        from qe_dist.serve.vllm_options import arguments
     except ImportError as error:
         raise ConfigError(f"Ray Serve lacks a package: {error}; pip install 'qe_dist[serve]', or use --local") from None
     here = launch.cluster_address(cluster) is None
     if here:
         _check_port(host, port)
+    arguments(endpoint.vllm_options())  # what vLLM does not take, it says now
     ranks = endpoint.replicas * endpoint.tensor_parallel_size
     with launch.ray_cluster(cluster, ranks, on_ray.OBJECT_STORE):
         gpus, cpus = on_ray.devices()
@@ -112,6 +115,8 @@ def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_k
                 stop.wait()
                 typer.echo(f"stopping: running requests have {endpoint.drain_seconds} s")
                 service.drain()
+        if not here:
+            on_ray.leave()
 
 
 def told(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> list[str]:

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-NOWHERE = "no-remote-media.invalid"
-"""The one host that images may come from. Without any, vLLM fetches whatever URL a request names."""
-
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -20,8 +17,6 @@ class Endpoint:
     """Running and waiting, of each replica; those beyond get 503."""
     max_images: int = 4
     """Of one request."""
-    max_body: int = 64 * 2**20
-    """Bytes of one request; larger ones get 413."""
     drain_seconds: int = 300
     """For running requests to end when the endpoint stops."""
     options: Sequence[str] = ()
@@ -34,21 +29,21 @@ class Endpoint:
 
     def vllm_options(self) -> list[str]:
         """As on the command line of `vllm serve CHECKPOINT`, for one replica."""
-        ours = {
-            "served-model-name": self.name,
-            "tensor-parallel-size": str(self.tensor_parallel_size),
-            "max-num-queued-reqs": str(self.max_requests),
-            "limit-mm-per-prompt": json.dumps({"image": self.max_images, "video": 0}),
-            "allowed-media-domains": NOWHERE,
-            "middleware": "qe_dist.serve.vllm_gate.Gate",
-            "shutdown-timeout": str(self.drain_seconds),
-        }
-        return [word for name, value in ours.items() for word in (f"--{name}", value)] + [*self.options]
+        return [
+            f"--served-model-name={self.name}",
+            f"--tensor-parallel-size={self.tensor_parallel_size}",
+            f"--max-num-queued-reqs={self.max_requests}",
+            f"--limit-mm-per-prompt={json.dumps({'image': self.max_images, 'video': 0})}",
+            f"--shutdown-timeout={self.drain_seconds}",
+            "--middleware=qe_dist.serve.vllm_gate.Gate",
+            "--disable-fastapi-docs",
+            *self.options,
+        ]
 
     def environment(self) -> dict[str, str]:
         """Variables that vLLM reads beside its options. Whoever has set them otherwise knows why."""
         return {
-            "QE_DIST_MAX_BODY": str(self.max_body),
+            "VLLM_MEDIA_CONNECTOR": "qe-inline",  # images come with the request: no URL is fetched
             "VLLM_MAX_IMAGE_PIXELS": str(2**25),  # 100 MB as RGB
             "VLLM_MAX_N_SEQUENCES": "16",  # answers to one request; 16384 else
             "VLLM_MAX_COMPLETION_PROMPTS": "16",  # of one request; 1024 else

@@ -16,7 +16,7 @@ def register() -> None:
     from vllm import __version__ as found
 
     check_supported(found)
-    from qe_dist.serve import vllm_linear  # noqa: F401 (registers itself)
+    from qe_dist.serve import vllm_linear, vllm_media  # noqa: F401 (they register themselves)
 
 
 def check_installed() -> None:

@@ -22,7 +22,8 @@ from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.flow.source import padded
 from qe_dist.io.checkpoint import INDEX, MANIFEST
-from qe_dist.io.publish import DTYPES, read_json, sha256
+from qe_dist.io.integrity import file_faults, settings_faults
+from qe_dist.io.publish import DTYPES, read_json
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 
@@ -76,16 +77,8 @@ class Checkpoint:
 
 
 def check_hashes(checkpoint: Checkpoint) -> list[str]:
-    """Every file of the manifest is there as it was written, and there are no others."""
-    faults = []
-    for name, expected in checkpoint.manifest["files"].items():
-        path = checkpoint.folder / name
-        if not path.exists():
-            faults.append(f"{name}: missing")
-        elif (found := sha256(path)) != expected:
-            faults.append(f"{name}: SHA-256 expected {expected}, found {found}")
-    present = {*checkpoint.tensors, *checkpoint.unreadable}
-    return faults + [f"{name}: not in the manifest" for name in sorted(present - set(checkpoint.manifest["files"]))]
+    """Every file of the manifest is there as it was written, and there are no others; config.json describes them."""
+    return settings_faults(checkpoint.config, checkpoint.manifest) + file_faults(checkpoint.folder, checkpoint.manifest)
 
 
 def check_index(checkpoint: Checkpoint) -> list[str]:

@@ -20,6 +20,7 @@ from qe_dist.core.quantized import (
 )
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.io.integrity import settings_digest
 from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
@@ -121,10 +122,10 @@ def assemble(
     run.refresh()
     blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
     parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
-    weight_map, files = {}, {}
+    weight_map, files, tensors = {}, {}, {}
     for name, report in {**blocks, **parts}.items():
         file = f"{name}.safetensors"
-        files[file] = report["sha256"]
+        files[file], tensors[file] = report["sha256"], report["tensors"]
         weight_map |= dict.fromkeys(report["tensors"], file)
         _move_up(run, name, report["bytes"])
     reports = list(blocks.values())
@@ -136,10 +137,13 @@ def assemble(
     for name in COPIED:
         if (source.folder / name).exists():
             publish(run.output / name, partial(shutil.copyfile, source.folder / name))
+    quantized = quantization_config([r["layout"] for r in reports])
     manifest = {
         "recipe": recipe,
         "run": run_info,
+        "quantization_config": settings_digest(quantized),
         "files": files,
+        "tensors": tensors,
         **_padding(source),
         **cost_per_weight(source.model if isinstance(source, PaddedSource) else spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
@@ -149,9 +153,7 @@ def assemble(
         ],
     }
     publish_json(run.output / MANIFEST, manifest)
-    config = dict(source.config)
-    config["quantization_config"] = quantization_config([r["layout"] for r in reports])
-    publish_json(run.output / "config.json", config)
+    publish_json(run.output / "config.json", {**source.config, "quantization_config": quantized})
 
 
 def _padding(source: WeightSource) -> dict[str, Any]:

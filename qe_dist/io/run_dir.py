@@ -18,7 +18,16 @@ from torch import Tensor
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.io.lock import RunLock
-from qe_dist.io.publish import publish_json, publish_sealed, publish_tensors, read_json, read_sealed, refresh, sha256
+from qe_dist.io.publish import (
+    digest,
+    publish_json,
+    publish_sealed,
+    publish_tensors,
+    read_json,
+    read_sealed,
+    refresh,
+    sha256,
+)
 
 
 class RunDir:
@@ -137,11 +146,11 @@ class RunDir:
     # -- finished files: a safetensors file, and its report, published after it
 
     def put_file(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Publishes NAME.safetensors, then its report with hash, size and shapes."""
+        """Publishes NAME.safetensors, then its report with hash, size, and the hash of every tensor."""
         path = self.finished / f"{name}.safetensors"
-        digest = publish_tensors(path, tensors)
-        shapes = {k: list(v.shape) for k, v in sorted(tensors.items())}
-        vouched = {"sha256": digest, "bytes": path.stat().st_size, "tensors": shapes}
+        whole = publish_tensors(path, tensors)
+        each = {k: digest({k: v}) for k, v in sorted(tensors.items())}
+        vouched = {"sha256": whole, "bytes": path.stat().st_size, "tensors": each}
         publish_json(self._report_path(name), {**report, **vouched})
 
     def has_file(self, name: str) -> bool:

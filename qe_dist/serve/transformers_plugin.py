@@ -1,5 +1,7 @@
 """`quant_method: "qe"` for transformers: from_pretrained, generate, save_pretrained. Registered by importing it."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
-from qe_dist.serve.format import METHOD, VERSION, check_version
+from qe_dist.serve.format import METHOD, VERSION, check_files, check_version
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
 
@@ -43,7 +45,11 @@ class QEQuantizer(HfQuantizer):
     quantization_config: QEConfig
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if checkpoint_files and os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
+            check_files(Path(checkpoint_files[0]).parent)
         config = self.quantization_config
         blocks = model.get_decoder().layers
         if len(blocks) != len(config.block_layouts):

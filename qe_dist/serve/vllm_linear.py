@@ -7,11 +7,14 @@ it until the last reader has come.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -29,7 +32,7 @@ from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.packing import unpack
 from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
-from qe_dist.serve.format import METHOD, check_version
+from qe_dist.serve.format import METHOD, check_files, check_version
 
 INPUT = "group"
 _BLOCK = re.compile(r"(?P<prefix>.*\blayers\.(?P<index>\d+)\.)(?P<name>.+)")
@@ -77,6 +80,8 @@ class QEConfig(QuantizationConfig):
         found = self._find(prefix)
         if found is None:
             return UnquantizedLinearMethod()
+        if not self.methods and get_world_group().local_rank == 0:  # once for each host, before the first weight
+            check_files(Path(get_current_vllm_config().model_config.model))
         block, group, layout = found
         routers = {name for name, one in layout.items() if "router" in one["input"]}
         read = layout[group]["router_input"]

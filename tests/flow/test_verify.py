@@ -96,6 +96,20 @@ def test_a_changed_byte_is_named_with_both_hashes(folder):
     assert fault.count("found") == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_changed_byte_is_not_loaded_and_its_tensor_named(folder):
+    name = linear(folder)
+    change(folder, BLOCK, lambda tensors: tensors[name].view(-1)[7:8].bitwise_xor_(1))
+    with pytest.raises(CheckpointError, match=rf"{BLOCK}: SHA-256 .* \({name} is not as written\); copy it again"):
+        load_model(folder)
+
+
+def test_settings_of_another_checkpoint_are_named(folder):
+    edit_json(folder / "config.json", lambda config: config["quantization_config"]["block_layouts"].reverse())
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(version=3))
+    assert check_hashes(Checkpoint.open(folder)) == ["config.json: its quantization_config is not that of the manifest"]
+
+
 def test_missing_and_foreign_files_are_named(folder):
     (folder / BLOCK).rename(folder / "model.safetensors")
     faults = check_hashes(Checkpoint.open(folder))
@@ -224,6 +238,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_loaded_with_another_made_up(fol
     name = linear(folder)
     change(folder, BLOCK, lambda t: t.pop(name))
     edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
+    (folder / MANIFEST).unlink()  # which would tell already
     with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj\.weight_packed \(and 0 more\)"):
         load_model(folder)
 

@@ -1,5 +1,6 @@
-"""Checkpoints for all tests with vLLM, made once."""
+"""Checkpoints and offline answers for all tests with vLLM, made once."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import pytest
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
-from tests.vllm.questions import DATA, MODEL, RECIPES
+from tests.vllm.generate import Answers, Job, generate
+from tests.vllm.questions import DATA, MODEL, RECIPES, WIDE, prompts
+
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+"""They import what only vLLM's environment has."""
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoints(folder: Path) -> dict[str, Path]:
     """All recipes in one pass of the calibration."""
-    runs = [RunConfig(MODEL, load_recipe(name), DATA / "calibration.jsonl", folder / name) for name in RECIPES]
+    names = (*RECIPES, WIDE)
+    runs = [RunConfig(MODEL, load_recipe(name), DATA / "calibration.jsonl", folder / name) for name in names]
     local.quantize(*runs)
-    return {name: folder / name for name in RECIPES}
+    return {name: folder / name for name in names}
+
+
+@pytest.fixture(scope="session")
+def offline(checkpoints: dict[str, Path], folder: Path) -> dict[int, Answers]:
+    """By the number of ranks, what every recipe answers to all prompts."""
+    jobs = [Job(name, str(path)) for name, path in checkpoints.items()]
+    return {ranks: generate(jobs, prompts(), ranks, folder) for ranks in (1, 2)}

@@ -7,12 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODEL, DATA = ROOT / "models" / "outlier", ROOT / "models" / "data"
 RECIPES = ("qe-w4a16g64", "qe-w4a8", "qe-w4a6", "rtn-w4a8", "qe-extract-w4a6")
+WIDE = "rtn-w4a16g128"
+"""Its scale groups cannot be cut over two ranks."""
 QUESTIONS, STORIES = 200, 20
 
 
 @dataclass(frozen=True)
 class Question:
     prompt: str
+    text: str
+    """The prompt without its template."""
     answer: str
     image: str | None
 
@@ -21,6 +25,7 @@ def prompts() -> list[Question]:
     """Questions about images, then beginnings of stories."""
     rows = [json.loads(line) for line in (DATA / "evaluation.jsonl").read_text().splitlines()]
     mark = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
-    asked = [Question(mark.format(r["prompt"]), r["answer"], str(DATA / r["image"])) for r in rows if "image" in r]
-    begun = [Question(r["text"][: len(r["text"]) // 2], "", None) for r in rows if "text" in r]
-    return [*asked[:QUESTIONS], *begun[:STORIES]]
+    images = [row for row in rows if "image" in row][:QUESTIONS]
+    begun = [row["text"][: len(row["text"]) // 2] for row in rows if "text" in row][:STORIES]
+    asked = [Question(mark.format(r["prompt"]), r["prompt"], r["answer"], str(DATA / r["image"])) for r in images]
+    return asked + [Question(text, text, "", None) for text in begun]

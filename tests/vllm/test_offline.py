@@ -6,9 +6,7 @@ must have wanted each token that vLLM gave.
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qe_dist.flow import local
-from qe_dist.flow.config import RunConfig
-from qe_dist.methods.recipes import load_recipe
+from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.serve.loading import load_model
-from tests.vllm.questions import DATA, MODEL, QUESTIONS, RECIPES, ROOT, STORIES, Question, prompts
+from tests.vllm.generate import Answers, Job, generate
+from tests.vllm.questions import MODEL, QUESTIONS, RECIPES, STORIES, WIDE, Question, prompts
 
 pytestmark = pytest.mark.vllm
 
@@ -30,44 +27,44 @@ EQUAL = 0.98
 MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 """By ranks: how far the log-probability of a token may be off on average. Two ranks have two activation grids, so that
 stories, which are free to go on in many ways, part ways somewhere."""
+SHARED = "qe-w4a6"
+RANK, STRENGTH = 8, 0.02
+"""Of the LoRA adapter: rank, and size of its up matrices."""
 
 
-def serve(checkpoint: Path, ranks: int, asked: list[Question], folder: Path) -> subprocess.CompletedProcess[str]:
-    """vLLM in a process of its own; its answers are in ANSWERS of the folder."""
-    rows = [{"prompt": q.prompt} | ({"image": q.image} if q.image else {}) for q in asked]
-    (folder / "prompts").write_text("\n".join(map(json.dumps, rows)))
-    words = ["-m", "tests.vllm.generate", checkpoint, ranks, folder / "prompts", folder / "answers"]
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+class Twin:
+    """transformers with the same checkpoint. What it says to a text is kept: one rank and two mostly say the same."""
 
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import AutoImageProcessor
 
-def answers(checkpoint: Path, ranks: int, asked: list[Question], folder: Path) -> list[dict[str, Any]]:
-    done = serve(checkpoint, ranks, asked, folder)
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
-    assert done.returncode == 0, said
-    return json.loads((folder / "answers").read_text())
+        self.model, self.processor = load_model(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+        self.told: dict[tuple[Question, tuple[int, ...]], Tensor] = {}
 
+    def compare(self, asked: Sequence[Question], given: Sequence[dict[str, Any]]) -> tuple[list[bool], Tensor]:
+        """Of each answer, whether transformers would have given it; of each token, how far its logprob is off."""
+        same, off = [], []
+        for question, answer in zip(asked, given, strict=True):
+            key = (question, tuple(answer["tokens"]))
+            told = self.told[key] if key in self.told else self.told.setdefault(key, self._logprobs(question, answer))
+            tokens = torch.tensor(answer["tokens"])
+            same.append(bool((told.argmax(dim=-1) == tokens).all()))
+            off.append((told.gather(1, tokens[:, None])[:, 0] - torch.tensor(answer["logprobs"])).abs())
+        return same, torch.cat(off)
 
-def in_transformers(
-    checkpoint: Path, asked: list[Question], given: list[dict[str, Any]]
-) -> Iterator[tuple[bool, Tensor]]:
-    """Of each answer: whether transformers would have given it, and how far the log-probabilities are apart."""
-    from PIL import Image
-    from transformers import AutoImageProcessor
+    @torch.no_grad()
+    def _logprobs(self, question: Question, answer: dict[str, Any]) -> Tensor:
+        """Of the whole vocabulary, where each token of the answer was chosen. [tokens, vocabulary]"""
+        from PIL import Image
 
-    model, processor = load_model(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
-    for question, answer in zip(asked, given, strict=True):
         ids = torch.tensor([answer["prompt"] + answer["tokens"]])
         vision = {}
         if question.image:
-            seen = processor([Image.open(question.image).convert("RGB")], return_tensors="pt")
+            seen = self.processor([Image.open(question.image).convert("RGB")], return_tensors="pt")
             vision = {name: seen[name] for name in ("pixel_values", "image_grid_thw")}
-        types = (ids == model.config.image_token_id).int()
-        with torch.no_grad():
-            logits = model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0]
-        told = torch.log_softmax(logits.float(), dim=-1)[len(answer["prompt"]) - 1 : -1]
-        tokens = torch.tensor(answer["tokens"])
-        off = told.gather(1, tokens[:, None])[:, 0] - torch.tensor(answer["logprobs"])
-        yield bool((told.argmax(dim=-1) == tokens).all()), off.abs()
+        types = (ids == self.model.config.image_token_id).int()
+        logits = self.model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, len(answer["prompt"]) - 1 : -1]
+        return torch.log_softmax(logits.float(), dim=-1)
 
 
 def accuracy(asked: list[Question], given: list[dict[str, Any]]) -> float:
@@ -76,60 +73,147 @@ def accuracy(asked: list[Question], given: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_vllm_answers_as_transformers_does(recipe: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    asked = prompts()
-    assert len(asked) == QUESTIONS + STORIES
-    one = answers(checkpoints[recipe], 1, asked, tmp_path)
-    two = answers(checkpoints[recipe], 2, asked, tmp_path)
+def test_vllm_answers_as_transformers_does(
+    recipe: str, checkpoints: dict[str, Path], offline: dict[int, Answers]
+) -> None:
+    asked, twin = prompts(), Twin(checkpoints[recipe])
+    one, two = offline[1][recipe], offline[2][recipe]
+    assert len(asked) == len(one) == len(two) == QUESTIONS + STORIES
     for ranks, given in ((1, one), (2, two)):
-        same, off = zip(*in_transformers(checkpoints[recipe], asked, given), strict=True)
+        same, off = twin.compare(asked, given)
         assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS, f"{ranks} ranks: {sum(same[:QUESTIONS])} answers equal"
-        assert torch.cat(off).mean() <= MEAN_LOGPROB[ranks], f"{ranks} ranks"
+        assert off.mean() <= MEAN_LOGPROB[ranks], f"{ranks} ranks"
     assert sum(a["tokens"] == b["tokens"] for a, b in zip(one[:QUESTIONS], two, strict=False)) >= EQUAL * QUESTIONS
     assert abs(accuracy(asked, one) - accuracy(asked, two)) <= 0.0051  # half a point: one question
 
 
-def test_without_its_experts_a_checkpoint_answers_otherwise(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """That is what the test above would see if vLLM left them out."""
-    asked, bare = prompts(), tmp_path / "bare"
-    shutil.copytree(checkpoints["qe-extract-w4a6"], bare)
-    for path in bare.glob("block-*.safetensors"):
-        tensors = load_file(path)
-        repairs = [n for n, t in tensors.items() if n.rpartition(".")[2] in ("lr_expert_columns", "lr_shared_columns")]
-        assert repairs
-        save_file(tensors | {n: torch.zeros_like(tensors[n]) for n in repairs}, path)
-    given = answers(bare, 1, asked, tmp_path)
-    same = [equal for equal, _ in in_transformers(checkpoints["qe-extract-w4a6"], asked, given)]
+def test_what_cannot_be_cut_is_named(offline: dict[int, Answers]) -> None:
+    assert "mlp.down: the 320 inputs of a rank do not divide into groups of 128" in offline[2][WIDE]["error"]
+
+
+@pytest.fixture(scope="module")
+def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
+    """Engines of checkpoints and with options of which the tests below say what they are; all on one rank."""
+
+    def damaged(name: str, source: str, edit: Callable[[dict[str, Tensor]], None], keep: bool = False) -> Job:
+        """keep: the manifest, which tells at once what is damaged."""
+        broken = folder / name
+        shutil.copytree(checkpoints[source], broken)
+        for path in sorted(broken.glob("block-*.safetensors")):
+            tensors = load_file(path)
+            edit(tensors)
+            save_file(tensors, path)
+        if not keep:
+            (broken / MANIFEST).unlink()
+        return Job(name, str(broken))
+
+    jobs = [
+        damaged("bare", "qe-extract-w4a6", zero_the_experts),
+        damaged("lost", "rtn-w4a8", lambda tensors: tensors.pop(one_of(tensors, "down_proj.weight_scale"))),
+        damaged("misshaped", "rtn-w4a8", cut_a_row),
+        damaged("flipped", "rtn-w4a8", flip_a_bit, keep=True),
+        damaged("extra", "rtn-w4a8", lambda tensors: tensors.update(extra=torch.ones(1)), keep=True),
+        Job("uncached", str(checkpoints[SHARED]), {"enable_prefix_caching": False}),
+        Job("cached", str(checkpoints[SHARED]), {"enable_prefix_caching": True}, times=2),
+        Job("adapted", str(checkpoints[SHARED]), {"enable_lora": True, "max_lora_rank": RANK}, str(folder / "adapter")),
+    ]
+    put_adapter(folder / "adapter")
+    return generate(jobs, prompts(), 1, folder)
+
+
+def one_of(tensors: dict[str, Tensor], ending: str) -> str:
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def zero_the_experts(tensors: dict[str, Tensor]) -> None:
+    repairs = [n for n in tensors if n.rpartition(".")[2] in ("lr_expert_columns", "lr_shared_columns")]
+    assert repairs
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in repairs}
+
+
+def cut_a_row(tensors: dict[str, Tensor]) -> None:
+    name = one_of(tensors, "o_proj.weight_packed")
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+def flip_a_bit(tensors: dict[str, Tensor]) -> None:
+    tensors[one_of(tensors, "q_proj.weight_packed")].view(-1)[77:78].bitwise_xor_(1 << 30)
+
+
+def test_without_its_experts_a_checkpoint_answers_otherwise(checkpoints: dict[str, Path], others: Answers) -> None:
+    """That is what the first test would see if vLLM left them out."""
+    same, _ = Twin(checkpoints["qe-extract-w4a6"]).compare(prompts(), others["bare"])
     assert sum(same[:QUESTIONS]) < EQUAL * QUESTIONS
 
 
-def test_what_cannot_be_cut_is_named(folder: Path, tmp_path: Path) -> None:
-    run = RunConfig(MODEL, load_recipe("rtn-w4a16g128"), DATA / "calibration.jsonl", folder / "wide")
-    local.quantize(run)
-    done = serve(run.output, 2, prompts()[:1], tmp_path)
-    assert done.returncode != 0
-    assert "mlp.down: the 320 inputs of a rank do not divide into groups of 128" in done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ("lost", "mlp.down: the checkpoint lacks weight_scale"),
+        ("misshaped", "self_attn.o: weight_packed of shape"),
+        ("flipped", "self_attn.q_proj.weight_packed is not as written"),
+        ("extra", "extra is not of this checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_name_of_the_tensor(job: str, said: str, others: Answers) -> None:
+    assert "error" in others[job], "it was loaded"
+    assert said in others[job]["error"]
 
 
-def test_a_missing_tensor_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoints["rtn-w4a8"], broken)
-    path = sorted(broken.glob("block-*.safetensors"))[-1]
-    tensors = load_file(path)
-    lost = next(name for name in tensors if name.endswith("down_proj.weight_scale"))
-    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path)
-    done = serve(broken, 1, prompts()[:1], tmp_path)
-    assert done.returncode != 0
-    assert "mlp.down: the checkpoint lacks weight_scale" in done.stdout + done.stderr
+def test_prefix_caching_changes_no_answer(others: Answers) -> None:
+    """Everything was asked twice; the second time the beginnings of the prompts were in the cache."""
+    cached, uncached = others["cached"], others["uncached"]
+    assert sum(answer["cached"] > 0 for answer in cached) > len(cached) / 2
+    assert all(answer["cached"] == 0 for answer in uncached)
+    same = [a["tokens"] == b["tokens"] for a, b in zip(cached, uncached, strict=True)]
+    assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS
 
 
-def test_a_tensor_of_another_shape_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(checkpoints["rtn-w4a8"], broken)
-    path = sorted(broken.glob("block-*.safetensors"))[0]
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("o_proj.weight_packed"))
-    save_file(tensors | {name: tensors[name][:-1].contiguous()}, path)
-    done = serve(broken, 1, prompts()[:1], tmp_path)
-    assert done.returncode != 0
-    assert "self_attn.o: weight_packed of shape" in done.stdout + done.stderr
+def put_adapter(folder: Path) -> None:
+    """A LoRA adapter of random numbers, as PEFT stores it."""
+    folder.mkdir()
+    named = {f"base_model.model.{name}.weight": tensor for name, tensor in adapter().items()}
+    targets = sorted({name.split(".")[-3] for name in named})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(named, folder / "adapter_model.safetensors")
+
+
+def adapter() -> dict[str, Tensor]:
+    """By the name of the module in the model, down (lora_A) and up (lora_B) matrices of every target."""
+    config = json.loads((MODEL / "config.json").read_text())["text_config"]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    narrow = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    random, found = torch.Generator().manual_seed(0), {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (outputs, inputs) in shapes.items():
+            name = f"model.language_model.layers.{layer}.{module}"
+            found[f"{name}.lora_A"] = torch.randn(RANK, inputs, generator=random) / inputs**0.5
+            found[f"{name}.lora_B"] = torch.randn(outputs, RANK, generator=random) * STRENGTH
+    return found
+
+
+def test_a_lora_adapter_does_what_it_does_in_floating_point(checkpoints: dict[str, Path], others: Answers) -> None:
+    """It reads the input of the layer and adds to its output: y + 2 B A x."""
+    plain, twin = Twin(checkpoints[SHARED]), Twin(checkpoints[SHARED])
+    matrices = adapter()
+    for name in {name.rpartition(".")[0] for name in matrices}:
+        down, up = matrices[f"{name}.lora_A"], matrices[f"{name}.lora_B"]
+
+        def add(_: Any, inputs: tuple[Tensor], output: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+            return output + 2 * (inputs[0] @ down.T) @ up.T
+
+        twin.model.get_submodule(name).register_forward_hook(add)
+    given = others["adapted"]
+    assert "error" not in given, given
+    same, off = twin.compare(prompts(), given)
+    assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS
+    assert off.mean() <= MEAN_LOGPROB[1]
+    assert sum(plain.compare(prompts()[:QUESTIONS], given[:QUESTIONS])[0]) < EQUAL * QUESTIONS  # it does something

@@ -1,0 +1,65 @@
+"""Whether the files of a checkpoint are those that its manifest lists."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qe_dist.io.publish import digest, sha256
+
+NAMED = 3
+"""Changed tensors of a file that are told by name."""
+
+
+def settings_digest(quantization_config: Mapping[str, Any]) -> str:
+    """SHA-256 of what config.json says about the quantized linears; the rest of that file is the user's to edit."""
+    return hashlib.sha256(json.dumps(quantization_config, sort_keys=True).encode()).hexdigest()
+
+
+def settings_faults(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Whether config.json describes the tensors that the manifest lists (an older one does not tell)."""
+    expected = manifest.get("quantization_config")
+    if expected in (None, settings_digest(config["quantization_config"])):
+        return []
+    return ["config.json: its quantization_config is not that of the manifest"]
+
+
+def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong, file by file: missing, not listed, or not as written, with the tensors that changed.
+
+    Reads every file once, as many at a time as there are cores, some MiB of each.
+    """
+    listed, tensors = manifest["files"], manifest.get("tensors", {})
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda name: _fault(folder / name, listed[name], tensors.get(name, {})), listed))
+    present = {path.name for path in folder.glob("*.safetensors")}
+    return [fault for fault in found if fault] + [f"{n}: not in the manifest" for n in sorted(present - {*listed})]
+
+
+def _fault(path: Path, expected: str, tensors: Mapping[str, str]) -> str:
+    if not path.exists():
+        return f"{path.name}: missing"
+    found = sha256(path)
+    if found == expected:
+        return ""
+    return f"{path.name}: SHA-256 expected {expected}, found {found}{_changed(path, tensors)}"
+
+
+def _changed(path: Path, expected: Mapping[str, str]) -> str:
+    """Which tensors of a file differ; only their digests can tell, which an older manifest lacks."""
+    if not expected:
+        return ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: digest({name: file.get_tensor(name)}) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        return f" (cannot be read: {error})"
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is not of this checkpoint" for name in found if name not in expected]
+    faults += [f"{name} is not as written" for name in found if found[name] != expected.get(name, found[name])]
+    more = [f"{len(faults) - NAMED} more"] if len(faults) > NAMED else []
+    return f" ({', '.join(faults[:NAMED] + more)})" if faults else ""

@@ -6,6 +6,8 @@ application instead of Ray's copy of it, so that an endpoint on a cluster is wha
 
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +26,11 @@ from ray.serve.llm.deployment import LLMServer
 from qe_dist.core.errors import QEError
 from qe_dist.serve.endpoint import Endpoint
 from qe_dist.serve.traffic import Traffic
+from qe_dist.serve.vllm_options import arguments
 
 HEALTH_SECONDS = 5.0
 """How often Ray asks a replica whether its engine lives."""
+PROXY_SECONDS = 30.0
 TRIES = 2
 """Starts of a replica, before an endpoint that never answered counts as failed."""
 OBJECT_STORE = 2**28
@@ -78,16 +82,14 @@ class Service:
 
 def application(said: dict[str, Any]) -> serve.Application:
     """The endpoint that a Serve config file describes by the fields of Endpoint (cluster/rayservice.yaml). Its key is
-    VLLM_API_KEY, as the nodes have it."""
+    VLLM_API_KEY, as the nodes have it. Nodes need not be there yet."""
     return build(TypeAdapter(Endpoint).validate_python(said), None)
 
 
 def build(endpoint: Endpoint, api_key: str | None) -> serve.Application:
-    """For the cluster that this process is connected to: on its GPUs, or, where it has none, on its CPUs."""
-    from qe_dist.serve.vllm_options import arguments
-
-    engine = arguments(endpoint.vllm_options())
-    name, on_gpus = engine.pop("served_model_name")[0], devices()[0] > 0
+    """What `serve.run` deploys."""
+    engine, on_gpus = arguments(endpoint.vllm_options()), endpoint.device == "cuda"
+    name = engine.pop("served_model_name")[0]
     config = LLMConfig(
         model_loading_config={"model_id": name, "model_source": endpoint.checkpoint},
         engine_kwargs=engine,
@@ -124,6 +126,7 @@ def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> It
     QEError where it does not start.
     """
     serve.start(http_options={"host": host, "port": port})
+    _check_proxy(_address(host), port)
     try:
         handle = serve.run(build(endpoint, api_key), name=endpoint.name, route_prefix="/")
         yield Service(endpoint, handle, _address(host), _metrics())
@@ -142,9 +145,24 @@ def leave() -> None:
 def _reason(name: str, error: Exception) -> str:
     """What Ray Serve knows of an endpoint that did not start: the last exception of its traceback."""
     told = serve.status().applications.get(name)
-    said = "\n".join(d.message for d in told.deployments.values()) if told else str(error)
-    *_, last = re.split(r"^(?=[\w.]+(?:Error|Exception):)", said, flags=re.MULTILINE)
+    said = "\n".join(deployment.message for deployment in told.deployments.values()) if told else ""
+    *_, last = re.split(r"^(?=[\w.]+(?:Error|Exception):)", said or str(error), flags=re.MULTILINE)
     return f"{' '.join(last.split())} (its node has more in /tmp/ray/session_latest/logs)"
+
+
+def _check_proxy(address: str, port: int) -> None:
+    """QEError where nobody listens: options of a Serve that already runs stay as they are."""
+    deadline = time.monotonic() + PROXY_SECONDS
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise QEError(
+                    f"no proxy of Ray Serve listens at {address}:{port} ({error.strerror or error}); if Serve already "
+                    "runs on this cluster, give its --host and --port, or end it with `serve shutdown`"
+                ) from None
+            time.sleep(0.2)
 
 
 def _address(host: str) -> str:

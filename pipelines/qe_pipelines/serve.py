@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -107,6 +108,7 @@ def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_k
     ranks = endpoint.replicas * endpoint.tensor_parallel_size
     with launch.ray_cluster(cluster, ranks, on_ray.OBJECT_STORE):
         gpus, cpus = on_ray.devices()
+        endpoint = replace(endpoint, device="cuda" if gpus else "cpu")
         _check_devices(endpoint, gpus or cpus, "the Ray cluster", "GPUs" if gpus else "CPU slots")
         with on_ray.running(endpoint, host, port, api_key) as service:
             lines = told(endpoint, service.host, port, api_key)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Endpoint:
     """Of one request."""
     drain_seconds: int = 300
     """For running requests to end when the endpoint stops."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """That Ray has to find a replica: a GPU, or a CPU slot, for each of its ranks."""
     options: Sequence[str] = ()
     """More of vLLM's, as on its command line; they win over ours."""
 

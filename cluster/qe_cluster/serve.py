@@ -31,6 +31,7 @@ from qe_dist.serve.vllm_options import arguments
 HEALTH_SECONDS = 5.0
 """How often Ray asks a replica whether its engine lives."""
 PROXY_SECONDS = 30.0
+"""For a proxy to listen."""
 TRIES = 2
 """Starts of a replica, before an endpoint that never answered counts as failed."""
 OBJECT_STORE = 2**28
@@ -128,10 +129,7 @@ def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> It
     serve.start(http_options={"host": host, "port": port})
     _check_proxy(_address(host), port)
     try:
-        handle = serve.run(build(endpoint, api_key), name=endpoint.name, route_prefix="/")
-        yield Service(endpoint, handle, _address(host), _metrics())
-    except (RuntimeError, RayServeException, RayError) as error:
-        raise QEError(f"the endpoint did not start: {_reason(endpoint.name, error)}") from None
+        yield Service(endpoint, _deploy(endpoint, api_key), _address(host), _metrics())
     finally:
         serve.delete(endpoint.name)
 
@@ -140,6 +138,13 @@ def leave() -> None:
     """Ends Ray Serve on a cluster that goes on, unless it serves somebody else."""
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _deploy(endpoint: Endpoint, api_key: str | None) -> DeploymentHandle:
+    try:
+        return serve.run(build(endpoint, api_key), name=endpoint.name, route_prefix="/")
+    except (RuntimeError, ValueError, RayServeException, RayError) as error:
+        raise QEError(f"the endpoint did not start: {_reason(endpoint.name, error)}") from None
 
 
 def _reason(name: str, error: Exception) -> str:

@@ -272,8 +272,9 @@ def test_the_manifest_for_kubernetes_is_taken_by_ray_and_asks_for_its_gpus() -> 
         spec = yaml.safe_load(open("cluster/rayservice.yaml"))["spec"]
         (told,) = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"])).applications
         with ray_cluster(None, 1):
-            built = application(told.args)._bound_deployment
-        print(json.dumps([built.num_replicas, built.max_ongoing_requests, built._replica_config.placement_group_bundles]))
+            made = application(told.args)._bound_deployment
+        bundles = made._replica_config.placement_group_bundles
+        print(json.dumps([made.num_replicas, made.max_ongoing_requests, bundles]))
     """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

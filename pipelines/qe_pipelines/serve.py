@@ -30,6 +30,7 @@ def serve(
     host: Annotated[str, typer.Option(help="that the endpoint listens at; 0.0.0.0: at all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of the endpoint", min=1, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(help="that requests must carry", envvar=[*KEYS])] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="in requests; default: the folder's name")] = None,
     max_requests: Annotated[int, typer.Option(help="of a replica, running and waiting; beyond: 503", min=1)] = 256,
     max_images: Annotated[int, typer.Option(help="of one request", min=0)] = 4,
     drain: Annotated[int, typer.Option(help="seconds that running requests have when it stops", min=0)] = 300,
@@ -46,6 +47,7 @@ def serve(
         max_requests=max_requests,
         max_images=max_images,
         drain_seconds=drain,
+        served_model_name=served_model_name,
         options=tuple(context.args),
     )
     check(endpoint)

@@ -22,13 +22,15 @@ class Endpoint:
     """For running requests to end when the endpoint stops."""
     device: Literal["cuda", "cpu"] = "cuda"
     """That Ray has to find a replica: a GPU, or a CPU slot, for each of its ranks."""
+    served_model_name: str | None = None
+    """That requests ask for; without one, that of the checkpoint's folder."""
     options: Sequence[str] = ()
     """More of vLLM's, as on its command line; they win over ours."""
 
     @property
     def name(self) -> str:
-        """Of the model, for those who ask."""
-        return Path(self.checkpoint).name
+        """Of the model, in requests."""
+        return self.served_model_name or Path(self.checkpoint).name
 
     def vllm_options(self) -> list[str]:
         """As on the command line of `vllm serve CHECKPOINT`, for one replica."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.serving.load import COMPLETIONS, answer, request
 from tests.vllm.questions import QUESTIONS, ROOT, Question, prompts
-from tests.vllm.server import KEY, MODEL, environment, free_port
+from tests.vllm.server import FLOAT32, KEY, MODEL, environment, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
@@ -61,22 +61,16 @@ class Command:
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def answered(self) -> dict[str, float]:
-        """Requests by the replica that answered them, as Prometheus reads it."""
-        found: dict[str, float] = {}
-        for line in httpx.get(self.printed("metrics: ").removeprefix("metrics: ")).text.splitlines():
-            if line.startswith("ray_vllm_request_success_total{"):
-                replica = line.partition('ReplicaId="')[2].partition('"')[0]
-                found[replica] = found.get(replica, 0) + float(line.rpartition(" ")[2])
-        return found
+    def metrics(self) -> list[str]:
+        """As Prometheus reads them."""
+        return httpx.get(self.printed("metrics: ").removeprefix("metrics: ")).text.splitlines()
 
 
 @contextmanager
 def served(checkpoint: Path, folder: Path, *options: str) -> Iterator[Command]:
     """The command; in the end it is gone, with all its processes."""
     port, log = free_port(), folder / "serve.log"
-    small = ["--enforce-eager", "--dtype=float32", "--max-model-len=1024", f"--served-model-name={MODEL}"]
-    words = ["serve", str(checkpoint), f"--port={port}", *options, "--", *small]
+    words = ["serve", str(checkpoint), f"--port={port}", f"--served-model-name={MODEL}", *options, "--", *FLOAT32]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "qe_pipelines.main", *words],
@@ -144,6 +138,20 @@ def ask(endpoint: Command, questions: Sequence[Question], asked: Asked) -> None:
             done.result()
 
 
+def replicas_that_answered(endpoint: Command, enough: Callable[[set[str]], bool]) -> set[str]:
+    """By Ray's names, as vLLM's counters tell. Asks until it is enough; counters are told every few seconds."""
+    deadline = time.monotonic() + BACK_SECONDS
+    while time.monotonic() < deadline:
+        ask(endpoint, prompts()[:CLIENTS], Asked())
+        told = [line for line in endpoint.metrics() if line.startswith("ray_vllm_request_success_total{")]
+        counted = [line for line in told if float(line.rpartition(" ")[2]) > 0]
+        found = {line.partition('ReplicaId="')[2].partition('"')[0] for line in counted}
+        if enough(found):
+            return found
+        time.sleep(2)
+    raise TimeoutError(f"only {found} answered")
+
+
 def test_the_printed_curl_command_works(endpoint: Command) -> None:
     line = endpoint.printed("curl ")
     assert KEY not in line
@@ -191,8 +199,8 @@ def test_more_than_the_limits_allow_are_told_to_come_back(endpoint: Command) -> 
 
 
 def test_of_two_replicas_one_is_killed_and_no_request_is_lost(endpoint: Command, offline: Any) -> None:
-    questions, asked, before = prompts()[:QUESTIONS], Asked(), endpoint.answered()
-    assert len(before) == REPLICAS
+    questions, asked = prompts()[:QUESTIONS], Asked()
+    known = replicas_that_answered(endpoint, lambda known: len(known) == REPLICAS)
     clients = ThreadPoolExecutor(1).submit(ask, endpoint, questions, asked)
     while len(asked.answers) < 20 and not clients.done():
         time.sleep(0.05)
@@ -205,11 +213,7 @@ def test_of_two_replicas_one_is_killed_and_no_request_is_lost(endpoint: Command,
     assert set(asked.errors) <= {500, 503}
     assert asked.equal(offline[1][RECIPE]) >= EQUAL * QUESTIONS
     assert not psutil.wait_procs(engine, timeout=10)[1]  # nor does its engine stay behind
-    deadline = time.monotonic() + BACK_SECONDS
-    while not endpoint.answered().keys() - before.keys():
-        assert time.monotonic() < deadline, "no replica came in the place of the killed one"
-        ask(endpoint, questions[:CLIENTS], Asked())
-        time.sleep(2)
+    replicas_that_answered(endpoint, lambda now: bool(now - known))  # another came in the place of the killed one
 
 
 def test_when_told_to_stop_it_ends_what_runs_and_refuses_what_comes(endpoint: Command, client: httpx.Client) -> None:

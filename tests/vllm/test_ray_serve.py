@@ -5,6 +5,7 @@ The tests of the cluster share one endpoint, and each leaves it as it found it, 
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import pytest
 
 from benchmarks.serving.load import COMPLETIONS, answer, request
 from tests.vllm.questions import QUESTIONS, ROOT, Question, prompts
-from tests.vllm.server import FLOAT32, KEY, MODEL, environment, free_port
+from tests.vllm.server import FLOAT32, KEY, MODEL, documented, environment, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray]
 
@@ -67,10 +68,11 @@ class Command:
 
 
 @contextmanager
-def served(checkpoint: Path, folder: Path, *options: str) -> Iterator[Command]:
-    """The command; in the end it is gone, with all its processes."""
+def served(line: str, checkpoint: Path, folder: Path, *options: str) -> Iterator[Command]:
+    """A command line of ours; in the end it is gone, with all its processes."""
     port, log = free_port(), folder / "serve.log"
-    words = ["serve", str(checkpoint), f"--port={port}", f"--served-model-name={MODEL}", *options, "--", *FLOAT32]
+    words = shlex.split(line.replace("CHECKPOINT", str(checkpoint)))[1:]
+    words += [f"--port={port}", f"--served-model-name={MODEL}", *options, "--", *FLOAT32]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "qe_pipelines.main", *words],
@@ -95,8 +97,8 @@ def served(checkpoint: Path, folder: Path, *options: str) -> Iterator[Command]:
 
 @pytest.fixture(scope="module")
 def endpoint(checkpoints: dict[str, Path], folder: Path) -> Iterator[Command]:
-    options = (f"--replicas={REPLICAS}", f"--max-requests={LIMIT}")
-    with served(checkpoints[RECIPE], folder, *options) as command:
+    line = documented(f"qe-dist serve CHECKPOINT --replicas {REPLICAS}")
+    with served(line, checkpoints[RECIPE], folder, f"--max-requests={LIMIT}") as command:
         command.printed("metrics: ")
         yield command
 
@@ -251,7 +253,7 @@ def test_when_told_to_stop_it_ends_what_runs_and_refuses_what_comes(endpoint: Co
 
 
 def test_vllm_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with served(checkpoints[RECIPE], tmp_path, "--local") as command:
+    with served(documented("qe-dist serve CHECKPOINT --local"), checkpoints[RECIPE], tmp_path) as command:
         command.printed("(APIServer")
         line, deadline = command.printed("curl "), time.monotonic() + START_SECONDS
         environ = os.environ | {"QE_DIST_API_KEY": KEY}

@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: the first one run sets up .venv.
 
 PYTHON ?= python3
-# Which tests `make test` runs: all that need neither a GPU nor minutes.
+# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but for those that start a Ray.
 TESTS ?= not (gpu or slow or vllm)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -15,7 +15,8 @@ demo: $(READY)
 	@$(BIN)/qe-dist demo
 
 test: lint
-	@$(BIN)/python -m pytest -q -m "$(TESTS)"
+	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "($(TESTS)) and ray"
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)

@@ -403,6 +403,25 @@ def kernel_times(result: dict[str, Any], model: str) -> str:
     return "\n" + markdown(("layer", "M", *names), rows) + _device(result)
 
 
+def answers_on_gpu(result: dict[str, Any]) -> str:
+    """Greedy answers of the kernels that the plain formula would have given."""
+    rows = [(name, f"{row['same']} of {row['questions']}") for name, row in result["answers"].items()]
+    return "\n" + markdown(("recipe", "answers equal"), rows) + source(result, "generate_cuda")
+
+
+def steps_on_gpu(result: dict[str, Any]) -> str:
+    """Tokens per second through the blocks, the fraction of the floor behind them."""
+    rows = []
+    for name, row in result["speed"].items():
+        for how, seconds in row.items():
+            if how != "bytes":
+                floor = row["bytes"] / result["rates"]["bytes"]
+                cells = (f"{int(count) / spent:.0f} ({floor / spent:.0%})" for count, spent in seconds.items())
+                rows.append((name, how, *cells))
+    header = ("recipe", "run by", *(f"{count} tokens at a time" for count in result["tokens"]))
+    return "\n" + markdown(header, rows) + f"\n{result['device']}.\n" + source(result, "generate_cuda")
+
+
 def _device(result: dict[str, Any]) -> str:
     rates = result["rates"]
     peers = "; ".join(f"{name} {said}" for name, said in result["peers"].items())
@@ -468,6 +487,8 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "kernel targets": ("kernels_cuda", kernel_targets, ()),
     "kernel times 72B": ("kernels_cuda", kernel_times, ("72B",)),
     "kernel times 7B": ("kernels_cuda", kernel_times, ("7B",)),
+    "answers on a GPU": ("generate_cuda", answers_on_gpu, ()),
+    "steps on a GPU": ("generate_cuda", steps_on_gpu, ()),
     "kernels aot": ("kernels_aot", kernels_aot, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
     "league winners": ("league", winners, ()),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
@@ -78,15 +78,16 @@ def new_tensors(
 
 def extracted_columns(columns: int, shared_channels: Tensor | None, expert_channels: Tensor | None) -> Tensor:
     """uint8 [E + 1, columns], 1 where channels are extracted: row 0 by the shared expert, row e + 1 also by expert e.
+    `columns` stands for channels that another rank has.
     Made once at load: a kernel cannot turn a list of channels into a mask in registers."""
     given = next(channels for channels in (shared_channels, expert_channels) if channels is not None)
     experts = 0 if expert_channels is None else len(expert_channels)
-    mask = given.new_zeros(experts + 1, columns, dtype=torch.uint8)
+    mask = given.new_zeros(experts + 1, columns + 1, dtype=torch.uint8)
     if shared_channels is not None:
         mask[:, shared_channels.long()] = 1
     if expert_channels is not None:
         mask[1:].scatter_(1, expert_channels.long(), 1)
-    return mask
+    return mask[:, :-1].contiguous()
 
 
 def quantize(
@@ -115,7 +116,8 @@ def quantize(
     norm_weight [K], eps: RMSNorm in fp32; its result is rounded to x's dtype before and after the weight, as models do.
     input_scale [1, K], or [modalities, K] with modality [M], the row of each token.
     shared_channels [C], expert_channels [E, D] with expert [M] (-1: none): integers; `extracted_columns` of the two.
-    salient_channels [S]. with_x: whether x~ is needed beside base, for a down projection.
+    salient_channels [S]. A channel K is another rank's, and its z is zero.
+    with_x: whether x~ is needed beside base, for a down projection.
 
     `ops.quantize` checks all but the values of indices, for which the device would have to be waited for.
     """
@@ -258,10 +260,10 @@ def _gather(
     """Row `token` of z [M, COUNT]: x~ of the first `listed` of these channels, zero for the others. Registers cannot
     be indexed, so the few values are read and prepared again."""
     at = tl.arange(0, triton.next_power_of_2(COUNT))
-    wanted = at < listed
-    channel = tl.load(channels + at, wanted, other=0)
-    value = _prepare(x, channel, wanted, columns, rstd, norm_weight, input_scale, GATED)
-    tl.store(z + token * COUNT + at, tl.where(wanted, value, tl.zeros_like(value)), at < COUNT)
+    channel = tl.load(channels + at, at < listed, other=columns)
+    here = channel < columns
+    value = _prepare(x, channel, here, columns, rstd, norm_weight, input_scale, GATED)
+    tl.store(z + token * COUNT + at, tl.where(here, value, tl.zeros_like(value)), at < COUNT)
 
 
 @triton.jit
@@ -350,12 +352,13 @@ def quantize_reference(
 ) -> Activations:
     """`quantize` in torch, of any float dtype and width; fp64 is computed in fp64."""
     prepared = base = _prepared_reference(x, norm_weight, eps, gated, input_scale, modality)
-    shared_z, salient_z = (None if c is None else prepared[:, c.long()] for c in (shared_channels, salient_channels))
+    here = pad(prepared, (0, 1))  # and zeros for channels of other ranks
+    shared_z, salient_z = (None if c is None else here[:, c.long()] for c in (shared_channels, salient_channels))
     expert_z = token_scale = None
     row = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if expert_channels is not None:
         row = expert.long() + 1
-        expert_z = prepared.gather(1, expert_channels.long()[expert.long().clamp_min(0)])
+        expert_z = here.gather(1, expert_channels.long()[expert.long().clamp_min(0)])
         expert_z = expert_z.masked_fill(expert[:, None] < 0, 0.0)
     if shared_channels is not None or expert_channels is not None:
         base = prepared.masked_fill(extracted[row].bool(), 0.0)

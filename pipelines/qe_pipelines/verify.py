@@ -58,7 +58,7 @@ def verify(
 
 
 def _sizes(text: str | None) -> list[int]:
-    sizes = (text or "").split(",") if text is not None else []
+    sizes = [] if text is None else text.split(",")
     if not all(size.strip().isdecimal() and int(size) for size in sizes):
         raise ConfigError(f"--tensor-parallel-size must be numbers of ranks like 1,2,4,8, found {text!r}")
     return [int(size) for size in sizes]

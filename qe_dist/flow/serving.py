@@ -16,6 +16,7 @@ from qe_dist.numerics.sharding import why_not
 
 SIZES = (1, 2, 4, 8)
 """That are asked about where nobody names any."""
+BY_MODALITY = "treats text and image tokens differently, which vLLM does not know; serve with transformers"
 
 
 def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
@@ -56,13 +57,15 @@ def check_serving(model: ModelSpec, run: RunConfig, config: Mapping[str, Any]) -
         return
     arch = archs.get(model.arch)
     problems = [*_vision(arch.vision_heads(config), size)]
+    if recipe.by_modality:
+        problems.append(f"the recipe {BY_MODALITY}")
     for group in view_of(model.blocks[0], recipe.granularity).groups:
         problems += _together(group.name, [x.name for x in group.linears], arch.groups(config))
         problems += _cut(group.name, group.linears, recipe.scheme, size)
     if problems:
         raise ConfigError(
-            f"at --tensor-parallel-size {size} {run.output} could not be served: {problems[0]}; choose another size, "
-            "or a recipe with groups that divide"
+            f"at --tensor-parallel-size {size} {run.output} could not be served: {problems[0]}. Choose another size, "
+            "or another recipe"
         )
 
 
@@ -93,7 +96,7 @@ def _by_modality(name: str, inputs: Mapping[str, Any]) -> Iterator[str]:
     """As `GroupInput.by_modality`, by shapes."""
     own_scales = inputs.get("input_scale", ("", 1))[1] > 1
     if own_scales or ("router" not in inputs and {"lr_expert_a", "lr_expert_channels"} & inputs.keys()):
-        yield f"{name}: treats text and image tokens differently, which vLLM does not know; serve with transformers"
+        yield f"{name}: {BY_MODALITY}"
 
 
 def _cut(name: str, linears: tuple[LinearSpec, ...], scheme: Scheme, size: int) -> Iterator[str]:

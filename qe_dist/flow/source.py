@@ -6,7 +6,7 @@ from qe_dist import archs
 from qe_dist.core.determinism import pin
 from qe_dist.core.source import WeightSource
 from qe_dist.flow.config import RunConfig
-from qe_dist.io.padded import PaddedSource, padded_group
+from qe_dist.io.padded import PaddedSource, paddable
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.numerics.sharding import padding_step
@@ -15,17 +15,16 @@ from qe_dist.numerics.sharding import padding_step
 def open_source(run: RunConfig) -> WeightSource:
     """The model on disk, rewritten as recipe and tensor-parallel size ask. Reads headers, and gains of norms."""
     source = _rotated(run, SafetensorsSource(run.model))
-    arch = archs.for_config(source.config)
-    width = padded_group(arch.groups(source.config)).in_features
+    group = paddable(archs.for_config(source.config).groups(source.config))
     step = padding_step(run.recipe.scheme, run.tensor_parallel_size)
-    return padded(source, -(-width // step) * step)
+    if group is None or group.in_features % step == 0:
+        return source
+    return padded(source, -(-group.in_features // step) * step)
 
 
 def padded(source: WeightSource, width: int) -> WeightSource:
-    """The model with this inner width of its MLPs: itself where it has it already."""
+    """The model with this inner width of its MLPs."""
     arch = archs.for_config(source.config)
-    if width == padded_group(arch.groups(source.config)).in_features:
-        return source
     return PaddedSource(source, arch.spec(source), arch.widened(source.config, width), width)
 
 

@@ -13,22 +13,23 @@ from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import InputGroup, ModelSpec
 
 
-def padded_group(groups: Iterable[InputGroup]) -> InputGroup:
-    """The group of a block whose input may be made wider: its producers make it channel by channel."""
-    return next(group for group in groups if group.producers)
+def paddable(groups: Iterable[InputGroup]) -> InputGroup | None:
+    """The group of a block whose input may be made wider, since its producers make it channel by channel."""
+    return next((group for group in groups if group.producers), None)
 
 
 class PaddedSource:
-    """model: that on disk, as its architecture describes it. config: `config.json` of the padded model."""
+    """model: that on disk, as its architecture describes it; its blocks have a group that is paddable. config:
+    `config.json` of the padded model. width: of that group."""
 
     def __init__(self, source: WeightSource, model: ModelSpec, config: Mapping[str, Any], width: int) -> None:
         self.source, self.model, self.width = source, model, width
         self.folder, self.config = source.folder, config
-        self.before = padded_group(model.blocks[0].groups).in_features
+        self.before = paddable(model.blocks[0].groups).in_features
         self._dimension: dict[str, int] = {}
         """Tensor -> which of its dimensions grows."""
         for block in model.blocks:
-            group = padded_group(block.groups)
+            group = paddable(block.groups)
             for name in group.producers:
                 self._dimension |= {f"{block.prefix}{name}.{part}": 0 for part in ("weight", "bias")}
             self._dimension |= {f"{block.prefix}{linear.name}.weight": 1 for linear in group.linears}

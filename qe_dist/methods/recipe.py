@@ -59,6 +59,11 @@ class Recipe:
             if isinstance(member, Choosy):
                 member.check(self)
 
+    @property
+    def by_modality(self) -> bool:
+        """Whether tokens of text and of images are treated differently at run time (`GroupInput.by_modality`)."""
+        return getattr(self.compensation, "repairs_modalities", False)
+
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
 

@@ -1,6 +1,6 @@
-"""The modules that run a quantized checkpoint: parameters named as on disk, forward by the reference.
+"""The modules that run a quantized checkpoint in transformers: parameters named as on disk.
 
-A `GroupInput` module holds what belongs to the tensor that q, k and v (or gate and up) read, and prepares
+A `QEInput` module holds what belongs to the tensor that q, k and v (or gate and up) read, and prepares
 that tensor once for all of them.
 """
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import GroupInput, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
-from qe_dist.numerics.packing import unpack
-from qe_dist.numerics.reference import PreparedInput, linear_forward, prepare, route
+from qe_dist.serve.group import Group, backend
 from qe_dist.serve.modality import TokenModality
 
 
@@ -24,80 +23,95 @@ def _add_parameters(module: nn.Module, shapes: Mapping[str, Sequence[Any]]) -> N
 
 
 class QEInput(nn.Module):
-    """Scale, down matrices and router of an input group.
+    """Scale, down matrices and router of an input group, and the choice of experts for groups that read it.
 
-    Holds what it prepared only until its last reader has come: the linears of the group, and the groups whose
-    router reads this input.
+    Holds what it prepared only until the last linear of the group has come.
     """
 
     def __init__(
-        self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], num_linears: int, modality: TokenModality
+        self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], linears: Sequence[nn.Linear], modality: TokenModality
     ) -> None:
         super().__init__()
         self.scheme, self.modality = scheme, modality
-        self.num_linears, self.num_routers = num_linears, 0
-        self._router_source: tuple[QEInput, ...] = ()  # in a tuple, so that it is no submodule
+        self.in_features = linears[0].in_features
+        self.num_linears = self._linears_left = len(linears)
+        self._readers: list[QEInput] = []  # in a list, so that they are no submodules
+        self._group: Group | None = None
         self._seen: Tensor | None = None
-        self._prepared: PreparedInput | None = None
-        self._linears_left = self._routers_left = 0
+        self._prepared: Any = None
         _add_parameters(self, shapes)
-        self.by_modality = input_from_tensors(dict(self.named_parameters())).by_modality
+        self.by_modality = self.part.by_modality
 
-    def route_on(self, other: "QEInput") -> None:
-        """Lets the router read the input of another group (the replicated one, DESIGN section 6)."""
-        if other is not self:
-            self._router_source = (other,)
-            other.num_routers += 1
+    @property
+    def part(self) -> GroupInput:
+        return input_from_tensors(dict(self.named_parameters()))
 
-    def prepare(self, x: Tensor) -> PreparedInput:
-        """What the linears of the group share; computed for the first of them, kept for the others."""
-        if self._prepared is None or self._seen is not x:
-            part = input_from_tensors(dict(self.named_parameters()))
+    def route_on(self, source: "QEInput") -> None:
+        """Lets the router read the input of a group (not its own, if that is cut among ranks: DESIGN section 6)."""
+        if self.part.router is not None:
+            source._readers.append(self)
+
+    def forward(self, x: Tensor) -> Any:
+        """x [.., I] as the linears of the group want it; computed for the first of them, kept for the others."""
+        if self._seen is not x:
             rows = x.flatten(0, -2)
-            router_rows = self._router_source[0].for_router() if self._router_source else rows
             modality = self.modality.of(rows) if self.by_modality else None
-            expert = route(part, router_rows, modality)
-            self._prepared = prepare(part, rows, expert, self.scheme, modality)
-            self._seen, self._linears_left, self._routers_left = x, self.num_linears, self.num_routers
+            self._prepared = self.group(x).prepare(rows, modality)
+            self._seen, self._linears_left = x, self.num_linears
         prepared = self._prepared
         self._linears_left -= 1
         if self._linears_left == 0:
-            self._prepared = None
-            if self.num_routers == 0:
-                self._seen = None
+            self._prepared = self._seen = None
         return prepared
 
-    def for_router(self) -> Tensor:
-        """The tensor that was read last, [T, I]."""
-        assert self._seen is not None, "the group whose input the router reads has not run yet"
-        rows = self._seen.flatten(0, -2)
-        self._routers_left -= 1
-        if self._routers_left == 0:
-            self._seen = None
-        return rows
+    def group(self, x: Tensor) -> Group:
+        """What runs on tensors like x; made when it is first needed."""
+        if self._group is None:
+            run = backend(x.device, x.dtype)
+            self._group = Group(run.Input(self.part, self.scheme, self.in_features))
+            for reader in self._readers:
+                self._group.choose_for(reader.group(x), reader.router)
+        return self._group
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._group = None
+        return super()._apply(*args, **kwargs)
 
 
 class QELinear(nn.Module):
-    """A quantized linear; the same call as nn.Linear."""
+    """A quantized linear; the same call as nn.Linear. While it runs, the packed weights are where they run best."""
 
     def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], group: QEInput, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme = scheme
         self._group = (group,)
+        self._linear: Any = None
         _add_parameters(self, shapes)
-        if linear.bias is not None:
-            self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-
-    @property
-    def quantized(self) -> QuantizedLinear:
-        tensors = dict(self.named_parameters())
-        codes = unpack(self.weight_packed, self.scheme.weight_bits, self.in_features)
-        return QuantizedLinear(codes, self.weight_scale, **repair_from_tensors(tensors))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear_forward(self.quantized, self._group[0].prepare(x))
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        if self._linear is None:
+            repair = repair_from_tensors({n: p for n, p in self.named_parameters() if n != "bias"})
+            run = backend(x.device, x.dtype)
+            self._linear = run.Linear(self.weight_packed.data, self.weight_scale, repair, self.scheme, x.shape[-1])
+            self.weight_packed.data = self.weight_packed.new_empty(0)
+        y = self._linear(self._group[0](x), self.bias, x.dtype)
+        return y.unflatten(0, x.shape[:-1])
+
+    def _stop(self) -> None:
+        """Packs the weights as on disk."""
+        if self._linear is not None:
+            self.weight_packed.data = self._linear.words()
+            self._linear = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._stop()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._stop()
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"

@@ -85,12 +85,12 @@ class QEQuantizer(HfQuantizer):
 def replace_linears(block: nn.Module, layout: dict[str, Any], modality: TokenModality) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
     schemes = {name: Scheme.parse(group["scheme"]) for name, group in layout.items()}
-    inputs = {n: QEInput(schemes[n], g["input"], len(g["linears"]), modality) for n, g in layout.items()}
+    linears = {name: [block.get_submodule(linear) for linear in group["linears"]] for name, group in layout.items()}
+    inputs = {n: QEInput(schemes[n], g["input"], linears[n], modality) for n, g in layout.items()}
     for name, group in layout.items():
         inputs[name].route_on(inputs[group["router_input"]])
         block.set_submodule(f"{name}_input", inputs[name])
-        for linear, shapes in group["linears"].items():
-            old = block.get_submodule(linear)
+        for (linear, shapes), old in zip(group["linears"].items(), linears[name], strict=True):
             block.set_submodule(linear, QELinear(schemes[name], shapes, inputs[name], old))
 
 

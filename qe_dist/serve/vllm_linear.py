@@ -1,8 +1,7 @@
 """The linears of a quantized checkpoint in vLLM: names as on disk, cut over tensor-parallel ranks while they load.
 
 vLLM fuses q, k, v and gate, up; that is just what an input group is. What belongs to the group's input is a submodule
-`group` of the fused linear. Where the router of a group reads another group's input, the linear of that group keeps
-it until the last reader has come.
+`group` of the fused linear. Where the router of a group reads another group's input, that group chooses the experts.
 """
 
 import re
@@ -10,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
@@ -26,17 +24,14 @@ from vllm.model_executor.layers.quantization import QuantizationConfig, register
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
 
-from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
-from qe_dist.numerics.grid import dequantize
-from qe_dist.numerics.packing import unpack
-from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
 from qe_dist.serve.format import METHOD, check_files, check_version
+from qe_dist.serve.group import Group, backend
 
 INPUT = "group"
 _BLOCK = re.compile(r"(?P<prefix>.*\blayers\.(?P<index>\d+)\.)(?P<name>.+)")
-SPARED = 0.01  # of the free memory, for the unpacked weights of one linear
 Shapes = Mapping[str, Sequence[Any]]
 
 
@@ -83,11 +78,9 @@ class QEConfig(QuantizationConfig):
         if not self.methods and get_world_group().local_rank == 0:  # once for each host, before the first weight
             check_files(Path(get_current_vllm_config().model_config.model))
         block, group, layout = found
-        routers = {name for name, one in layout.items() if "router" in one["input"]}
-        read = layout[group]["router_input"]
-        source = self.methods[block + read] if group in routers and read != group else None
-        readers = sum(layout[name]["router_input"] == group for name in routers - {group})
-        method = self.methods[block + group] = QELinearMethod(block + group, layout[group], source, readers)
+        method = self.methods[block + group] = QELinearMethod(block + group, layout[group])
+        if "router" in layout[group]["input"]:
+            method.source = self.methods[block + layout[group]["router_input"]]
         return method
 
     def _find(self, prefix: str) -> tuple[str, str, Mapping[str, Any]] | None:
@@ -104,12 +97,11 @@ class QEConfig(QuantizationConfig):
 
 @register_weight_loader_v2_supported_method
 class QELinearMethod(LinearMethodBase):
-    def __init__(self, name: str, layout: Mapping[str, Any], source: "QELinearMethod | None", readers: int) -> None:
-        self.name, self.layout, self.source, self.readers = name, layout, source, readers
+    def __init__(self, name: str, layout: Mapping[str, Any]) -> None:
+        self.name, self.layout = name, layout
         self.scheme = Scheme.parse(layout["scheme"])
-        self.rows: Tensor | None = None
-        """The input that was read last, for routers of other groups."""
-        self.readers_left = 0
+        self.source: QELinearMethod | None = None
+        """Whose input the router reads; None without router."""
 
     def create_weights(
         self,
@@ -193,37 +185,21 @@ class QELinearMethod(LinearMethodBase):
         tensors = {name: parameter.data for name, parameter in of_input.items()}
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
             tensors = local_channels(tensors, width, layer.tp_rank)
-        codes = unpack(own["weight_packed"].data, self.scheme.weight_bits, width)
-        repair = repair_from_tensors({name: parameter.data for name, parameter in own.items()})
-        self.part = input_from_tensors(tensors)
-        if self.part.by_modality:
+        part = input_from_tensors(tensors)
+        if part.by_modality:
             raise ValueError(
                 f"{self.name} treats text and image tokens differently ({self.layout['scheme']}, scales or experts by "
                 "modality), which vLLM's layers do not know; use a recipe without, or serve with transformers"
             )
-        self.linear = QuantizedLinear(codes, own["weight_scale"].data, **repair)
-        self.weight = dequantize(codes, self.linear.scale) if _has_room(4 * codes.numel()) else None
-        layer.weight_packed = nn.Parameter(own["weight_packed"].new_empty(0), requires_grad=False)
+        run = backend(own["weight_packed"].device, layer.params_dtype)
+        self.group = Group(run.Input(part, self.scheme, width))
+        if self.source is not None:
+            self.source.group.choose_for(self.group, part.router)
+        words, scale = own["weight_packed"].data, own["weight_scale"].data
+        repair = repair_from_tensors({name: parameter.data for name, parameter in own.items()})
+        self.linear = run.Linear(words, scale, repair, self.scheme, width)
+        layer.weight_packed = nn.Parameter(words.new_empty(0), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = x.flatten(0, -2)
-        if self.readers:
-            self.rows, self.readers_left = rows, self.readers
-        expert = route(self.part, self.source.for_router() if self.source else rows)
-        prepared = prepare(self.part, rows, expert, self.scheme)
-        y = linear_forward(self.linear, prepared, self.weight)
-        if bias is not None:
-            y = y + bias.float()
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-    def for_router(self) -> Tensor:
-        rows = self.rows
-        self.readers_left -= 1
-        if not self.readers_left:
-            self.rows = None
-        return rows
-
-
-def _has_room(size: int) -> bool:
-    """Whether weights of so many bytes can be kept unpacked: not where the others may come to lack the memory."""
-    return size < SPARED * psutil.virtual_memory().available
+        y = self.linear(self.group.prepare(x.flatten(0, -2)), bias, x.dtype)
+        return y.unflatten(0, x.shape[:-1])

@@ -1,5 +1,7 @@
 """Every architecture file: block by block equals the Hugging Face model, and nothing of it is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,30 @@ def test_every_tensor_is_claimed_exactly_once(model):
                 if linear.bias:
                     claimed.append(f"{block.prefix}{linear.name}.bias")
     assert sorted(claimed) == sorted(source.names())
+
+
+def test_the_config_alone_tells_groups_and_heads(model):
+    arch, source = model
+    unbiased = [
+        replace(group, linears=tuple(replace(x, bias=False) for x in group.linears))
+        for group in arch.spec(source).blocks[0].groups
+    ]
+    assert list(arch.groups(source.config)) == unbiased
+    cut = {x.heads: x.out_features if x.split == "column" else x.in_features for g in unbiased for x in g.linears}
+    assert all(width % heads == 0 for heads, width in cut.items() if heads)
+    assert arch.vision_heads(source.config) >= 0
+
+
+def test_a_wider_config_changes_the_input_of_a_group_and_what_its_producers_make(model):
+    arch, source = model
+    before, after = (
+        {x.name: (x.in_features, x.out_features) for g in arch.groups(config) for x in g.linears}
+        for config in (source.config, arch.widened(source.config, 256))
+    )
+    group = next(g for g in arch.groups(source.config) if g.producers)
+    wider = {name: (before[name][0], 256) for name in group.producers}
+    wider |= {x.name: (256, x.out_features) for x in group.linears}
+    assert after == before | wider
 
 
 @torch.no_grad()

@@ -326,8 +326,8 @@ def test_very_negative_gates_close() -> None:
 
 
 def lists(columns: int) -> dict[str, Tensor]:
-    """The experts have some channels in common with each other and with the shared one."""
-    shared, experts = torch.tensor([1, 5], dtype=torch.int32), torch.tensor([[2, 5, 0], [columns - 1, 2, 3]])
+    """The experts have some channels in common with each other and with the shared one; one is another rank's."""
+    shared, experts = torch.tensor([1, 5], dtype=torch.int32), torch.tensor([[2, 5, 0], [columns - 1, 2, columns]])
     experts = experts.to(torch.int32)
     extracted = extracted_columns(columns, shared, experts)
     return {"shared_channels": shared, "expert_channels": experts, "extracted": extracted}
@@ -335,7 +335,8 @@ def lists(columns: int) -> dict[str, Tensor]:
 
 def test_the_mask_of_extracted_columns() -> None:
     mask = lists(8)["extracted"]
-    assert [row.nonzero().flatten().tolist() for row in mask] == [[1, 5], [0, 1, 2, 5], [1, 2, 3, 5, 7]]
+    assert [row.nonzero().flatten().tolist() for row in mask] == [[1, 5], [0, 1, 2, 5], [1, 2, 5, 7]]
+    assert mask.is_contiguous()
     assert extracted_columns(4, torch.tensor([3]), None).tolist() == [[0, 0, 0, 1]]
     assert extracted_columns(4, None, torch.tensor([[2]])).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0]]
 
@@ -347,7 +348,7 @@ def test_extraction_is_that_of_the_formula(x: Tensor, bits: int | None, salient:
     if x.shape[1] < 8:
         x = x.repeat(1, 8)
     columns, expert = x.shape[1], torch.arange(len(x), dtype=torch.int32) % 3 - 1
-    channels = torch.arange(salient, dtype=torch.int32)
+    channels = columns - torch.arange(salient, dtype=torch.int32)
     part = GroupInput(
         shared_channels=lists(columns)["shared_channels"],
         expert_channels=lists(columns)["expert_channels"],

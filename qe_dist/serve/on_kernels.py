@@ -1,0 +1,97 @@
+"""Input groups and linears by the Triton kernels, in 16 bits on a GPU. The twin of `on_reference`."""
+
+from typing import NamedTuple
+
+import torch
+from qe_kernels import Activations, Branch, Down, extracted_columns, ops, order_for, pack_weight, unpack_weight
+from torch import Tensor
+
+from qe_dist.core.quantized import Factor, GroupInput
+from qe_dist.core.scheme import Scheme
+from qe_dist.numerics.lowrank import capped
+from qe_dist.numerics.packing import pack
+from qe_dist.serve.on_reference import Repair
+
+
+class Prepared(NamedTuple):
+    activations: Activations
+    down: Down | None
+    expert: Tensor | None
+
+
+class Input:
+    def __init__(self, part: GroupInput, scheme: Scheme, columns: int) -> None:
+        self.part, self.scheme = part, scheme
+        self.kept = kept_channels(scheme, columns)
+        channels = part.shared_channels, part.expert_channels
+        self.extracted = None if channels == (None, None) else extracted_columns(columns, *channels)
+
+    def choose(self, routers: Tensor, x: Tensor) -> Tensor:
+        """The experts [T, M] that T routers [T, E, H] choose for x [M, H]."""
+        return ops.route(routers, x.contiguous())
+
+    def prepare(self, x: Tensor, expert: Tensor | None, modality: Tensor | None) -> Prepared:
+        """expert [M]: from the router; modality [M]: where scales or experts follow it."""
+        part = self.part
+        if expert is None and part.num_experts:
+            expert = modality.int() - 1
+        shared, experts = _factor(part.shared_down), _factor(part.expert_down)
+        activations = ops.quantize(
+            x.contiguous(),
+            bits=self.scheme.act_bits,
+            kept=self.kept,
+            int8=on_int8(self.scheme),
+            input_scale=part.input_scale,
+            modality=modality,
+            shared_channels=part.shared_channels,
+            expert_channels=part.expert_channels,
+            expert=expert,
+            extracted=self.extracted,
+            salient_channels=part.salient_channels,
+            with_x=shared is not None or experts is not None,
+        )
+        down = ops.down(activations.x, shared, experts, expert=expert) if shared or experts else None
+        return Prepared(activations, down, expert)
+
+
+class Linear:
+    def __init__(self, words: Tensor, scale: Tensor, repair: Repair, scheme: Scheme, columns: int) -> None:
+        """`words` are used up: their memory holds the weights in the layout of the device."""
+        self.repair = repair
+        self.weight = pack_weight(
+            words, scheme.weight_bits, scale, columns, order_for(words.device), on_int8(scheme), scheme.group_size,
+            in_place=True,
+        )  # fmt: skip
+
+    def words(self) -> Tensor:
+        """The weights as in the checkpoint."""
+        return pack(unpack_weight(self.weight)[0], self.weight.bits)
+
+    def __call__(self, x: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        base = x.activations.base, x.activations.token_scale
+        return ops.linear(*base, self.weight, self._branches(x), x.expert, bias, out_dtype=dtype)
+
+    def _branches(self, x: Prepared) -> list[Branch]:
+        down = x.down or Down(None, None, None)
+        pairs = (
+            (down.shared_z, "shared_up"),
+            (x.activations.shared_z, "shared_columns"),
+            (down.expert_z, "expert_up"),
+            (x.activations.expert_z, "expert_columns"),
+            (x.activations.salient_z, "salient_columns"),
+        )
+        return [Branch(z, *_factor(self.repair[name])) for z, name in pairs if z is not None]
+
+
+def kept_channels(scheme: Scheme, columns: int) -> int:
+    return 0 if scheme.kept is None else capped(columns, scheme.kept)
+
+
+def on_int8(scheme: Scheme) -> bool:
+    """Whether tokens are integers for the tensor cores: kept channels are not."""
+    return scheme.act_bits is not None and scheme.kept is None
+
+
+def _factor(stored: Factor | Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """As the kernels take them, as is."""
+    return stored if stored is None else (stored.values, stored.scale) if isinstance(stored, Factor) else (stored, None)

@@ -116,9 +116,7 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
         damaged("extra", "rtn-w4a8", lambda tensors: tensors.update(extra=torch.ones(1)), keep=True),
         Job("uncached", str(checkpoints[CACHED]), {"enable_prefix_caching": False}),
         Job("cached", str(checkpoints[CACHED]), {"enable_prefix_caching": True, "block_size": 16}, times=2),
-        Job(
-            "adapted", str(checkpoints[ADAPTED]), {"enable_lora": True, "max_lora_rank": RANK}, str(folder / "adapter")
-        ),
+        Job("adapted", str(checkpoints[ADAPTED]), lora, str(folder / "adapter")),
     ]
     put_adapter(folder / "adapter")
     return generate(jobs, prompts(), 1, folder)

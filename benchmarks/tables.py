@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
-    "docs/engine.md", "docs/kernels.md",
+    "docs/engine.md", "docs/kernels.md", "docs/serving.md",
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -468,6 +468,29 @@ def linear_aot(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "kernels_aot")
 
 
+def serving_load(result: dict[str, Any]) -> str:
+    rounds = result["rounds"]
+    rows = [
+        (
+            str(index),
+            f"{one['seconds']:.0f}",
+            f"{one['good']}",
+            f"{one['other_questions']} + {one['other_stories']}",
+            f"{one['cancelled']}",
+            f"{sum(one['refused'].values())} ({', '.join(sorted(one['refused']))})",
+            f"{len(one['unclear'])}",
+            f"{sum(one['left'].values()):g}",
+            f"{one['mib']:.0f}",
+        )
+        for index, one in enumerate(rounds, 1)
+    ]
+    header = (
+        "round", "seconds", "answered", "otherwise than alone (questions + stories)", "cancelled", "refused (status)",
+        "refused unclearly or not", "still held after it", "MiB of the server",
+    )  # fmt: skip
+    return "\n" + markdown(header, rows) + source(result, "serving_load")
+
+
 TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
@@ -491,6 +514,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "steps on a GPU": ("generate_cuda", steps_on_gpu, ()),
     "kernels aot": ("kernels_aot", kernels_aot, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
+    "serving load": ("serving_load", serving_load, ()),
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),

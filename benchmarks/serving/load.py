@@ -15,7 +15,6 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,7 +60,7 @@ class Round:
     seconds: float = 0.0
     good: int = 0
     cancelled: int = 0
-    refused: Counter[int] = field(default_factory=Counter)
+    refused: dict[str, int] = field(default_factory=dict)
     """By status."""
     other_questions: int = 0
     """Answers to questions that were not those of the quiet server."""
@@ -192,7 +191,8 @@ class Load:
 
     async def _malformed(self, done: Round, fault: Fault) -> None:
         reply = await refusal(self.client, fault)
-        done.refused[reply.status_code] += 1
+        status = str(reply.status_code)
+        done.refused[status] = done.refused.get(status, 0) + 1
         if reply.status_code != fault.status or fault.says not in reply.text:
             done.unclear.append(f"{fault.name}: {reply.status_code} {reply.text[:200]}")
 

@@ -1,5 +1,7 @@
 """Checkpoints and offline answers for all tests with vLLM, made once."""
 
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def checkpoints(folder: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def offline(checkpoints: dict[str, Path], folder: Path) -> dict[int, Answers]:
-    """By the number of ranks, what every recipe answers to all prompts."""
+def offline(checkpoints: dict[str, Path], folder: Path) -> Callable[[int], Answers]:
+    """For a number of ranks, what every recipe answers to all prompts."""
     jobs = [Job(name, str(path)) for name, path in checkpoints.items()]
-    return {ranks: generate(jobs, prompts(), ranks, folder) for ranks in (1, 2)}
+    return cache(lambda ranks: generate(jobs, prompts(), ranks, folder))

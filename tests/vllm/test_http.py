@@ -60,11 +60,11 @@ def check_answers(server: Server, offline: list[dict[str, Any]]) -> None:
 def test_answers_are_those_of_the_offline_engine(recipe: str, checkpoints: Any, offline: Any, tmp_path: Path) -> None:
     ranks = OTHERS[recipe]
     with serving(checkpoints[recipe], tmp_path, f"--tensor-parallel-size={ranks}", ranks=ranks) as server:
-        check_answers(server, offline[ranks][recipe])
+        check_answers(server, offline(ranks)[recipe])
 
 
 def test_the_shared_server_does_so_too(server: Server, offline: Any) -> None:
-    check_answers(server, offline[1][SHARED])
+    check_answers(server, offline(1)[SHARED])
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_stream_adds_up_to_the_answer(client: httpx.Client, index: int) -> Non
 def test_logprobs_are_those_of_the_offline_engine(client: httpx.Client, offline: Any) -> None:
     path, body = request(prompts()[0], logprobs=True)
     told = client.post(path, json=body).json()["choices"][0]["logprobs"]["content"]
-    wanted = offline[1][SHARED][0]["logprobs"]
+    wanted = offline(1)[SHARED][0]["logprobs"]
     assert [token["logprob"] for token in told] == pytest.approx(wanted, abs=1e-3)
 
 

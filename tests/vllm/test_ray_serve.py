@@ -173,7 +173,7 @@ def test_images_are_answered_as_the_offline_engine_does(endpoint: Command, offli
     asked = Asked()
     ask(endpoint, prompts()[:48], asked)
     assert not asked.errors
-    assert asked.equal(offline[1][RECIPE]) >= EQUAL * 48
+    assert asked.equal(offline(1)[RECIPE]) >= EQUAL * 48
 
 
 def test_a_stream_comes_bit_by_bit(client: httpx.Client) -> None:
@@ -213,7 +213,7 @@ def test_of_two_replicas_one_is_killed_and_no_request_is_lost(endpoint: Command,
     assert len(asked.answers) == QUESTIONS
     assert asked.errors, "the killed replica was answering nothing"
     assert set(asked.errors) <= {500, 503}
-    assert asked.equal(offline[1][RECIPE]) >= EQUAL * QUESTIONS
+    assert asked.equal(offline(1)[RECIPE]) >= EQUAL * QUESTIONS
     assert not psutil.wait_procs(engine, timeout=10)[1]  # nor does its engine stay behind
     replicas_that_answered(endpoint, lambda now: bool(now - known))  # another came in the place of the killed one
 

@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.serving.load import COMPLETIONS, answer, request
+from benchmarks.serving.load import CHAT, COMPLETIONS, answer, chat, request
 from tests.vllm.questions import QUESTIONS, ROOT, Question, prompts
 from tests.vllm.server import FLOAT32, KEY, MODEL, documented, environment, free_port
 
@@ -174,6 +174,13 @@ def test_images_are_answered_as_the_offline_engine_does(endpoint: Command, offli
     ask(endpoint, prompts()[:48], asked)
     assert not asked.errors
     assert asked.equal(offline(1)[RECIPE]) >= EQUAL * 48
+
+
+def test_replicas_fetch_no_image_and_read_only_so_much(client: httpx.Client) -> None:
+    reply = client.post(CHAT, json=chat("What is it?", "http://127.0.0.1:1/image.png"))
+    assert reply.status_code == 400
+    assert "this server fetches none" in reply.text
+    assert client.post(CHAT, content=bytes(2**26 + 1)).status_code == 413
 
 
 def test_a_stream_comes_bit_by_bit(client: httpx.Client) -> None:

@@ -1,5 +1,5 @@
-"""The files that people hand to `ray up` and to Kubernetes, and the commands of docs/clusters.md: all that can be said
-of them where there is neither AWS nor Kubernetes."""
+"""The files that people hand to `ray up` and to Kubernetes, and the commands of docs/clusters.md and docs/serving.md:
+all that can be said of them where there is neither AWS nor Kubernetes."""
 
 import copy
 import re
@@ -9,17 +9,20 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from pydantic import TypeAdapter
 from qe_pipelines.main import app
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 from typer.main import get_command
+
+from qe_dist.serve.endpoint import Endpoint
 
 ROOT = Path(__file__).parents[2]
 RAY = re.search(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
 AWS = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text(encoding="utf-8"))
-GUIDE = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+GUIDE = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("clusters.md", "serving.md"))
 COMMANDS = [
     *re.findall(r"^    ((?:qe-dist|ray) .+)$", GUIDE, re.MULTILINE),
     *AWS["head_start_ray_commands"],
@@ -54,6 +57,13 @@ def kubernetes() -> dict[str, dict]:
     return {document["kind"]: document for document in yaml.safe_load_all(text)}
 
 
+@pytest.fixture
+def service() -> dict:
+    found = yaml.safe_load((ROOT / "cluster" / "rayservice.yaml").read_text(encoding="utf-8"))
+    assert (found["apiVersion"], found["kind"]) == ("ray.io/v1", "RayService")
+    return found["spec"]
+
+
 def test_ray_up_takes_the_file(aws) -> None:
     """By Ray's own schema and rules, with its defaults filled in, as `ray up` does before it asks for machines."""
     validate_config(prepare_config(aws))
@@ -80,9 +90,10 @@ def test_every_node_on_aws_sees_the_shared_file_system(aws) -> None:
     assert any(" /shared" in command for command in aws["initialization_commands"])
 
 
-def test_both_files_name_the_ray_of_the_lock(aws, kubernetes) -> None:
+def test_all_files_name_the_ray_of_the_lock(aws, kubernetes, service) -> None:
     assert f":{RAY}-" in aws["docker"]["image"]
     assert kubernetes["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"] == RAY
+    assert service["rayClusterConfig"]["rayVersion"] == RAY
 
 
 def test_the_job_on_kubernetes_is_a_command_of_ours(kubernetes) -> None:
@@ -110,3 +121,28 @@ def test_pods_on_kubernetes_share_the_claim_and_gpus_scale(kubernetes) -> None:
     assert cluster["enableInTreeAutoscaling"]
     assert gpu["minReplicas"] <= gpu["replicas"] < gpu["maxReplicas"]
     assert gpu["template"]["spec"]["tolerations"]
+
+
+def test_the_service_on_kubernetes_is_an_endpoint_of_ours_on_its_gpus(service) -> None:
+    """That Ray takes its Serve config, tests/vllm/test_ray_serve.py sees: it needs ray[serve]."""
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    assert application["import_path"] == "qe_cluster.serve:application"
+    endpoint = TypeAdapter(Endpoint).validate_python(application["args"])
+    assert set(application["args"]) <= set(vars(endpoint))
+    (gpu,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = gpu["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == endpoint.tensor_parallel_size
+    assert gpu["replicas"] == endpoint.replicas
+    assert gpu["template"]["spec"]["terminationGracePeriodSeconds"] > endpoint.drain_seconds
+
+
+def test_every_pod_of_the_service_has_the_key_and_the_checkpoint_behind_a_token(service) -> None:
+    cluster = service["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        (variable,) = container["env"]
+        assert variable["name"] == "VLLM_API_KEY"
+        assert variable["valueFrom"]["secretKeyRef"] == {"name": "qe-dist", "key": "api-key"}
+        assert {"name": "shared", "mountPath": "/shared", "readOnly": True} in container["volumeMounts"]
+        assert {"containerPort": 8000, "name": "serve"} in container["ports"]

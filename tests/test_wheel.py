@@ -19,8 +19,8 @@ SOURCE_ROOTS = {
     "qe_cluster": ROOT / "cluster",
     "qe_pipelines": ROOT / "pipelines",
 }
-OPTIONAL = ("triton", "vllm")
-"""What a module may ask for and a machine without a GPU cannot have."""
+OPTIONAL = ("triton", "vllm", "fastapi", "starlette")
+"""What a module may ask for and not every machine has: Triton, and vLLM with the server that it brings."""
 
 IMPORT_ALL = """
 import importlib, json, sys

@@ -97,5 +97,5 @@ def test_every_module_imports_from_the_installed_wheel(wheel: Path, tmp_path: Pa
     files, without = json.loads(output.splitlines()[-1])
     assert set(files) >= set(SOURCE_ROOTS)
     assert [file for file in files.values() if not Path(file).is_relative_to(site)] == []
-    assert all(name.startswith(("qe_kernels.", "qe_dist.serve.")) for name in without)
+    assert all(name.startswith(("qe_kernels.", "qe_dist.serve.", "qe_cluster.serve")) for name in without)
     assert (home / "bin/qe-dist").exists()

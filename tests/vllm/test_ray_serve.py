@@ -179,7 +179,7 @@ def test_images_are_answered_as_the_offline_engine_does(endpoint: Command, offli
 def test_replicas_fetch_no_image_and_read_only_so_much(client: httpx.Client) -> None:
     reply = client.post(CHAT, json=chat("What is it?", "http://127.0.0.1:1/image.png"))
     assert reply.status_code == 400
-    assert "this server fetches none" in reply.text
+    assert "images must come with the request" in reply.text
     assert client.post(CHAT, content=bytes(2**26 + 1)).status_code == 413
 
 

@@ -491,6 +491,23 @@ def serving_load(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "serving_load")
 
 
+def agreement(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            recipe,
+            ranks,
+            f"{one['questions']} of {result['questions']}",
+            f"{one['stories']} of {result['stories']}",
+            f"{one['mean_logprob']:.5f}",
+            f"{one['accuracy']:.1%}",
+        )
+        for recipe, found in result["rows"].items()
+        for ranks, one in found.items()
+    ]
+    header = ("recipe", "ranks", "answers equal", "stories equal", "log-probability off, mean", "accuracy")
+    return "\n" + markdown(header, rows) + source(result, "agreement")
+
+
 def transformers_versions(result: dict[str, Any]) -> str:
     rows = [
         (version, str(case["passed"]), str(case["skipped"]), ", ".join(case["failed"]) or "none")
@@ -536,6 +553,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "kernels aot": ("kernels_aot", kernels_aot, ()),
     "transformers versions": ("transformers_versions", transformers_versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
+    "agreement": ("agreement", agreement, ()),
     "serving load": ("serving_load", serving_load, ()),
     "exports": ("exports", exports, ()),
     "league winners": ("league", winners, ()),

@@ -18,7 +18,12 @@ def verify(
     output: Annotated[Path, typer.Argument(help="a finished checkpoint")],
     source: Annotated[Path | None, typer.Option(help="the model it was made of: names and shapes must match")] = None,
     tensor_parallel_size: Annotated[
-        str | None, typer.Option(help="ranks that shall serve it, like 1,2,4,8: they must compute what the whole does")
+        str | None,
+        typer.Option(
+            "--tensor-parallel-size",
+            "--serving-tp",
+            help="ranks that shall serve it, like 1,2,4,8: they must compute what the whole does",
+        ),
     ] = None,
 ) -> None:
     """Check every hash, number, name and shape of OUTPUT, that it sees its images, and how it can be served."""

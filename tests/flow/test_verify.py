@@ -239,7 +239,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_loaded_with_another_made_up(fol
     change(folder, BLOCK, lambda t: t.pop(name))
     edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
     (folder / MANIFEST).unlink()  # which would tell already
-    with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj\.weight_packed \(and 0 more\)"):
+    with pytest.raises(CheckpointError, match=r"has no .*layers\.1\.mlp\.up_proj\.weight_packed"):
         load_model(folder)
 
 

@@ -80,12 +80,12 @@ def _run(job: Job, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    options = {"dtype": "float32"} | job.options  # so that only our layers may differ from transformers'
+    # In float32 only our layers may differ from transformers'.
+    options = {"dtype": "float32", "enforce_eager": True} | job.options
     engine = LLM(
         job.checkpoint,
         tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
         distributed_executor_backend="external_launcher",
-        enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=32,
         limit_mm_per_prompt={"image": 1, "video": 0},

@@ -6,7 +6,7 @@ must have wanted each token that vLLM gave.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qe_dist.io.checkpoint import MANIFEST
-from qe_dist.serve.loading import load_model
 from tests.vllm.generate import Answers, Job, generate
-from tests.vllm.questions import MODEL, QUESTIONS, RECIPES, STORIES, WIDE, Question, prompts
+from tests.vllm.questions import MODEL, QUESTIONS, RECIPES, STORIES, WIDE, prompts
+from tests.vllm.twin import Twin, accuracy
 
 pytestmark = pytest.mark.vllm
 
@@ -30,48 +30,11 @@ stories, which are free to go on in many ways, part ways somewhere."""
 SOME = 60
 """Questions are enough where nearly all answers are equal, or many are not."""
 CACHED, ADAPTED = "qe-w4a6", "qe-w4a16g64"
+ROUTED = "qe-extract-w4a6"
+ONE_GRAPH = {"mode": 2, "backend": "eager"}
+"""torch.compile traces the whole model, as it does on GPUs, and its graph runs as it is: compiling takes a minute."""
 RANK, STRENGTH = 8, 0.02
 """Of the LoRA adapter: rank, and size of its up matrices."""
-
-
-class Twin:
-    """transformers with the same checkpoint. What it says to a text is kept: one rank and two mostly say the same."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        from transformers import AutoImageProcessor
-
-        self.model, self.processor = load_model(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
-        self.told: dict[tuple[Question, tuple[int, ...]], Tensor] = {}
-
-    def compare(self, asked: Sequence[Question], given: Sequence[dict[str, Any]]) -> tuple[list[bool], Tensor]:
-        """Of each answer, whether transformers would have given it; of each token, how far its logprob is off."""
-        same, off = [], []
-        for question, answer in zip(asked, given, strict=True):
-            key = (question, tuple(answer["tokens"]))
-            told = self.told[key] if key in self.told else self.told.setdefault(key, self._logprobs(question, answer))
-            tokens = torch.tensor(answer["tokens"])
-            same.append(bool((told.argmax(dim=-1) == tokens).all()))
-            off.append((told.gather(1, tokens[:, None])[:, 0] - torch.tensor(answer["logprobs"])).abs())
-        return same, torch.cat(off)
-
-    @torch.no_grad()
-    def _logprobs(self, question: Question, answer: dict[str, Any]) -> Tensor:
-        """Of the whole vocabulary, where each token of the answer was chosen. [tokens, vocabulary]"""
-        from PIL import Image
-
-        ids = torch.tensor([answer["prompt"] + answer["tokens"]])
-        vision = {}
-        if question.image:
-            seen = self.processor([Image.open(question.image).convert("RGB")], return_tensors="pt")
-            vision = {name: seen[name] for name in ("pixel_values", "image_grid_thw")}
-        types = (ids == self.model.config.image_token_id).int()
-        logits = self.model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, len(answer["prompt"]) - 1 : -1]
-        return torch.log_softmax(logits.float(), dim=-1)
-
-
-def accuracy(asked: list[Question], given: list[dict[str, Any]]) -> float:
-    pairs = [(q.answer, a["text"].strip()) for q, a in zip(asked, given, strict=True) if q.answer]
-    return sum(wanted == got for wanted, got in pairs) / len(pairs)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -118,6 +81,7 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
         damaged("extra", "rtn-w4a8", lambda tensors: tensors.update(extra=torch.ones(1)), keep=True),
         Job("uncached", str(checkpoints[CACHED]), {"enable_prefix_caching": False}),
         Job("cached", str(checkpoints[CACHED]), {"enable_prefix_caching": True, "block_size": 32}, times=2),
+        Job("compiled", str(checkpoints[ROUTED]), {"enforce_eager": False, "compilation_config": ONE_GRAPH}),
         Job("adapted", str(checkpoints[ADAPTED]), lora, str(folder / "adapter")),
     ]
     put_adapter(folder / "adapter")
@@ -170,6 +134,14 @@ def test_prefix_caching_changes_no_answer(others: Answers) -> None:
     found = [i for i, answer in enumerate(cached[:QUESTIONS]) if answer["cached"]]
     assert len(found) > QUESTIONS / 3  # the others are shorter than a block
     assert sum(cached[i]["tokens"] == uncached[i]["tokens"] for i in found) >= EQUAL * len(found)
+
+
+def test_compiled_to_one_graph_it_answers_the_same(offline: Callable[[int], Answers], others: Answers) -> None:
+    """With groups that choose the experts of others, which is a side effect of the code that is traced."""
+    eager, compiled = offline(1)[ROUTED], others["compiled"]
+    assert "error" not in compiled, compiled
+    same = [a["tokens"] == b["tokens"] for a, b in zip(eager[:QUESTIONS], compiled, strict=False)]
+    assert sum(same) >= EQUAL * QUESTIONS
 
 
 def put_adapter(folder: Path) -> None:

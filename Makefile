@@ -20,7 +20,7 @@ test: lint
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)
-	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm
+	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm --durations=25
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

@@ -9,7 +9,6 @@ are named are measured anew, the others stay as they are in the result.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,8 +24,6 @@ from rich.console import Console
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "transformers_versions.json"
 VERSIONS = ("5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0")
-WITHOUT_PIL = ("5.16.1", "5.17.0")
-"""Their AutoImageProcessor is not to be had without torchvision."""
 SOURCES = (".", "kernels", "cluster", "pipelines")
 
 
@@ -47,9 +44,6 @@ def environment(folder: Path, version: str) -> Path:
         (packages / "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, f"transformers=={version}"], check=True)
-        if version in WITHOUT_PIL:
-            subprocess.run([*install, "--no-deps", "torchvision==0.28.0"], check=True)
-            shutil.copy(ROOT / "tests" / "vllm" / "sitecustomize.py", packages)
     return python
 
 

@@ -25,7 +25,8 @@ class ChatEncoder:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.images = AutoImageProcessor.from_pretrained(folder)
+            # Equal pixels on every machine; and before 5.18, transformers takes the other one without torchvision, too.
+            self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: tokenizer or image processor cannot be loaded: {error}") from None
         if not self.tokenizer.chat_template:

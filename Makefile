@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: the first one run sets up .venv.
 
 PYTHON ?= python3
-# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but for those that start a Ray.
+# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but never two that start a Ray.
 TESTS ?= not (gpu or slow or vllm)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -15,12 +15,11 @@ demo: $(READY)
 	@$(BIN)/qe-dist demo
 
 test: lint
-	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
-	@$(BIN)/python -m pytest -q -m "($(TESTS)) and ray"
+	@$(BIN)/python -m pytest -q -m "$(TESTS)" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)
-	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm --durations=25
+	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

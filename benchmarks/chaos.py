@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.hosts import HEALTH, PATIENCE, STORE_BYTES, files, wait  # noqa: E402
 from tests.tiny import calibration, tiny_model, with_blocks  # noqa: E402
 
-VICTIMS = ("command", "worker", "embedder", "node", "writer", "command twice")
+VICTIMS = ("node", "writer", "command twice", "command", "worker", "embedder")
 RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 BLOCKS, SAMPLES = 6, 24
 STAGES, EMBEDDERS = ("ray::StageActor",), ("ray::Embed",)

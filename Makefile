@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but never two that start a Ray.
 TESTS ?= not (gpu or slow or vllm)
+# Which `make test-vllm` runs: all of them. CI leaves out those that take minutes.
+VLLM_TESTS ?= vllm
 BIN := .venv/bin
 READY := .venv/.ready
 PEER := .venv-peer/.ready
@@ -19,7 +21,7 @@ test: lint
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)
-	@.venv-vllm/bin/python -m pytest -q -m vllm tests/vllm
+	@.venv-vllm/bin/python -m pytest -q -m "$(VLLM_TESTS)" tests/vllm
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

@@ -23,7 +23,7 @@ from tests.vllm.generate import Answers, Job, generate
 from tests.vllm.questions import DATA, MODEL, QUESTIONS, ROOT, prompts
 from tests.vllm.test_offline import EQUAL, Twin
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 BASES = ("rtn-w4a8", "qe-w4a6")
 ADAPTED = "aser-w4a16g64"

@@ -52,5 +52,6 @@ class Endpoint:
             "VLLM_MAX_IMAGE_PIXELS": str(2**25),  # 100 MB as RGB
             "VLLM_MAX_N_SEQUENCES": "16",  # answers to one request; 16384 else
             "VLLM_MAX_COMPLETION_PROMPTS": "16",  # of one request; 1024 else
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # seconds; after 5 else, just when clients give up a connection, too
             "VLLM_NO_USAGE_STATS": "1",
         }

@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: the first one run sets up .venv.
 
 PYTHON ?= python3
-# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but never two that start a Ray.
+# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but for those that start a Ray.
 TESTS ?= not (gpu or slow or vllm)
 # Which `make test-vllm` runs: all of them. CI leaves out those that take minutes.
 VLLM_TESTS ?= vllm
@@ -17,7 +17,8 @@ demo: $(READY)
 	@$(BIN)/qe-dist demo
 
 test: lint
-	@$(BIN)/python -m pytest -q -m "$(TESTS)" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "($(TESTS)) and ray"
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)

@@ -20,12 +20,6 @@ hypothesis.settings.register_profile("house", max_examples=25, deadline=None, de
 hypothesis.settings.load_profile("house")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes (`make test`) one runs all that starts a Ray. What shares fixtures of a file stays together."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else str(item.path)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The thread count decides the last bits of a sum."""

@@ -45,7 +45,6 @@ def encode(folder: Path, data: Path) -> tuple[Any, list[Any]]:
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
     config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config", None)
-    arch = archs.for_config(config)
+    arch = archs.for_checkpoint(config)
     encoder = arch.encoder(folder)
     return arch, [encoder(s, load_images(s)) for s in read_samples(data)]

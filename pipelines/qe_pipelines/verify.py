@@ -109,8 +109,7 @@ def _blind(output: Path) -> list[str]:
     if "vision_config" not in config:
         typer.echo("skipped  images: a model of text only")
         return []
-    config.pop("quantization_config")
-    arch = archs.for_config(config)
+    arch = archs.for_checkpoint(config)
     effect = image_effect(load_model(output), arch, arch.encoder(output))
     if effect == 0:
         return ["logits: the same for two different images"]

@@ -18,11 +18,17 @@ def get(name: str) -> Arch:
 
 
 def for_config(config: Mapping[str, Any]) -> Arch:
-    """The architecture of a Hugging Face `config.json`."""
+    """The architecture of the `config.json` of a model that is to be quantized."""
+    arch = for_checkpoint(config)
+    if "quantization_config" in config:
+        raise ConfigError("this model is quantized already; give the full-precision model")
+    return arch
+
+
+def for_checkpoint(config: Mapping[str, Any]) -> Arch:
+    """The architecture of a Hugging Face `config.json`, quantized or not."""
     known = {t: name for name in names() for t in get(name).model_types}
     found = config.get("model_type")
     if found not in known:
         raise ConfigError(f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}")
-    if "quantization_config" in config:
-        raise ConfigError("this model is quantized already; give the full-precision model")
     return get(known[found])

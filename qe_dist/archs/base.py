@@ -76,8 +76,8 @@ class Arch(Protocol):
         """Every tensor that writes or reads the residual stream, or an attention head's values."""
         ...
 
-    def feeders(self, folder: Path) -> Mapping[str, Feeder]:
-        """Of every linear of a block. folder: where the model's `config.json` lies."""
+    def feeders(self, config: Mapping[str, Any]) -> Mapping[str, Feeder]:
+        """Of every linear of a block."""
         ...
 
     def tiny_config(self) -> Mapping[str, Any]:

@@ -211,10 +211,8 @@ class Qwen2VL:
         widths: dict[Space, int] = {"stream": text.hidden_size, "head": text.hidden_size // text.num_attention_heads}
         return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
 
-    def feeders(self, folder: Path) -> Mapping[str, Feeder]:
-        from transformers import Qwen2VLConfig
-
-        text = Qwen2VLConfig.from_pretrained(folder).text_config
+    def feeders(self, config: Mapping[str, Any]) -> Mapping[str, Feeder]:
+        text = self.hf_config(config).text_config
         norms = {linear: Feeder(gain.removesuffix(".weight")) for linear, (_, _, gain) in _SITES.items() if gain}
         values = Feeder("self_attn.v_proj", head=text.hidden_size // text.num_attention_heads)
         return norms | {"self_attn.o_proj": values, "mlp.down_proj": Feeder("mlp.up_proj")}

@@ -44,8 +44,7 @@ class _Group:
 def check_cuts(checkpoint: Checkpoint, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Each size with a line for every linear that its ranks compute otherwise than the whole; the checkpoint must be
     sound, and the sizes such that it can be served."""
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    of_model = archs.for_config(config).groups(config)
+    of_model = archs.for_checkpoint(checkpoint.config).groups(checkpoint.config)
     widths = {name: g.in_features for g in of_model for name in (g.name, *(x.name for x in g.linears))}
     for block, layout in zip(checkpoint.manifest["blocks"], checkpoint.layouts, strict=True):
         for name, said in layout.items():

@@ -110,8 +110,7 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Layout]]:
 class _Export:
     def __init__(self, checkpoint: Checkpoint, output: Path, peft: bool) -> None:
         self.checkpoint, self.output, self.peft = checkpoint, output, peft
-        self.config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        self.arch: Arch = archs.for_config(self.config)
+        self.arch: Arch = archs.for_checkpoint(checkpoint.config)
         groups = [group for _, _, group in _groups(checkpoint)]
         self.done = Exported(len(groups), max(map(rank_of, groups)) if peft else 0)
         for group in groups:
@@ -140,14 +139,14 @@ class _Export:
         card = model_card(title, self.done)
         publish(self.output / CARD, lambda path: path.write_text(card))
         quantization = quantization_config(self.checkpoint, self.arch, self.dense)
-        publish_json(self.output / "config.json", self.config | {"quantization_config": quantization})
+        publish_json(self.output / "config.json", {**self.checkpoint.config, "quantization_config": quantization})
         return self.done
 
     def _write_weights(self) -> None:
         """Every file under its own name."""
         weight_map: dict[str, str] = {}
         size, blocks = 0, self._block_of_file()
-        feeders = self.arch.feeders(self.checkpoint.folder)
+        feeders = self.arch.feeders(self.checkpoint.config)
         for file, expected in self.checkpoint.manifest["files"].items():
             path = self.checkpoint.folder / file
             if not path.exists() or sha256(path) != expected:

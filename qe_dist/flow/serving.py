@@ -28,7 +28,7 @@ def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
         raise ConfigError(f"the tensor-parallel size must be at least 1, found {size}")
     if config.get("quantization_config", {}).get("quant_method") != "qe":
         raise ConfigError("config.json has no quantization_config of qe_dist; give a finished checkpoint")
-    arch = archs.for_config({k: v for k, v in config.items() if k != "quantization_config"})
+    arch = archs.for_checkpoint(config)
     of_model = arch.groups(config)
     problems = [*_vision(arch.vision_heads(config), size)]
     for layout in config["quantization_config"]["layouts"]:

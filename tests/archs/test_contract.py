@@ -133,7 +133,7 @@ def test_feeders_absorb_a_scale_of_the_input(model, examples):
     block = arch.block(source, spec, "cpu", torch.float32)
     batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
     before = arch.run_block(block, batch)
-    feeders = arch.feeders(source.folder)
+    feeders = arch.feeders(source.config)
     linears = {x.name: x for group in spec.groups for x in group.linears}
     assert feeders.keys() == linears.keys()
     for feeder in dict.fromkeys(feeders.values()):

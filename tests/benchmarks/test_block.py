@@ -1,44 +1,26 @@
 """The matrix products that benchmarks/gpu/work.py counts are those that the code makes."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu import work
+from benchmarks.gpu.block import measure, places
 from qe_dist.core.batch import IMAGE
 from qe_dist.core.spec import BlockSpec
 from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.stats import GroupStats
 
-GPU = Path(__file__).parent.parent.parent / "benchmarks" / "gpu"
 RECIPE = load_recipe("qe-w4a6")
 TOKENS = 300
 
 
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", GPU / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(scope="module")
-def work() -> ModuleType:
-    return module("work")
-
-
-@pytest.fixture(scope="module")
-def block(work: ModuleType) -> BlockSpec:
+def block() -> BlockSpec:
     return work.Shape(hidden=192, intermediate=640, heads=6, kv_heads=2).block()
 
 
@@ -65,7 +47,7 @@ def products(call: Callable[[], Any]) -> float:
 
 
 def test_the_products_of_a_fit_are_counted_as_they_are_made(
-    work: ModuleType, block: BlockSpec, problems: dict[str, GroupProblem]
+    block: BlockSpec, problems: dict[str, GroupProblem]
 ) -> None:
     load = work.Load(tokens=TOKENS, batch=TOKENS, length=TOKENS, sample=TOKENS, itemsize=4)
     parts = work.work(block, RECIPE, load)
@@ -76,7 +58,7 @@ def test_the_products_of_a_fit_are_counted_as_they_are_made(
 
 
 def test_the_products_of_the_statistics_are_counted_as_they_are_made(
-    work: ModuleType, block: BlockSpec, problems: dict[str, GroupProblem]
+    block: BlockSpec, problems: dict[str, GroupProblem]
 ) -> None:
     load = work.Load(tokens=TOKENS, batch=TOKENS)
     group, stats = block.groups[-1], problems["mlp.down"].stats
@@ -86,9 +68,8 @@ def test_the_products_of_the_statistics_are_counted_as_they_are_made(
     assert counted == pytest.approx(work._gram(group.in_features, load).flop)
 
 
-def test_a_block_goes_through_a_real_stage_and_every_part_is_timed(work: ModuleType) -> None:
-    block = module("block")
+def test_a_block_goes_through_a_real_stage_and_every_part_is_timed() -> None:
     shape = work.Shape(hidden=128, intermediate=256, heads=4, kv_heads=2)
-    measured = block.measure(shape, "qe-w4a6", "cpu", work.Load(tokens=256, batch=128, length=64, sample=64))
-    assert set(measured["parts"]) >= {part for *_, part in block.places(RECIPE)}  # none is a name that nobody calls now
+    measured = measure(shape, "qe-w4a6", "cpu", work.Load(tokens=256, batch=128, length=64, sample=64))
+    assert set(measured["parts"]) >= {part for *_, part in places(RECIPE)}  # none is a name that nobody calls now
     assert all(part["seconds"] > 0 for part in measured["parts"].values())

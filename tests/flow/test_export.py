@@ -88,8 +88,7 @@ def logits(folder, model=None):
     """Of the folder's model, which transformers loads: our checkpoints by our plug-in, exports without it."""
     model = load_model(folder) if model is None else model
     config = json.loads((folder / "config.json").read_text())
-    config.pop("quantization_config")
-    arch = archs.for_config(config)
+    arch = archs.for_checkpoint(config)
     encoder = arch.encoder(folder)
     samples = [s for i, s in enumerate(read_samples(DATA / "evaluation.jsonl")) if i in (0, 6)]
     inputs = arch.model_inputs([encoder(s, load_images(s)) for s in samples], pad=0)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qe_pipelines import main
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
@@ -229,18 +228,6 @@ def test_recipes_by_linear_are_refused_for_more_ranks(runs, tmp_path):
 def test_recipes_by_modality_are_refused_for_more_ranks(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"the recipe treats text and image tokens differently.* Choose another size"):
         quantize(replace(runs["masquant"], output=tmp_path / "out", tensor_parallel_size=2))
-
-
-@pytest.fixture
-def verify(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["qe-dist", "verify", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main.main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_the_command_proves_the_sizes_that_it_is_asked_for(runs, verify):

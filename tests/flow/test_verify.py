@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qe_pipelines import main
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
@@ -259,28 +258,16 @@ def test_a_damaged_manifest_is_named(folder, content, said):
         Checkpoint.open(folder)
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr("sys.argv", ["qe-dist", "verify", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main.main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return call
-
-
-def test_the_command_says_what_is_sound_and_ends_with_0(command, sound):
-    code, out, _ = command(sound.output, "--source", sound.model)
+def test_the_command_says_what_is_sound_and_ends_with_0(verify, sound):
+    code, out, _ = verify(sound.output, "--source", sound.model)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["ok"] * 6
 
 
-def test_the_command_lists_all_faults_and_ends_with_2(command, folder):
+def test_the_command_lists_all_faults_and_ends_with_2(verify, folder):
     name = linear(folder)
     change(folder, BLOCK, lambda t: t.pop(name))
-    code, out, err = command(folder)
+    code, out, err = verify(folder)
     assert code == 2
     assert f"{BLOCK}: SHA-256 expected" in out
     assert f"{name}: missing" in out

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tests.vllm.questions import ROOT, Question
-from tests.vllm.server import free_port
 
 MAX_TOKENS = 48
 Answers = dict[str, Any]
@@ -35,13 +35,13 @@ class Job:
     """A LoRA adapter for all requests."""
     times: int = 1
     """How often everything is asked; the last answers are kept."""
-    port: int = 0
-    """Where the ranks meet."""
+    meeting: str = ""
+    """The file that its ranks meet by."""
 
 
 def generate(jobs: Sequence[Job], asked: Sequence[Question], ranks: int, folder: Path) -> Answers:
     """Runs all jobs in `ranks` processes."""
-    jobs = [replace(job, port=free_port()) for job in jobs]
+    jobs = [replace(job, meeting=str(folder / uuid4().hex)) for job in jobs]
     rows = [{"prompt": q.prompt} | ({"image": q.image} if q.image else {}) for q in asked]
     (folder / "jobs").write_text(json.dumps([asdict(job) for job in jobs]))
     (folder / "prompts").write_text("\n".join(map(json.dumps, rows)))
@@ -57,16 +57,18 @@ def generate(jobs: Sequence[Job], asked: Sequence[Question], ranks: int, folder:
     finally:
         for process in processes:
             process.kill()
+        for job in jobs:
+            for left in Path("/dev/shm").glob(f"{Path(job.meeting).name}*"):
+                left.unlink()
     assert not any(ended), "\n".join(log.read_text()[-3000:] for log in logs)
     return {job.name: json.loads((folder / f"{job.name}.json").read_text()) for job in jobs}
 
 
 def main(jobs: str, prompts: str, answers: str) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(int(os.environ["WORLD_SIZE"]))))
     asked = [_prompt(json.loads(line)) for line in Path(prompts).read_text().splitlines()]
     for job in (Job(**one) for one in json.loads(Path(jobs).read_text())):
-        os.environ["MASTER_PORT"] = str(job.port)
         try:
             told: Any = _run(job, asked)
         except Exception as error:
@@ -80,6 +82,7 @@ def _run(job: Job, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    _meet(job.meeting)
     # In float32 only our layers may differ from transformers'.
     options = {"dtype": "float32", "enforce_eager": True} | job.options
     engine = LLM(
@@ -96,6 +99,15 @@ def _run(job: Job, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for _ in range(job.times):
         outputs = engine.generate(asked, greedy, use_tqdm=False, lora_request=adapter)
     return [_answer(output) for output in outputs]
+
+
+def _meet(file: str) -> None:
+    """vLLM would have the ranks meet by MASTER_PORT and then, on CPUs, name the memory that they share the same for
+    every engine of the machine, so that one that was killed is in the way of all that follow."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    place = (f"file://{file}", int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
+    ExecutorWithExternalLauncher._distributed_args = lambda _: place
 
 
 def _forget() -> None:

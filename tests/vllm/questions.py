@@ -10,6 +10,8 @@ RECIPES = ("qe-w4a16g64", "qe-w4a8", "qe-w4a6", "rtn-w4a8", "qe-extract-w4a6")
 WIDE = "rtn-w4a16g128"
 """Its scale groups cannot be cut over two ranks."""
 QUESTIONS, STORIES = 200, 20
+EQUAL = 0.98
+"""Share of the answers to questions that must be equal, token by token."""
 
 
 @dataclass(frozen=True)

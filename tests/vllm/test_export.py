@@ -20,8 +20,8 @@ from qe_dist.flow.export import ADAPTER, Exported, export
 from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.methods.recipes import load_recipe
 from tests.vllm.generate import Answers, Job, generate
-from tests.vllm.questions import DATA, MODEL, QUESTIONS, ROOT, prompts
-from tests.vllm.test_offline import EQUAL, Twin
+from tests.vllm.questions import DATA, EQUAL, MODEL, QUESTIONS, ROOT, prompts
+from tests.vllm.twin import Twin
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -17,13 +17,11 @@ import httpx
 import pytest
 
 from benchmarks.serving.load import CHAT, Fault, answer, chat, faults, growth, inline, load, png, refusal, request
-from tests.vllm.questions import QUESTIONS, Question, prompts
+from tests.vllm.questions import EQUAL, QUESTIONS, STORIES, Question, prompts
 from tests.vllm.server import KEY, MODEL, Server, documented, serving
 
 pytestmark = pytest.mark.vllm
 
-EQUAL = 0.98
-"""Share of the answers to questions that must be those of the offline engine, token by token."""
 SHARED = "qe-w4a6"
 """Its server, on one rank, serves all tests but the first."""
 OTHERS = {"qe-w4a16g64": 1, "qe-w4a8": 2, "rtn-w4a8": 2}
@@ -50,6 +48,7 @@ def asked_at_once(server: Server, questions: list[Question]) -> list[dict[str, A
 
 
 def check_answers(server: Server, offline: list[dict[str, Any]]) -> None:
+    assert len(offline) == QUESTIONS + STORIES, offline
     given = asked_at_once(server, prompts())
     same = [a["tokens"] == b["token_ids"] for a, b in zip(offline, given, strict=True)]
     assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS, f"{sum(same[:QUESTIONS])} answers equal"

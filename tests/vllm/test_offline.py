@@ -17,13 +17,11 @@ from torch import Tensor
 
 from qe_dist.io.checkpoint import MANIFEST
 from tests.vllm.generate import Answers, Job, generate
-from tests.vllm.questions import MODEL, QUESTIONS, RECIPES, STORIES, WIDE, prompts
+from tests.vllm.questions import EQUAL, MODEL, QUESTIONS, RECIPES, STORIES, WIDE, prompts
 from tests.vllm.twin import Twin, accuracy
 
 pytestmark = pytest.mark.vllm
 
-EQUAL = 0.98
-"""Share of the answers to questions that must be those of transformers, token by token."""
 MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 """By ranks: how far the log-probability of a token may be off on average. Two ranks have two activation grids, so that
 stories, which are free to go on in many ways, part ways somewhere."""

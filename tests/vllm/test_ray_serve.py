@@ -23,12 +23,11 @@ import psutil
 import pytest
 
 from benchmarks.serving.load import CHAT, COMPLETIONS, answer, chat, request
-from tests.vllm.questions import QUESTIONS, ROOT, Question, prompts
+from tests.vllm.questions import EQUAL, QUESTIONS, ROOT, Question, prompts
 from tests.vllm.server import FLOAT32, KEY, MODEL, documented, environment, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
 
-EQUAL = 0.98
 RECIPE, REPLICAS, CLIENTS = "qe-w4a8", 2, 8
 LIMIT = 8
 """Requests of a replica, running and waiting. As many more wait for any of them."""

@@ -1,8 +1,8 @@
 """A checkpoint behind real `vllm serve`, started and asked as docs/serving.md says.
 
 The engine behind HTTP is that of test_offline.py, which compares every recipe with transformers on one rank and on two.
-What HTTP adds (templates, images in base64, tokenizing, streaming, processes that talk to each other) knows neither
-recipes nor ranks. So each recipe gets one server here, two of them with two ranks, and must answer as offline.
+A server must answer as that does. What HTTP adds (templates, images in base64, tokenizing, streaming, processes that
+talk to each other) knows neither recipes nor ranks, so CI has one server for each recipe, and `make test-vllm` both.
 """
 
 import asyncio
@@ -19,13 +19,14 @@ import pytest
 from benchmarks.serving.load import CHAT, Fault, answer, chat, faults, growth, inline, load, png, refusal, request
 from tests.vllm.questions import EQUAL, QUESTIONS, STORIES, Question, prompts
 from tests.vllm.server import KEY, MODEL, Server, documented, serving
+from tests.vllm.twin import accuracy
 
 pytestmark = pytest.mark.vllm
 
 SHARED = "qe-w4a6"
 """Its server, on one rank, serves all tests but the first."""
-OTHERS = {"qe-w4a16g64": 1, "qe-w4a8": 2, "rtn-w4a8": 2}
-"""Recipe -> ranks."""
+OTHERS = [("qe-w4a16g64", 1), ("qe-w4a8", 2), ("rtn-w4a8", 2)]
+SLOW = [("qe-w4a16g64", 2), ("qe-w4a8", 1), ("rtn-w4a8", 1), (SHARED, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,14 @@ def check_answers(server: Server, offline: list[dict[str, Any]]) -> None:
     same = [a["tokens"] == b["token_ids"] for a, b in zip(offline, given, strict=True)]
     assert sum(same[:QUESTIONS]) >= EQUAL * QUESTIONS, f"{sum(same[:QUESTIONS])} answers equal"
     assert sum(same[QUESTIONS:]) > 0  # stories of 48 tokens may part ways
+    texts = [{"text": answer({"choices": [choice]})} for choice in given]
+    assert abs(accuracy(prompts(), texts) - accuracy(prompts(), offline)) <= 0.0051  # half a point: one question
 
 
-@pytest.mark.parametrize("recipe", OTHERS)
-def test_answers_are_those_of_the_offline_engine(recipe: str, checkpoints: Any, offline: Any, tmp_path: Path) -> None:
-    ranks = OTHERS[recipe]
+@pytest.mark.parametrize(("recipe", "ranks"), [*OTHERS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
+def test_answers_are_those_of_the_offline_engine(
+    recipe: str, ranks: int, checkpoints: Any, offline: Any, tmp_path: Path
+) -> None:
     wanted = offline(ranks)[recipe]  # before there is a server, which takes a share of the cores even when nobody asks
     with serving(checkpoints[recipe], tmp_path, f"--tensor-parallel-size={ranks}", ranks=ranks) as server:
         check_answers(server, wanted)

@@ -70,7 +70,6 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
             (broken / MANIFEST).unlink()
         return Job(name, str(broken))
 
-    lora = {"enable_lora": True, "max_lora_rank": RANK}
     jobs = [
         damaged("bare", "qe-extract-w4a6", zero_the_experts),
         damaged("lost", "rtn-w4a8", lambda tensors: tensors.pop(one_of(tensors, "down_proj.weight_scale"))),
@@ -80,9 +79,7 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
         Job("uncached", str(checkpoints[CACHED]), {"enable_prefix_caching": False}),
         Job("cached", str(checkpoints[CACHED]), {"enable_prefix_caching": True, "block_size": 32}, times=2),
         Job("compiled", str(checkpoints[ROUTED]), {"enforce_eager": False, "compilation_config": ONE_GRAPH}),
-        Job("adapted", str(checkpoints[ADAPTED]), lora, str(folder / "adapter")),
     ]
-    put_adapter(folder / "adapter")
     return generate(jobs, prompts(), 1, folder)
 
 
@@ -173,7 +170,10 @@ def adapter() -> dict[str, Tensor]:
     return found
 
 
-def test_a_lora_adapter_does_what_it_does_in_floating_point(checkpoints: dict[str, Path], others: Answers) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_lora_adapter_does_what_it_does_in_floating_point(
+    ranks: int, checkpoints: dict[str, Path], folder: Path
+) -> None:
     """It reads the input of the layer and adds to its output: y + 2 B A x."""
     plain, twin = Twin(checkpoints[ADAPTED]), Twin(checkpoints[ADAPTED])
     matrices = adapter()
@@ -184,9 +184,12 @@ def test_a_lora_adapter_does_what_it_does_in_floating_point(checkpoints: dict[st
             return output + 2 * (inputs[0] @ down.T) @ up.T
 
         twin.model.get_submodule(name).register_forward_hook(add)
-    given = others["adapted"]
+    put_adapter(folder / f"adapter-{ranks}")
+    lora = {"enable_lora": True, "max_lora_rank": RANK}
+    job, asked = Job("adapted", str(checkpoints[ADAPTED]), lora, str(folder / f"adapter-{ranks}")), prompts()[:SOME]
+    given = generate([job], asked, ranks, folder)["adapted"]
     assert "error" not in given, given
-    same, off = twin.compare(prompts()[:SOME], given[:SOME])
+    same, off = twin.compare(asked, given)
     assert sum(same) >= EQUAL * SOME
-    assert off.mean() <= MEAN_LOGPROB[1]
-    assert sum(plain.compare(prompts()[:SOME], given[:SOME])[0]) < EQUAL * SOME  # it does something
+    assert off.mean() <= MEAN_LOGPROB[ranks]
+    assert sum(plain.compare(asked, given)[0]) < EQUAL * SOME  # it does something

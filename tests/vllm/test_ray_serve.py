@@ -32,6 +32,8 @@ RECIPE, REPLICAS, CLIENTS = "qe-w4a8", 2, 8
 LIMIT = 8
 """Requests of a replica, running and waiting. As many more wait for any of them."""
 START_SECONDS, END_SECONDS, BACK_SECONDS = 300, 90, 240
+KILLED = {"replica": "ServeReplica", "engine": "EngineCore"}
+"""By what its process is called."""
 STORY = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
 
 
@@ -206,21 +208,23 @@ def test_more_than_the_limits_allow_are_told_to_come_back(endpoint: Command) -> 
     assert len(replies) - len(refused) >= REPLICAS * LIMIT
 
 
-def test_of_two_replicas_one_is_killed_and_no_request_is_lost(endpoint: Command, offline: Any) -> None:
+@pytest.mark.parametrize("victim", ["replica", "engine"])
+def test_of_two_replicas_one_is_killed_and_no_request_is_lost(victim: str, endpoint: Command, offline: Any) -> None:
+    """A replica with its engine, or the engine alone, of which the replica then has to tell Ray."""
     questions, asked = prompts()[:QUESTIONS], Asked()
     known = replicas_that_answered(endpoint, lambda known: len(known) == REPLICAS)
     clients = ThreadPoolExecutor(1).submit(ask, endpoint, questions, asked)
     while len(asked.answers) < 20 and not clients.done():
         time.sleep(0.05)
     replica = next(p for p in endpoint.processes() if "ServeReplica" in "".join(p.cmdline()))
-    engine = replica.children(recursive=True)
-    replica.send_signal(signal.SIGKILL)
+    both = [replica, *replica.children(recursive=True)]
+    next(p for p in both if KILLED[victim] in "".join(p.cmdline())).send_signal(signal.SIGKILL)
     clients.result()
     assert len(asked.answers) == QUESTIONS
-    assert asked.errors, "the killed replica was answering nothing"
+    assert asked.errors, f"the killed {victim} was answering nothing"
     assert set(asked.errors) <= {500, 503}
     assert asked.equal(offline(1)[RECIPE]) >= EQUAL * QUESTIONS
-    assert not psutil.wait_procs(engine, timeout=10)[1]  # nor does its engine stay behind
+    assert not psutil.wait_procs(both, timeout=60)[1]  # nor does the other one stay behind
     replicas_that_answered(endpoint, lambda now: bool(now - known))  # another came in the place of the killed one
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -96,6 +97,7 @@ def _alone(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_ke
 
 def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
     logging.disable(logging.ERROR)  # Ray's and vLLM's own lines on how they do it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, as Ctrl-C: what has started is stopped
     try:
         from qe_cluster import launch
         from qe_cluster import serve as on_ray

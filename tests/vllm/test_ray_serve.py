@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,14 @@ class Command:
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def find(self, name: str) -> psutil.Process | None:
+        """A process that is called so, where there is one by now."""
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if name in "".join(process.cmdline()):
+                    return process
+        return None
 
     def metrics(self) -> list[str]:
         """As Prometheus reads them."""
@@ -212,13 +220,14 @@ def test_more_than_the_limits_allow_are_told_to_come_back(endpoint: Command) -> 
 def test_of_two_replicas_one_is_killed_and_no_request_is_lost(victim: str, endpoint: Command, offline: Any) -> None:
     """A replica with its engine, or the engine alone, of which the replica then has to tell Ray."""
     questions, asked = prompts()[:QUESTIONS], Asked()
-    known = replicas_that_answered(endpoint, lambda known: len(known) == REPLICAS)
+    known = replicas_that_answered(endpoint, lambda known: len(known) >= REPLICAS)
     clients = ThreadPoolExecutor(1).submit(ask, endpoint, questions, asked)
     while len(asked.answers) < 20 and not clients.done():
         time.sleep(0.05)
-    replica = next(p for p in endpoint.processes() if "ServeReplica" in "".join(p.cmdline()))
+    killed = endpoint.find(KILLED[victim])
+    replica = killed if victim == "replica" else killed.parent()
     both = [replica, *replica.children(recursive=True)]
-    next(p for p in both if KILLED[victim] in "".join(p.cmdline())).send_signal(signal.SIGKILL)
+    killed.kill()
     clients.result()
     assert len(asked.answers) == QUESTIONS
     assert asked.errors, f"the killed {victim} was answering nothing"
@@ -260,6 +269,18 @@ def test_when_told_to_stop_it_ends_what_runs_and_refuses_what_comes(endpoint: Co
     assert len(ended) == len(stories)
     assert endpoint.process.wait(END_SECONDS) == 0
     assert not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def test_told_to_stop_while_it_starts_it_leaves_nothing_behind(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with served(documented("qe-dist serve CHECKPOINT --replicas"), checkpoints[RECIPE], tmp_path) as command:
+        deadline = time.monotonic() + START_SECONDS
+        while command.find("EngineCore") is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        processes = command.processes()
+        command.process.terminate()
+        assert command.process.wait(END_SECONDS) == 130
+        assert not psutil.wait_procs(processes, timeout=20)[1]
 
 
 def test_vllm_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:

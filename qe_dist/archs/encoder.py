@@ -21,7 +21,10 @@ class ChatEncoder:
     """Expands one placeholder per image to as many tokens as the vision tower will give."""
 
     def __init__(self, folder: Path, image_token: int, end_token: int) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        # Before 5.18, what transformers itself calls so wants torchvision.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)

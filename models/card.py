@@ -6,6 +6,7 @@ A channel is an outlier where its largest |x| is more than OUTLIER times the med
 for a token where |x_c| exceeds OUTLIER times the token's median |x|.
 """
 
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,10 +52,10 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     """Means over the blocks, by input group."""
     run = RunConfig(model, load_recipe("rtn-w4a8"), HERE / "data" / "calibration.jsonl", output)
     ready = prepare_run(run)
-    embedder, stage = Embedder(run, ready.model.arch), Stage((run,), ready.model.arch)
-    stage.load(StagePlan(0, ready.model.blocks))
-    for i, samples in enumerate(ready.samples):
-        stage.forward(embedder.embed(i, samples))
+    with closing(Embedder(run, ready.model.arch)) as embedder, closing(Stage((run,), ready.model.arch)) as stage:
+        stage.load(StagePlan(0, ready.model.blocks))
+        for i, samples in enumerate(ready.samples):
+            stage.forward(embedder.embed(i, samples))
     result = {}
     for group in stage.blocks[0].stats:
         rows = [channel_statistics(block.stats[group]) for block in stage.blocks.values()]

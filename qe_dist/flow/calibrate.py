@@ -64,3 +64,7 @@ class Embedder:
     def flush(self) -> None:
         """Returns when what was embedded is on disk."""
         self.spool.flush()
+
+    def close(self) -> None:
+        """Nothing is written after this; what was not flushed may be missing."""
+        self.spool.close()

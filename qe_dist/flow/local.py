@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -37,26 +37,26 @@ def quantize(*runs: RunConfig) -> None:
     """
     seats = local_seats(runs[0])
     ready = prepare_run(*runs, seats=seats)
-    with opened(ready) as (ready, hold):
+    with opened(ready) as (ready, hold), closing(Embedder(ready.run, ready.model.arch)) as embedder:
         start(ready)
-        embedder = Embedder(ready.run, ready.model.arch)
         while (first := ready.next_block()) is not None:
             wave = plan_wave(ready.task, seats, first)
-            stages = [Stage(ready.runs, ready.model.arch) for _ in wave]
-            for stage, part in zip(stages, wave, strict=True):
-                stage.load(part)
-            for i, samples in enumerate(ready.samples):
-                batch = ready.entering(first, i) or embedder.embed(i, samples)
-                for stage in stages[:-1]:
-                    batch = stage.forward(batch)
-                stages[-1].finish(batch, ready.block_after(wave))
-            embedder.flush()
-            stages[-1].flush()
-            for stage, part in zip(stages, wave, strict=True):
-                for block in part.blocks:
-                    hold.check()
-                    stage.fit(block.index)
-                    hold.sync()
+            with ExitStack() as crew:
+                stages = [crew.enter_context(closing(Stage(ready.runs, ready.model.arch))) for _ in wave]
+                for stage, part in zip(stages, wave, strict=True):
+                    stage.load(part)
+                for i, samples in enumerate(ready.samples):
+                    batch = ready.entering(first, i) or embedder.embed(i, samples)
+                    for stage in stages[:-1]:
+                        batch = stage.forward(batch)
+                    stages[-1].finish(batch, ready.block_after(wave))
+                embedder.flush()
+                stages[-1].flush()
+                for stage, part in zip(stages, wave, strict=True):
+                    for block in part.blocks:
+                        hold.check()
+                        stage.fit(block.index)
+                        hold.sync()
             ready.store.drop_batches_before(first)
         finish(ready, hold)
 

@@ -95,6 +95,10 @@ class Stage:
         """Returns when what was spooled is on disk."""
         self.spool.flush()
 
+    def close(self) -> None:
+        """Nothing is written after this; what was not flushed may be missing."""
+        self.spool.close()
+
     # -- fits: each group where there is time for it, each block published by its owner
 
     def jobs(self) -> list[FitJob]:

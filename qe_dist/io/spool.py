@@ -1,6 +1,6 @@
 """The activations between two waves: written behind and read ahead, so that nobody waits for the disk."""
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qe_dist.core.batch import Batch
@@ -18,7 +18,10 @@ class Spooled:
 
 
 class Spool:
-    """One thread each way. A write that failed is raised by the next `put` or `flush`."""
+    """One thread each way. A write that failed is raised by the next `put` or `flush`.
+
+    To be closed: who continues a run that failed must not meet a thread of it that still writes.
+    """
 
     def __init__(self, store: RunDir) -> None:
         self.store = store
@@ -38,13 +41,14 @@ class Spool:
         self._wait(0)
 
     def _wait(self, left: int) -> None:
-        """For all writes but so many; after one that failed for all, so that nothing is half done when it is told."""
-        try:
-            while len(self.written) > left:
-                self.written.pop(0).result()
-        except BaseException:
-            wait(self.written)
-            raise
+        """For all writes but so many."""
+        while len(self.written) > left:
+            self.written.pop(0).result()
+
+    def close(self) -> None:
+        """Ends both threads: what has begun is done, what has not is forgotten."""
+        for way in (self.writer, self.reader):
+            way.shutdown(cancel_futures=True)
 
     def get(self, where: Spooled) -> Batch:
         """A batch; the next one is being read when this returns."""

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from qe_dist import archs
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
+from qe_dist.flow.stage import Stage
 from qe_dist.io.run_dir import RunDir
 from qe_dist.methods.recipes import load_recipe
 from tests.tiny import calibration, tiny_model
@@ -110,16 +111,6 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def wait_until_nothing_is_left_in(folder):
-    """A batch that another thread was writing behind goes its way. Once in some thirty runs of all tests it had not
-    after 10 s, and nobody knows why: hence the patience, and the stacks."""
-    deadline = time.monotonic() + 60
-    while leftovers(folder) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    stacks = ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
-    assert leftovers(folder) == [], "\n\n".join(stacks)
-
-
 def leftovers(folder):
     return [p for p in folder.rglob("*") if p.name.startswith(".") and p.name != ".run"]
 
@@ -135,13 +126,33 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(whole, tmp_
         with pytest.raises(CheckpointError, match=rf"{disk}.* could not be written: No space left on device.*free"):
             quantize(run)
         assert not RunDir(run.output).is_complete
-        wait_until_nothing_is_left_in(disk)
+        assert leftovers(disk) == []
         done = finished(run)
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         fitted.clear()
         quantize(run)
         assert sorted(done + fitted) == list(range(BLOCKS))
         assert files(run.output) == files(whole.output)
+
+
+def test_when_a_call_has_failed_nothing_of_it_writes_any_more(whole, tmp_path, monkeypatch):
+    begun, ended, put_batch = threading.Event(), threading.Event(), RunDir.put_batch
+
+    def slow(*args):
+        begun.set()
+        time.sleep(0.2)
+        put_batch(*args)
+        ended.set()
+
+    def fails(*_):
+        begun.wait()
+        raise LookupError
+
+    monkeypatch.setattr(RunDir, "put_batch", slow)
+    monkeypatch.setattr(Stage, "forward", fails)
+    with pytest.raises(LookupError):
+        quantize(replace(whole, output=tmp_path / "out"))
+    assert ended.is_set()
 
 
 def test_a_disk_that_becomes_read_only_is_named_and_the_run_goes_on_when_it_is_not(half, whole, tmp_path, fitted):

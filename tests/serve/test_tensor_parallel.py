@@ -1,8 +1,5 @@
 """A checkpoint that transformers cuts over two processes gives what it gives in one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from qe_dist.io.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
 from tests.serve.ranks import Answers, ask
+from tests.serve.torchrun import torchrun
 from tests.tiny import DATA, MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -45,17 +43,7 @@ def cut(
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(questions, folder / "questions")
     words = [folder / "questions", folder / "answers", *checkpoints.values()]
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*run, "tests.serve.ranks", *map(str, words)],
-        cwd=ROOT,
-        env=one_thread,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun("-m", "tests.serve.ranks", *words, cwd=ROOT)
     found = {name: torch.load(folder / "answers")[str(path)] for name, path in checkpoints.items()}
     return {name: said if isinstance(said, str) else Answers(**said) for name, said in found.items()}
 

@@ -61,11 +61,12 @@ class Watched:
 def watch(command: Sequence[str], log: Path, interval: float = 0.2) -> Watched:
     """Runs the command to its end, its output into `log`; a sample each `interval` seconds."""
     mark, watched, start = uuid.uuid4().hex, Watched(), time.monotonic()
-    known = dict.fromkeys(psutil.process_iter(), False)
+    known: dict[psutil.Process, bool | None] = dict.fromkeys(psutil.process_iter(), False)
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            known = {p: known[p] if p in known else _is_marked(p, mark) for p in psutil.process_iter()}
+            seen = {p: known.get(p) for p in psutil.process_iter()}
+            known = {p: _is_marked(p, mark) if ours is None else ours for p, ours in seen.items()}
             mib = _mib_by_kind(p for p, ours in known.items() if ours)
             watched.samples.append(Sample(time.monotonic() - start, mib))
             time.sleep(interval)
@@ -73,11 +74,13 @@ def watch(command: Sequence[str], log: Path, interval: float = 0.2) -> Watched:
     return watched
 
 
-def _is_marked(process: psutil.Process, mark: str) -> bool:
+def _is_marked(process: psutil.Process, mark: str) -> bool | None:
+    """None where it cannot be known yet: while a program takes the place of another, it has no environment."""
     try:
-        return process.environ().get(MARK) == mark
+        environment = process.environ()
     except psutil.Error:
         return False
+    return environment.get(MARK) == mark if environment else None
 
 
 def _mib_by_kind(processes: Iterable[psutil.Process]) -> dict[str, float]:

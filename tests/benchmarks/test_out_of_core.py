@@ -4,6 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -28,6 +29,19 @@ def test_the_memory_of_every_process_of_a_command_is_counted(script, tmp_path, c
     watched = script("memory").watch([sys.executable, "-c", code], tmp_path / "log", interval=0.05)
     assert watched.code == 0, (tmp_path / "log").read_text()
     assert 100 * arrays < watched.peak.total < 100 * arrays + 60
+
+
+def test_a_process_that_has_no_environment_yet_is_asked_again(script, tmp_path, monkeypatch):
+    environ, asked = psutil.Process.environ, set()
+
+    def from_the_second_time_on(process):
+        first = process.pid not in asked
+        asked.add(process.pid)
+        return {} if first else environ(process)
+
+    monkeypatch.setattr(psutil.Process, "environ", from_the_second_time_on)
+    watched = script("memory").watch([sys.executable, "-c", HOLD], tmp_path / "log", interval=0.05)
+    assert 100 < watched.peak.total < 160
 
 
 def test_the_exit_code_and_the_output_are_kept(script, tmp_path):

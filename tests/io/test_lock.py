@@ -104,7 +104,7 @@ def test_a_silent_owner_elsewhere_is_replaced_after_so_many_beats(folder):
 
 def test_an_owner_elsewhere_that_shows_life_is_named_not_replaced(folder):
     owner = leave(folder, machine="elsewhere", host="node7", pid=1)
-    alive = threading.Timer(BEAT * 2, leave, [folder], {"machine": "elsewhere", "host": "node7", "pid": 1, "beat": 1})
+    alive = threading.Timer(0.5, leave, [folder], {"machine": "elsewhere", "host": "node7", "pid": 1, "beat": 1})
     alive.start()
     with pytest.raises(ConfigError, match=f"process 1 on node7 since {owner.since[:10]}"), RunLock(folder, 0.2, 20):
         pass

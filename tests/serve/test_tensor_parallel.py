@@ -12,8 +12,8 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.io.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
+from tests.serve.python import python
 from tests.serve.ranks import Answers, ask
-from tests.serve.torchrun import torchrun
 from tests.tiny import DATA, MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def cut(
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(questions, folder / "questions")
     words = [folder / "questions", folder / "answers", *checkpoints.values()]
-    torchrun("-m", "tests.serve.ranks", *words, cwd=ROOT)
+    python("-m", "tests.serve.ranks", *words, ranks=2, cwd=ROOT)
     found = {name: torch.load(folder / "answers")[str(path)] for name, path in checkpoints.items()}
     return {name: said if isinstance(said, str) else Answers(**said) for name, said in found.items()}
 

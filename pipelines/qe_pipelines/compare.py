@@ -237,11 +237,14 @@ def _console() -> Console:
 
 def _print_members() -> None:
     from qe_dist import methods
-    from qe_dist.methods.recipes import METHODS, SCHEMES
+    from qe_dist.methods.recipes import METHODS, SCHEMES, arithmetics
 
     table = Table("part", "names", title="what recipes are made of")
     table.add_row("whole recipes", ", ".join(METHODS))
     for axis in methods.FOLDERS:
         table.add_row(axis, ", ".join(methods.names(axis)))
     table.add_row("number formats", ", ".join(SCHEMES))
-    _console().print(table)
+    executed = Table("whole recipes", *SCHEMES, title="what their products execute")
+    for row, recipes in arithmetics().items():
+        executed.add_row(", ".join(recipes), *row)
+    _console().print(table, executed)

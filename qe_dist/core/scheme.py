@@ -2,8 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from qe_dist.core.errors import ConfigError
+
+Arithmetic = Literal["a16", "int8"]
+"""What the product of a quantized linear executes on a GPU: `a16`, weights and activations in 16 bits on the 16-bit
+tensor cores; `int8`, both as integers on the int8 ones. Nothing here executes fp8."""
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
 
 _PATTERN = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)(?:k(?P<k>\d+))?(?:g(?P<g>\d+))?")
 
@@ -33,6 +39,12 @@ class Scheme:
             raise ConfigError(f"kept channels per token must be at least 1, found {self.kept}")
         if self.kept is not None and self.act_bits is None:
             raise ConfigError(f"activations of 16 bits have no grid to keep channels from; leave out k{self.kept}")
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """`int8` where every value of the product's activations is a point of an integer grid. Unrounded values among
+        them, such as dynamic outlier channels, share an operand with the rounded ones and make the product `a16`."""
+        return "int8" if self.act_bits is not None and self.kept is None else "a16"
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from qe_dist.core.quantized import (
     input_tensors,
     repair_tensors,
 )
+from qe_dist.core.scheme import ARITHMETICS
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
 from qe_dist.io.integrity import settings_digest
@@ -145,6 +146,7 @@ def assemble(
         "files": files,
         "tensors": tensors,
         **_padding(source),
+        "arithmetic": arithmetic_of(reports),
         **cost_per_weight(source.model if isinstance(source, PaddedSource) else spec, reports),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
         "blocks": [
@@ -173,6 +175,13 @@ def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str,
     }
 
 
+def arithmetic_of(reports: Iterable[Mapping[str, Any]]) -> str:
+    """What the products of all blocks execute: `int8` or `a16`; `a16 and int8` where blocks differ, whose groups in the
+    manifest say which."""
+    found = {group["arithmetic"] for report in reports for group in report["groups"].values()}
+    return " and ".join(name for name in ARITHMETICS if name in found)
+
+
 def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
     """What config.json says: equal block layouts are written once."""
     distinct: list[dict[str, Any]] = []
@@ -195,7 +204,11 @@ def report_dict(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: 
     reports = {name: group.report for name, group in groups.items()}
     return {
         "index": spec.index,
-        "groups": {n: {k: v for k, v in asdict(r).items() if k != "seconds"} for n, r in reports.items() if r},
+        "groups": {
+            n: {"arithmetic": groups[n].scheme.arithmetic, **{k: v for k, v in asdict(r).items() if k != "seconds"}}
+            for n, r in reports.items()
+            if r
+        },
         "fallbacks": {f"{spec.prefix}{n}": list(r.fallbacks) for n, r in reports.items() if r and r.fallbacks},
         "layout": layout(spec, groups, tensors),
         "fit_seconds": sum(r.seconds for r in reports.values() if r),

@@ -18,7 +18,7 @@ from typing import Any
 
 from qe_dist import methods
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.scheme import Arithmetic, Scheme
 from qe_dist.methods.base import Budget, Compensation, Transform
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.cross_modal import CrossModal
@@ -74,6 +74,15 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
 """By the name that the field uses: weights alone are rounded in groups of 128."""
 RECIPES: dict[str, Recipe] = {f"{m}-{s}": make(scheme) for m, make in METHODS.items() for s, scheme in SCHEMES.items()}
+
+
+def arithmetics() -> dict[tuple[Arithmetic, ...], list[str]]:
+    """What the product of every whole recipe executes: an arithmetic for each of SCHEMES -> the recipes of METHODS."""
+    found: dict[tuple[Arithmetic, ...], list[str]] = {}
+    for method in METHODS:
+        executed = tuple(RECIPES[f"{method}-{scheme}"].scheme.arithmetic for scheme in SCHEMES)
+        found.setdefault(executed, []).append(method)
+    return found
 
 
 def load_recipe(name_or_path: str) -> Recipe:

@@ -40,7 +40,7 @@ class Input:
             x.contiguous(),
             bits=self.scheme.act_bits,
             kept=self.kept,
-            int8=on_int8(self.scheme),
+            int8=self.scheme.arithmetic == "int8",
             input_scale=part.input_scale,
             modality=modality,
             shared_channels=part.shared_channels,
@@ -59,8 +59,8 @@ class Linear:
         """`words` are used up: their memory holds the weights in the layout of the device."""
         self.repair = repair
         self.weight = pack_weight(
-            words, scheme.weight_bits, scale, columns, order_for(words.device), on_int8(scheme), scheme.group_size,
-            in_place=True,
+            words, scheme.weight_bits, scale, columns, order_for(words.device), scheme.arithmetic == "int8",
+            scheme.group_size, in_place=True,
         )  # fmt: skip
 
     def words(self) -> Tensor:
@@ -85,11 +85,6 @@ class Linear:
 
 def kept_channels(scheme: Scheme, columns: int) -> int:
     return 0 if scheme.kept is None else capped(columns, scheme.kept)
-
-
-def on_int8(scheme: Scheme) -> bool:
-    """Whether tokens are integers for the tensor cores: kept channels are not."""
-    return scheme.act_bits is not None and scheme.kept is None
 
 
 def _factor(stored: Factor | Tensor | None) -> tuple[Tensor, Tensor | None] | None:

@@ -33,6 +33,14 @@ def test_text_and_scheme_are_inverse(weight_bits: int, group_size: int | None, k
         assert Scheme.parse(str(scheme)) == scheme
 
 
+@pytest.mark.parametrize(
+    ("text", "arithmetic"),
+    [("w4a8", "int8"), ("w8a3g64", "int8"), ("w4a16", "a16"), ("w3a16g128", "a16"), ("w4a8k1", "a16")],
+)
+def test_only_tokens_that_are_integers_alone_are_multiplied_as_such(text: str, arithmetic: str) -> None:
+    assert Scheme.parse(text).arithmetic == arithmetic
+
+
 @pytest.mark.parametrize("text", ["", "4", "w4", "a8", "W4A8", "w4a8g", "w4a8g128x", " w4a8", "w-4a8", "w4.5a8"])
 def test_refuses_what_is_not_of_the_form(text: str) -> None:
     with pytest.raises(ConfigError, match="not of the form"):

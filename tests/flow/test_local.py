@@ -138,6 +138,7 @@ def test_manifest_names_every_file_by_its_hash_and_counts_all_bytes(run):
     for name, digest in manifest["files"].items():
         assert sha256(run.output / name) == digest
     assert manifest["fallbacks"] == {}
+    assert manifest["arithmetic"] == run.recipe.scheme.arithmetic
     assert manifest["bits_per_weight"] > 4
     assert not (run.output / ".run" / "activations").exists()
 
@@ -254,6 +255,9 @@ def test_from_a_block_on_another_recipe_may_hold(run, tmp_path):
     assert after["block-00001.safetensors"] == other["block-00001.safetensors"]
     manifest = read_manifest(run.output)
     assert [block["recipe_from"] for block in manifest["blocks"]] == [0, 1]
+    assert manifest["arithmetic"] == "a16 and int8"
+    executed = [{group["arithmetic"] for group in block["groups"].values()} for block in manifest["blocks"]]
+    assert executed == [{"int8"}, {"a16"}]
     assert manifest["run"]["earlier"] == [[0, old.describe()]]
     arch, examples = encoded(run.model)
     full = predictions(load(run.model), arch, examples)

@@ -14,7 +14,7 @@ from qe_pipelines.compare import HEADER, Entry, cells, front, scheme_of, table_o
 
 from qe_dist import methods
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.methods.recipes import METHODS, SCHEMES
+from qe_dist.methods.recipes import METHODS, SCHEMES, load_recipe
 from tests.tiny import calibration, tiny_model
 
 MINE = """
@@ -221,6 +221,11 @@ def test_list_prints_every_member_whole(capsys: pytest.CaptureFixture[str]) -> N
     rows = {line[1].strip(): set(line[2].strip().split(", ")) for line in cut if len(line) == 4}
     wanted = {axis: set(methods.names(axis)) for axis in methods.FOLDERS}
     assert rows == {"whole recipes": set(METHODS), **wanted, "number formats": set(SCHEMES)}
+    executed = [[cell.strip() for cell in line[1:-1]] for line in cut if len(line) == 3 + len(SCHEMES)]
+    told = {name: dict(zip(SCHEMES, row, strict=True)) for names, *row in executed for name in names.split(", ")}
+    assert told == {
+        name: {s: load_recipe(f"{name}-{s}").scheme.arithmetic for s in SCHEMES} for name in METHODS
+    }  # fmt: skip
 
 
 # -- who wins

@@ -48,7 +48,6 @@ class Summary:
     seconds: float
     stages: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
-    bits_per_weight: float = 0.0
     fallbacks: dict[str, list[str]] = field(default_factory=dict)
     continued: int = 0
     """Blocks that an earlier call had finished."""
@@ -61,7 +60,7 @@ def quantize(
     stop: threading.Event | None = None,
     patience: float = 60.0,
 ) -> Summary:
-    """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how. The summary's sizes and
+    """Quantizes on a Ray cluster; see `flow.local.quantize` for what, this file for how. The summary's
     fall-backs are those of the first run.
 
     stop: when it is set, the batches and blocks in flight are finished and `Stopped` is raised.
@@ -79,8 +78,7 @@ def quantize(
                     _Call(ready, told, stop or threading.Event(), hold, patience, summary).run()
             passed_on.result()
         finish(ready, hold)
-        manifest = read_manifest(runs[0].output)
-        summary.bits_per_weight, summary.fallbacks = manifest["bits_per_weight"], manifest["fallbacks"]
+        summary.fallbacks = read_manifest(runs[0].output)["fallbacks"]
         summary.seconds = time.perf_counter() - begin
         listen("done", {"seconds": summary.seconds})
     return summary

@@ -58,7 +58,7 @@ def check_quantize(
     x: Tensor,
     *,
     bits: int | None,
-    kept: int,
+    outliers: int,
     int8: bool,
     norm_weight: Tensor | None,
     gated: bool,
@@ -78,12 +78,12 @@ def check_quantize(
         raise ValueError(f"x: expected 1 to {MAX_WIDTH} channels, found {width}")
     if bits is not None and not 2 <= bits <= 8:
         raise ValueError(f"bits: expected 2 to 8, or None for no grid, found {bits}")
-    if bits is None and (kept or int8):
-        raise ValueError("bits: expected a grid for kept channels or int8 codes, found None")
-    if not 0 <= kept < width:
-        raise ValueError(f"kept: expected 0 to {width - 1} of {width} channels, found {kept}")
-    if kept and int8:
-        raise ValueError("kept: expected 0 with int8 codes, which hold no unrounded channels; use int8=False")
+    if bits is None and (outliers or int8):
+        raise ValueError("bits: expected a grid for dynamic outlier channels or int8 codes, found None")
+    if not 0 <= outliers < width:
+        raise ValueError(f"outliers: expected 0 to {width - 1} of {width} channels, found {outliers}")
+    if outliers and int8:
+        raise ValueError("outliers: expected 0 with int8 codes, which hold no unrounded channels; use int8=False")
     if norm_weight is not None:
         expect("norm_weight", norm_weight, SCALES, (width,), x.device)
     if input_scale is not None:

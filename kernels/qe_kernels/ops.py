@@ -33,7 +33,7 @@ def quantize(
     x: Tensor,
     *,
     bits: int | None,
-    kept: int = 0,
+    outliers: int = 0,
     int8: bool,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
@@ -48,10 +48,10 @@ def quantize(
     with_x: bool = True,
 ) -> Activations:
     """See `qe_kernels.quantize.quantize`. Raises ValueError, naming the tensor, if one does not fit."""
-    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
     made = iter(
         _quantize(
-            x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels,
+            x, bits, outliers, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels,
             expert, extracted, salient_channels, with_x,
         )
     )  # fmt: skip
@@ -127,7 +127,7 @@ def linear(
 def _quantize(
     x: Tensor,
     bits: int | None,
-    kept: int,
+    outliers: int,
     int8: bool,
     norm_weight: Tensor | None,
     eps: float,
@@ -146,7 +146,7 @@ def _quantize(
         "shared_channels": shared_channels, "expert_channels": expert_channels, "expert": expert,
         "extracted": extracted, "salient_channels": salient_channels,
     }  # fmt: skip
-    how = {"bits": bits, "kept": kept, "int8": int8, "gated": gated}
+    how = {"bits": bits, "outliers": outliers, "int8": int8, "gated": gated}
     checks.check_quantize(x, **how, **given)
     if device_of(x.device) is None:
         made = quantize_reference(x, **how, **given, eps=eps, with_x=with_x)
@@ -154,7 +154,7 @@ def _quantize(
         checks.expect_aligned({"x": x, **given})
         with _on(x.device):
             made = quantize_kernel(x, **how, **given, eps=eps, with_x=with_x)
-    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
     prepared = made.base if made.x is None else made.x
     first = ((prepared, new.x), (made.base, new.base), (made.token_scale, new.token_scale))
     gathered = (made.shared_z, made.expert_z, made.salient_z)
@@ -162,15 +162,15 @@ def _quantize(
 
 
 @_quantize.register_fake
-def _(x, bits, kept, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels, expert,
+def _(x, bits, outliers, int8, norm_weight, eps, gated, input_scale, modality, shared_channels, expert_channels, expert,
       extracted, salient_channels, with_x):  # fmt: skip
     checks.check_quantize(
-        x, bits=bits, kept=kept, int8=int8, gated=gated, norm_weight=norm_weight, input_scale=input_scale,
+        x, bits=bits, outliers=outliers, int8=int8, gated=gated, norm_weight=norm_weight, input_scale=input_scale,
         modality=modality, shared_channels=shared_channels, expert_channels=expert_channels, expert=expert,
         extracted=extracted, salient_channels=salient_channels,
     )  # fmt: skip
     tokens, columns = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
     made = [x.new_empty(tokens, columns)] if new.x else []
     if new.base:
         made.append(x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype))

@@ -41,8 +41,8 @@ class Activations:
     x: Tensor | None
     """x~ [M, K] in x's dtype, x itself if nothing changes it; None if not asked for."""
     base: Tensor
-    """Qa(x~), extracted channels zero, over `token_scale`: codes [M, K] in int8 or as integers in x's dtype. With kept
-    channels Qa(x~) itself in x's dtype: the kept ones as they are, the others rounded to it. x~ where bits is None."""
+    """Qa(x~), extracted channels zero, over `token_scale`: codes [M, K] in int8 or as integers in x's dtype. With
+    dynamic outlier channels Qa(x~) itself in x's dtype: these as they are, the others rounded. x~ if bits is None."""
     token_scale: Tensor | None
     """fp32 [M]; None: 1."""
     shared_z: Tensor | None
@@ -63,7 +63,7 @@ class New(NamedTuple):
 
 def new_tensors(
     bits: int | None,
-    kept: int,
+    outliers: int,
     norm_weight: Tensor | None,
     gated: bool,
     input_scale: Tensor | None,
@@ -73,7 +73,7 @@ def new_tensors(
     """Of the arguments of `quantize`."""
     changed = gated or norm_weight is not None or input_scale is not None
     base = bits is not None or extracted is not None
-    return New(changed and (with_x or not base), base, bits is not None and not kept)
+    return New(changed and (with_x or not base), base, bits is not None and not outliers)
 
 
 def extracted_columns(columns: int, shared_channels: Tensor | None, expert_channels: Tensor | None) -> Tensor:
@@ -94,7 +94,7 @@ def quantize(
     x: Tensor,
     *,
     bits: int | None,
-    kept: int = 0,
+    outliers: int = 0,
     int8: bool,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
@@ -111,7 +111,8 @@ def quantize(
     """Prepare x [M, K] of bf16 or fp16, rows contiguous, or [M, 2K] = [gate | up] if `gated`; K <= 32768.
 
     bits: of the grid -q .. q, q = 2^(bits-1) - 1, that reaches each token's largest magnitude; None: no rounding.
-    kept: largest channels of each token that are not rounded and do not stretch the grid; not with int8.
+    outliers: dynamic outlier channels, the largest of each token: not rounded, and no stretch of the grid; not with
+    int8, for they are unrounded values in `base`.
     int8: whether the codes are int8 or integers in x's dtype.
     norm_weight [K], eps: RMSNorm in fp32; its result is rounded to x's dtype before and after the weight, as models do.
     input_scale [1, K], or [modalities, K] with modality [M], the row of each token.
@@ -125,7 +126,7 @@ def quantize(
     by_modality = input_scale is not None and len(input_scale) > 1
     extracts = shared_channels is not None or expert_channels is not None
     extracted = extracted if extracts else None
-    new = new_tensors(bits, kept, norm_weight, gated, input_scale, extracted, with_x)
+    new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
     prepared = x.new_empty(tokens, columns) if new.x else None
     base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if new.base else None
     token_scale = x.new_empty(tokens, dtype=torch.float32) if new.token_scale else None
@@ -138,7 +139,7 @@ def quantize(
             x, x.stride(0), columns, prepared, base, token_scale,
             norm_weight, eps, input_scale, modality if by_modality else None,
             extracted, expert if expert_channels is not None else None, *lists, *z,
-            *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, kept, block, num_warps=warps(block),
+            *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, outliers, block, num_warps=warps(block),
         )  # fmt: skip
     prepared = prepared if new.x else x
     return Activations(prepared if with_x else None, base if new.base else prepared, token_scale, *z)
@@ -155,7 +156,7 @@ def _quantize(
     norm_weight, eps, input_scale, modality,
     extracted, expert, shared_channels, expert_channels, salient_channels, shared_z, expert_z, salient_z,
     SHARED: tl.constexpr, EXPERT: tl.constexpr, SALIENT: tl.constexpr,
-    GATED: tl.constexpr, TOP: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, TOP: tl.constexpr, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token. Pointers may be None; SHARED, EXPERT, SALIENT: lengths of the lists of channels; TOP: the largest
     code, 0 without rounding; BLOCK: power of two, at least `columns`."""
@@ -199,10 +200,10 @@ def _quantize(
             tl.store(base + column, value, within)
         else:
             magnitude = value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-            if KEPT == 0:
+            if OUTLIERS == 0:
                 reach = _as_float(tl.max(magnitude, 0), DTYPE)
             else:
-                reach = _as_float(_largest_rounded(magnitude, columns, KEPT, BLOCK), DTYPE)
+                reach = _as_float(_largest_rounded(magnitude, columns, OUTLIERS, BLOCK), DTYPE)
             scale = tl.div_rn(reach, TOP * 1.0)
             scale = tl.where(scale < _TINY, _TINY, scale)  # NaN stays
             if token_scale is not None:
@@ -215,9 +216,9 @@ def _quantize(
                     part = _prepare(x, half, there, columns, rstd, norm_weight, input_scale, GATED)
                     if extracted is not None:
                         part = _without(part, extracted, half, there)
-                    tl.store(base + half, _round(part, scale, reach, KEPT, base.dtype.element_ty), there)
+                    tl.store(base + half, _round(part, scale, reach, OUTLIERS, base.dtype.element_ty), there)
             else:
-                tl.store(base + column, _round(value, scale, reach, KEPT, base.dtype.element_ty), within)
+                tl.store(base + column, _round(value, scale, reach, OUTLIERS, base.dtype.element_ty), within)
 
 
 @triton.jit
@@ -267,13 +268,13 @@ def _gather(
 
 
 @triton.jit
-def _round(value, scale, reach, KEPT: tl.constexpr, CODES: tl.constexpr):
-    """Codes; where channels are kept, points of the grid, and the values beyond its reach as they are."""
+def _round(value, scale, reach, OUTLIERS: tl.constexpr, CODES: tl.constexpr):
+    """Codes; with dynamic outlier channels points of the grid, and the values beyond its reach as they are."""
     wide = value.to(tl.float32)
     shifted = _divide(wide, scale) + _ROUNDER
     if CODES.is_int8():
         made = shifted.to(tl.int32, bitcast=True).to(CODES)
-    elif KEPT == 0:
+    elif OUTLIERS == 0:
         made = (shifted - _ROUNDER).to(CODES)
     else:
         made = tl.where(tl.abs(wide) <= reach, ((shifted - _ROUNDER) * scale).to(CODES), value)
@@ -302,20 +303,20 @@ def _as_float(magnitude, DTYPE: tl.constexpr):
 
 
 @triton.constexpr_function
-def _parts(kept: int, block: int) -> int:
+def _parts(outliers: int, block: int) -> int:
     """More than half of a block is columns, so more than half of the parts hold one."""
-    return min(2 * triton.next_power_of_2(kept + 1), block)
+    return min(2 * triton.next_power_of_2(outliers + 1), block)
 
 
 @triton.jit
-def _largest_rounded(magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr):
-    """The (KEPT + 1)-th largest magnitude, as bits: by bisection, for bits of positive floats are in their order.
+def _largest_rounded(magnitude, columns, OUTLIERS: tl.constexpr, BLOCK: tl.constexpr):
+    """The (OUTLIERS + 1)-th largest magnitude, as bits: by bisection, for bits of positive floats are in their order.
 
-    The row is cut into parts, more than KEPT of them not padding alone. Each of these has a value that reaches the
+    The row is cut into parts, more than OUTLIERS of them not padding alone. Each of these has a value that reaches the
     smallest of their maxima, which is close enough to begin with: half the steps of a start at zero. Ties need no
     care: those of the largest rounded value are points of the grid.
     """
-    PARTS: tl.constexpr = _parts(KEPT, BLOCK)
+    PARTS: tl.constexpr = _parts(OUTLIERS, BLOCK)
     SIZE: tl.constexpr = BLOCK // PARTS
     largest = tl.max(tl.reshape(magnitude, [PARTS, SIZE]), 1)
     low = tl.min(tl.where(tl.arange(0, PARTS) * SIZE < columns, largest, 0x7FFF), 0)
@@ -327,8 +328,8 @@ def _largest_rounded(magnitude, columns, KEPT: tl.constexpr, BLOCK: tl.constexpr
         middle = (low + high) >> 1
         counts = tl.sum(((pairs - middle.to(tl.uint32) * 0x10001) >> 15) & 0x10001, 0)
         reaching = (counts & 0xFFFF) + (counts >> 16)
-        low = tl.where(reaching > KEPT, middle, low)
-        high = tl.where(reaching > KEPT, high, middle)
+        low = tl.where(reaching > OUTLIERS, middle, low)
+        high = tl.where(reaching > OUTLIERS, high, middle)
     return low
 
 
@@ -336,7 +337,7 @@ def quantize_reference(
     x: Tensor,
     *,
     bits: int | None,
-    kept: int = 0,
+    outliers: int = 0,
     int8: bool,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
@@ -363,7 +364,7 @@ def quantize_reference(
     if shared_channels is not None or expert_channels is not None:
         base = prepared.masked_fill(extracted[row].bool(), 0.0)
     if bits is not None:
-        base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, kept, int8)
+        base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, outliers, int8)
     return Activations(prepared if with_x else None, base, token_scale, shared_z, expert_z, salient_z)
 
 
@@ -384,12 +385,12 @@ def _prepared_reference(
     return x
 
 
-def _rounded_reference(x: Tensor, top: int, kept: int, int8: bool) -> tuple[Tensor, Tensor | None]:
+def _rounded_reference(x: Tensor, top: int, outliers: int, int8: bool) -> tuple[Tensor, Tensor | None]:
     """Activations.base and token_scale."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
-    reach = value.abs().topk(kept + 1, dim=1).values[:, -1:]
+    reach = value.abs().topk(outliers + 1, dim=1).values[:, -1:]
     scale = (reach / top).clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.round(value / scale)
-    if kept:
+    if outliers:
         return torch.where(value.abs() <= reach, codes * scale, value).to(x.dtype), None
     return codes.to(torch.int8 if int8 else x.dtype), scale[:, 0]

@@ -19,9 +19,9 @@ def export(
     """Write CHECKPOINT for stock engines: vLLM and transformers without qe-dist.
 
     OUTPUT is a compressed-tensors checkpoint (pack-quantized W4A16 or W8A16, with 8-bit activations where the recipe
-    rounds whole tokens to 8 bits). What does not exist there is lost, and said: routed experts, channels kept or
-    extracted from the activation grid, activations of fewer bits. With --peft the repair of a recipe without routed
-    experts (qe, qera, lqer, aser, serq) goes along as a LoRA, in OUTPUT/adapter.
+    rounds whole tokens to 8 bits). What does not exist there is lost, and said: routed experts, channels that leave the
+    activation grid (dynamic outlier channels, extracted ones), activations of fewer bits. With --peft the repair of a
+    recipe without routed experts (qe, qera, lqer, aser, serq) goes along as a LoRA, in OUTPUT/adapter.
     """
     set_up_logging(None)
     from qe_dist.core.errors import ConfigError

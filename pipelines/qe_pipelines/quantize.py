@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,13 +104,14 @@ def num_bytes(option: str, text: str | None) -> int | None:
 def summary_lines(summary, output: Path) -> list[str]:
     """The last lines of a run."""
     from qe_dist.flow.serving import served_sizes
+    from qe_dist.io.checkpoint import read_manifest
 
-    size = sum(f.stat().st_size for f in output.glob("*.safetensors"))
+    manifest = read_manifest(output)
     peak = max((s["peak_mib"] for s in summary.stages), default=0.0)
     forward = sum(s["forward"] for s in summary.stages)
     fit = sum(s["fit"] for s in summary.stages)
     lines = [
-        f"wrote {output}  {size / 2**20:.1f} MiB, {summary.bits_per_weight:.2f} bits per quantized weight",
+        *cost_lines(manifest, output),
         f"took {summary.seconds:.1f} s (workers: forward {forward:.1f} s, fit {fit:.1f} s), "
         f"{summary.tokens} tokens, peak memory of a worker {peak:.0f} MiB",
     ]
@@ -120,3 +121,18 @@ def summary_lines(summary, output: Path) -> list[str]:
     lines.append(f"fall-backs: {len(summary.fallbacks) or 'none'}")
     lines += [f"  {layer}: {'; '.join(steps)}" for layer, steps in summary.fallbacks.items()]
     return lines
+
+
+def cost_lines(manifest: Mapping[str, Any], output: Path) -> Iterator[str]:
+    """What a checkpoint costs: on disk, and for one token."""
+    size = manifest["checkpoint_bytes"]
+    macs = " + ".join(f"{count:.3f} {name}" for name, count in manifest["macs_by_arithmetic"].items() if count)
+    yield (
+        f"wrote {output}: {size / 2**20:.1f} MiB in all files, {8 * size / manifest['parameters']:.2f} bits per "
+        "parameter of the model"
+    )
+    yield (
+        f"per quantized weight: {manifest['bits_per_weight']:.2f} bits stored, "
+        f"{manifest['active_bits_per_weight']:.2f} read for a token, {macs} multiplications; its product is "
+        f"{manifest['arithmetic']}"
+    )

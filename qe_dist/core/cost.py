@@ -1,12 +1,14 @@
 """What a quantized group costs: bytes on disk, and bytes and multiplications for one token."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from qe_dist.core.quantized import Factor, GroupInput, QuantizedGroup, QuantizedLinear
+from qe_dist.core.scheme import ARITHMETICS, Arithmetic
 
 
 @dataclass(frozen=True)
@@ -15,26 +17,27 @@ class Cost:
     """Bytes of codes, scales, factors, columns and router."""
     active: int
     """Those of them that one token needs: all but the experts that it does not use."""
-    macs: int
-    """Multiplications for one token: of the codes, of factors and columns, and of the router. Scaling, choosing and
-    rounding activations is not counted."""
+    macs: Mapping[Arithmetic, int]
+    """Multiplications for one token, by what executes them: of the codes in the arithmetic of the scheme, of factors,
+    columns and the router in `a16`. Scaling, choosing and rounding activations is not counted."""
 
 
-def cost_of(group: QuantizedGroup, kept: int) -> Cost:
-    """kept: channels of each token that stay in 16 bits; their columns of the codes are counted twice."""
-    stored = active = macs = 0
+def cost_of(group: QuantizedGroup) -> Cost:
+    """Dynamic outlier channels cost nothing of this: they are operands of the same product, which they make `a16`."""
+    stored = active = 0
+    macs = dict.fromkeys(ARITHMETICS, 0)
     for linear in group.linears.values():
         outputs, inputs = linear.codes.shape
         words = -(-inputs * group.scheme.weight_bits // 32)  # of a packed row
         base = 4 * outputs * words + linear.scale.nbytes
-        stored, active = stored + base, active + base + outputs * kept * group.scheme.weight_bits // 8
-        macs += outputs * (inputs + kept)
+        stored, active = stored + base, active + base
+        macs[group.scheme.arithmetic] += outputs * inputs
     for part in (group.input, *group.linears.values()):
         for name, matrix in _repairs(part):
             share = matrix.shape[0] if name.startswith("expert_") else 1
             stored, active = stored + _bytes(matrix), active + _bytes(matrix) // share
             if name.endswith(("_down", "_up", "_columns", "router")):
-                macs += math.prod(matrix.shape) // share
+                macs["a16"] += math.prod(matrix.shape) // share
     return Cost(stored, active, macs)
 
 

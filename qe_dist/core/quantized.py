@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
 
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.scheme import Arithmetic, Scheme
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class FitReport:
     """Stored: codes, scales, factors, columns, router."""
     active_bytes: int
     """Of these, what one token needs: all but the experts that it does not use."""
-    macs: int
-    """Multiplications for one token."""
+    macs: Mapping[Arithmetic, int]
+    """Multiplications for one token, by what executes them."""
     seconds: float
     fallbacks: tuple[str, ...] = ()
 

@@ -23,9 +23,9 @@ class Scheme:
     """None: activations stay in 16 bits."""
     group_size: int | None = None
     """Input channels that share a scale; None: one scale per output channel."""
-    kept: int | None = None
-    """Channels of each token, its largest, that stay in 16 bits beside the integer grid, which then only has to
-    reach the others (fewer on narrow layers, `numerics.lowrank.capped`). None: all are rounded."""
+    dynamic_outliers: int | None = None
+    """Dynamic outlier channels: the largest of each token, which stay in 16 bits among the rounded ones, so that its
+    grid only has to reach the others (fewer on narrow layers, `numerics.lowrank.capped`). None: all are rounded."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:
@@ -35,16 +35,19 @@ class Scheme:
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(f"group size must be a positive multiple of 8, found {self.group_size}")
 
-        if self.kept is not None and self.kept < 1:
-            raise ConfigError(f"kept channels per token must be at least 1, found {self.kept}")
-        if self.kept is not None and self.act_bits is None:
-            raise ConfigError(f"activations of 16 bits have no grid to keep channels from; leave out k{self.kept}")
+        if self.dynamic_outliers is not None and self.dynamic_outliers < 1:
+            raise ConfigError(f"dynamic outlier channels must be at least 1, found {self.dynamic_outliers}")
+        if self.dynamic_outliers is not None and self.act_bits is None:
+            raise ConfigError(
+                "activations of 16 bits have no grid that dynamic outlier channels could leave; leave out "
+                f"k{self.dynamic_outliers}"
+            )
 
     @property
     def arithmetic(self) -> Arithmetic:
         """`int8` where every value of the product's activations is a point of an integer grid. Unrounded values among
         them, such as dynamic outlier channels, share an operand with the rounded ones and make the product `a16`."""
-        return "int8" if self.act_bits is not None and self.kept is None else "a16"
+        return "int8" if self.act_bits is not None and self.dynamic_outliers is None else "a16"
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -53,10 +56,10 @@ class Scheme:
         if match is None:
             raise ConfigError(f"scheme {text!r} is not of the form w4a8, w3a16g128 or w4a4k32")
         act = int(match["a"])
-        group, kept = (int(match[x]) if match[x] else None for x in ("g", "k"))
-        return cls(int(match["w"]), None if act == 16 else act, group, kept)
+        group, outliers = (int(match[x]) if match[x] else None for x in ("g", "k"))
+        return cls(int(match["w"]), None if act == 16 else act, group, outliers)
 
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
-        kept = f"k{self.kept}" if self.kept else ""
-        return f"w{self.weight_bits}a{self.act_bits or 16}{kept}{group}"
+        outliers = f"k{self.dynamic_outliers}" if self.dynamic_outliers else ""
+        return f"w{self.weight_bits}a{self.act_bits or 16}{outliers}{group}"

@@ -78,7 +78,7 @@ def _tokens(name: str, width: int) -> Tensor:
 def _differences(group: _Group, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
     part = input_from_tensors(group.input)
     expert = route(part, group.router_x)
-    unrounded = prepare(part, group.x, expert, replace(group.scheme, act_bits=None, kept=None))
+    unrounded = prepare(part, group.x, expert, replace(group.scheme, act_bits=None, dynamic_outliers=None))
     for linear, tensors in group.linears.items():
         whole = _linear(tensors, group.scheme, linear.in_features)
         weight = dequantize(whole.codes, whole.scale)

@@ -1,5 +1,6 @@
 """The checkpoint on disk: tensors of a block, config.json, index and manifest (DESIGN section 5)."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
 from qe_dist.io.integrity import settings_digest
 from qe_dist.io.padded import PaddedSource
-from qe_dist.io.publish import publish, publish_json, read_json
+from qe_dist.io.publish import json_bytes, publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
 from qe_dist.numerics.packing import pack
@@ -139,6 +140,8 @@ def assemble(
         if (source.folder / name).exists():
             publish(run.output / name, partial(shutil.copyfile, source.folder / name))
     quantized = quantization_config([r["layout"] for r in reports])
+    config = {**source.config, "quantization_config": quantized}
+    model = source.model if isinstance(source, PaddedSource) else spec
     manifest = {
         "recipe": recipe,
         "run": run_info,
@@ -147,15 +150,34 @@ def assemble(
         "tensors": tensors,
         **_padding(source),
         "arithmetic": arithmetic_of(reports),
-        **cost_per_weight(source.model if isinstance(source, PaddedSource) else spec, reports),
+        **cost_per_weight(model, reports),
+        "parameters": num_parameters(model, source.source if isinstance(source, PaddedSource) else source),
         "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
         "blocks": [
             {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
             for b, r in zip(spec.blocks, reports, strict=True)
         ],
     }
-    publish_json(run.output / MANIFEST, manifest)
-    publish_json(run.output / "config.json", {**source.config, "quantization_config": quantized})
+    others = [run.output / name for name in (*files, INDEX, *COPIED) if (run.output / name).exists()]
+    size = sum(path.stat().st_size for path in others) + len(json_bytes(config))
+    publish_json(run.output / MANIFEST, manifest | {"checkpoint_bytes": _with_manifest(size, manifest)})
+    publish_json(run.output / "config.json", config)
+
+
+def num_parameters(spec: ModelSpec, source: WeightSource) -> int:
+    """Of a whole model: quantized or not, with biases and norms."""
+    names = [b.prefix + name for b in spec.blocks for name in b.others]
+    biases = sum(x.out_features for b in spec.blocks for g in b.groups for x in g.linears if x.bias)
+    others = sum(math.prod(source.shape(name)) for name in (*names, *spec.passthrough))
+    return sum(block.num_weights for block in spec.blocks) + biases + others
+
+
+def _with_manifest(size: int, manifest: Mapping[str, Any]) -> int:
+    """Bytes of files of this size and of the manifest, in which the sum stands."""
+    before, total = 0, size
+    while total != before:
+        before, total = total, size + len(json_bytes({**manifest, "checkpoint_bytes": total}))
+    return total
 
 
 def _padding(source: WeightSource) -> dict[str, Any]:
@@ -163,15 +185,17 @@ def _padding(source: WeightSource) -> dict[str, Any]:
     return {"padding": [source.before, source.width]} if isinstance(source, PaddedSource) else {}
 
 
-def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str, float]:
+def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything stored for the quantized linears, padding included, what one token reads of it, and its
-    multiplications, over the number of weights of the model as it was."""
+    multiplications, over the number of weights of the model as it was; these also by what executes them."""
     groups = [group for report in reports for group in report["groups"].values()]
     weights = sum(block.num_weights for block in spec.blocks)
+    macs = {name: sum(g["macs"][name] for g in groups) / weights for name in ARITHMETICS}
     return {
         "bits_per_weight": 8 * sum(g["bytes"] for g in groups) / weights,
         "active_bits_per_weight": 8 * sum(g["active_bytes"] for g in groups) / weights,
-        "macs_per_weight": sum(g["macs"] for g in groups) / weights,
+        "macs_per_weight": sum(macs.values()),
+        "macs_by_arithmetic": macs,
     }
 
 

@@ -52,7 +52,12 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def publish_json(path: Path, content: Any) -> None:
-    publish(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+    publish(path, lambda p: p.write_bytes(json_bytes(content)))
+
+
+def json_bytes(content: Any) -> bytes:
+    """As `publish_json` writes it."""
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

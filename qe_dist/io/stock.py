@@ -52,7 +52,7 @@ class StockFormat:
                 "128, or one per output; quantize with such a group size"
             )
         # An engine that rounds rounds whole tokens: the same only where no channel of theirs leaves the grid.
-        whole = scheme.act_bits == 8 and scheme.kept is None and not _extracting(group["input"])
+        whole = scheme.act_bits == 8 and scheme.dynamic_outliers is None and not _extracting(group["input"])
         return cls(4 if scheme.weight_bits <= 4 else 8, fits, 8 if whole else None)
 
     def config(self, targets: Iterable[str]) -> dict[str, Any]:

@@ -45,13 +45,15 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
     return Recipe(Scheme.parse(scheme), transform, RoundToNearest(), compensation, budget)
 
 
-KEPT = 64
-"""Channels of every token that `qe` keeps off the grid; on layers narrower than any published one fewer."""
+OUTLIERS = 64
+"""Dynamic outlier channels of `qe`; on layers narrower than any published one fewer."""
 
 
-def _keeping(scheme: str) -> Scheme:
+def _with_outliers(scheme: str) -> Scheme:
     asked = Scheme.parse(scheme)
-    return asked if asked.act_bits is None or asked.kept is not None else replace(asked, kept=KEPT)
+    if asked.act_bits is None or asked.dynamic_outliers is not None:
+        return asked
+    return replace(asked, dynamic_outliers=OUTLIERS)
 
 
 METHODS: dict[str, Callable[[str], Recipe]] = {
@@ -69,7 +71,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
-    "qe": lambda s: Recipe(_keeping(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
+    "qe": lambda s: Recipe(_with_outliers(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
 """By the name that the field uses: weights alone are rounded in groups of 128."""

@@ -11,7 +11,6 @@ from qe_dist.core.batch import MODALITIES
 from qe_dist.core.cost import cost_of
 from qe_dist.core.quantized import FitReport, GroupInput, QuantizedGroup, QuantizedLinear
 from qe_dist.methods.base import GroupProblem
-from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.reference import linear_forward, prepare, route
 
 
@@ -40,7 +39,7 @@ def with_report(
     by_modality = {
         name: relative(wrong, (modality == m).cpu()) for m, name in enumerate(MODALITIES) if bool((modality == m).any())
     }
-    cost = cost_of(group, 0 if group.scheme.kept is None else capped(x.shape[1], group.scheme.kept))
+    cost = cost_of(group)
     report = FitReport(
         error=relative(wrong, slice(None)) if x.shape[0] else None,
         error_by_modality=by_modality,

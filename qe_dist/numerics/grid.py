@@ -35,13 +35,13 @@ def dequantize(
 
 
 def round_activations(x: Float[Tensor, "T I"], scheme: Scheme) -> Float[Tensor, "T I"]:
-    """Qa: each token to its own symmetric grid and back; its `kept` largest channels stay as they are, and do not
-    stretch the grid. Without activation bits x is left as it is."""
+    """Qa: each token to its own symmetric grid and back; its dynamic outlier channels stay as they are, and do
+    not stretch the grid. Without activation bits x is left as it is."""
     if scheme.act_bits is None:
         return x
-    if scheme.kept is None:
+    if scheme.dynamic_outliers is None:
         return _to_token_grid(x, scheme.act_bits)
-    largest = x.abs().topk(capped(x.shape[1], scheme.kept), dim=1).indices
+    largest = x.abs().topk(capped(x.shape[1], scheme.dynamic_outliers), dim=1).indices
     rounded = _to_token_grid(x.scatter(1, largest, 0.0), scheme.act_bits)
     return rounded.scatter(1, largest, x.gather(1, largest))
 

@@ -30,7 +30,7 @@ class ScaleSearch:
     """Sampled tokens on which the outputs are compared."""
     size: Literal["auto", "mean", "max"] = "auto"
     """Of a channel: mean|x| (AWQ, MBQ) or max|x| (SmoothQuant, SVDQuant). auto: max where the grid of a token reaches
-    its largest channel, mean where only weights are rounded or the largest are kept (docs/experiments.md)."""
+    its largest channel, mean where only weights are rounded or the largest are not rounded (docs/experiments.md)."""
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.tokens < 1:
@@ -48,7 +48,7 @@ class ScaleSearch:
         """The earliest of the best scales, in float32."""
         weight = torch.cat(list(weights.values()))
         x, modality = stats.sample.x[: self.tokens].to(weight), stats.sample.modality[: self.tokens]
-        reaches_largest = scheme.act_bits is not None and scheme.kept is None
+        reaches_largest = scheme.act_bits is not None and scheme.dynamic_outliers is None
         by_mean = self.size == "mean" or (self.size == "auto" and not reaches_largest)
         candidates = power_scales(stats.mean_abs if by_mean else stats.abs_max.amax(dim=0), self.grid)
         exact = x @ weight.T

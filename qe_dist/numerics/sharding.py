@@ -75,6 +75,11 @@ def why_not(scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: P
         odd = next((name for name, count in outputs.items() if count % size), None)
         return None if odd is None else f"the {outputs[odd]} outputs of {odd} do not divide over {size} ranks"
     width, group = inputs // size, scheme.group_size or 1
+    if size > 1 and scheme.dynamic_outliers:
+        return (
+            f"{scheme} has dynamic outlier channels, and each of {size} ranks would choose them in its own slice of a "
+            "token: the answers would depend on the number of ranks"
+        )
     if inputs % size:
         return f"its {inputs} inputs do not divide over {size} ranks"
     if width % group:

@@ -22,7 +22,7 @@ class Prepared(NamedTuple):
 class Input:
     def __init__(self, part: GroupInput, scheme: Scheme, columns: int) -> None:
         self.part, self.scheme = part, scheme
-        self.kept = kept_channels(scheme, columns)
+        self.outliers = dynamic_outliers(scheme, columns)
         channels = part.shared_channels, part.expert_channels
         self.extracted = None if channels == (None, None) else extracted_columns(columns, *channels)
 
@@ -39,7 +39,7 @@ class Input:
         activations = ops.quantize(
             x.contiguous(),
             bits=self.scheme.act_bits,
-            kept=self.kept,
+            outliers=self.outliers,
             int8=self.scheme.arithmetic == "int8",
             input_scale=part.input_scale,
             modality=modality,
@@ -83,8 +83,8 @@ class Linear:
         return [Branch(z, *_factor(self.repair[name])) for z, name in pairs if z is not None]
 
 
-def kept_channels(scheme: Scheme, columns: int) -> int:
-    return 0 if scheme.kept is None else capped(columns, scheme.kept)
+def dynamic_outliers(scheme: Scheme, columns: int) -> int:
+    return 0 if scheme.dynamic_outliers is None else capped(columns, scheme.dynamic_outliers)
 
 
 def _factor(stored: Factor | Tensor | None) -> tuple[Tensor, Tensor | None] | None:

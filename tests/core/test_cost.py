@@ -66,6 +66,10 @@ def group_of(
     return QuantizedGroup(Scheme(bits, None, group_size), own, {f"linear{i}": linear(o) for i, o in enumerate(outputs)})
 
 
+def with_activations(group: QuantizedGroup, act_bits: int | None, dynamic_outliers: int | None) -> QuantizedGroup:
+    return replace(group, scheme=replace(group.scheme, act_bits=act_bits, dynamic_outliers=dynamic_outliers))
+
+
 def on_disk(group: QuantizedGroup) -> list[tuple[str, Tensor]]:
     """(name, tensor) of everything that the checkpoint holds of the group, but the bias, which the model had before,
     and the shape of the codes."""
@@ -79,20 +83,18 @@ def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def counted(group: QuantizedGroup, kept: int) -> Cost:
+def counted(group: QuantizedGroup) -> Cost:
     """By the names on disk: of what is there once per expert, a token uses one."""
     tensors = on_disk(group)
     active = sum(size(t[0] if n.startswith("lr_expert") else t) for n, t in tensors)
-    bits, outputs = group.scheme.weight_bits, [x.codes.shape[0] for x in group.linears.values()]
-    return Cost(
-        stored=sum(size(t) for _, t in tensors),
-        active=active + sum(o * kept * bits // 8 for o in outputs),
-        macs=multiplied(group, kept),
-    )
+    codes = sum(x.codes.numel() for x in group.linears.values())
+    macs = {"a16": repairs(group), "int8": 0}
+    macs["a16" if group.scheme.act_bits is None or group.scheme.dynamic_outliers else "int8"] += codes
+    return Cost(sum(size(t) for _, t in tensors), active, macs)
 
 
-def multiplied(group: QuantizedGroup, kept: int) -> int:
-    """Rows times columns of every matrix that one token meets."""
+def repairs(group: QuantizedGroup) -> int:
+    """Rows times columns of every matrix beside the codes that one token meets."""
     part, total = group.input, 0
     if part.shared_down is not None:
         rank, inputs = part.shared_down.dense.shape
@@ -103,8 +105,7 @@ def multiplied(group: QuantizedGroup, kept: int) -> int:
     if part.router is not None:  # the distance to every expert
         total += part.router.numel()
     for linear in group.linears.values():
-        outputs, inputs = linear.codes.shape
-        width = inputs + kept
+        outputs, width = linear.codes.shape[0], 0
         width += 0 if linear.shared_up is None else linear.shared_up.dense.shape[1]
         width += 0 if linear.shared_columns is None else linear.shared_columns.shape[1]
         width += 0 if linear.expert_up is None else linear.expert_up.dense.shape[2]
@@ -124,13 +125,14 @@ def multiplied(group: QuantizedGroup, kept: int) -> int:
     experts=st.integers(1, 4),
     modalities=st.integers(1, 2),
     group_size=st.sampled_from([None, 8]),
-    kept=st.integers(0, 7),
+    activations=st.sampled_from([(None, None), (8, None), (4, 3)]),
 )
-def test_every_part_is_counted(parts: set[str], kept: int, **sizes: int | tuple[int, ...] | None) -> None:
-    group = group_of(parts, **sizes)
-    assert cost_of(group, kept) == counted(group, kept)
-    without_kept = cost_of(group, 0)
-    assert without_kept.active <= without_kept.stored
+def test_every_part_is_counted(
+    parts: set[str], activations: tuple[int | None, int | None], **sizes: int | tuple[int, ...] | None
+) -> None:
+    group = with_activations(group_of(parts, **sizes), *activations)
+    assert cost_of(group) == counted(group)
+    assert cost_of(group).active <= cost_of(group).stored
 
 
 @pytest.mark.parametrize("factor_bits", [4, 8, 16])
@@ -141,26 +143,26 @@ def test_stored_are_the_bytes_that_the_checkpoint_has(parts: tuple[str, ...], fa
     bare = {n: replace(x, bias=None) for n, x in group.linears.items()}
     written = [input_tensors(group.input), *(linear_tensors(x, group.scheme.weight_bits) for x in bare.values())]
     sizes = [size(t) for tensors in written for name, t in tensors.items() if name != "weight_shape"]
-    assert cost_of(group, 5).stored == sum(sizes)
+    assert cost_of(group).stored == sum(sizes)
 
 
 def test_by_hand() -> None:
-    """Inputs 40, outputs 6 + 10, 3 bits (4 words a row), rank 2, 3 experts; kept channels: 8 of a token."""
-    group = group_of(set(PARTS), bits=3)
+    """Inputs 40, outputs 6 + 10, 3 bits (4 words a row), rank 2, 3 experts, activations of 6 bits."""
+    group = with_activations(group_of(set(PARTS), bits=3), 6, None)
     codes, scales = 16 * 4 * 4, 16 * 2
     shared, columns, salient = 2 * (2 * 40 + 16 * 2), 4 * 3 + 2 * 16 * 3, 4 * 4 + 2 * 16 * 4
     expert, own_columns, router = 2 * (2 * 40 + 16 * 2), 4 * 5 + 2 * 16 * 5, 2 * 3 * 40
     fixed = codes + scales + 2 * 40 + shared + columns + salient + router
-    assert cost_of(group, 8) == Cost(
+    assert cost_of(group) == Cost(
         stored=fixed + 3 * (expert + own_columns),
-        active=fixed + expert + own_columns + 16 * 8 * 3 // 8,
-        macs=16 * (40 + 8) + 2 * (2 * 40 + 16 * 2) + 16 * (3 + 5 + 4) + 3 * 40,
+        active=fixed + expert + own_columns,
+        macs={"int8": 16 * 40, "a16": 2 * (2 * 40 + 16 * 2) + 16 * (3 + 5 + 4) + 3 * 40},
     )
 
 
-def test_only_kept_channels_are_read_without_being_stored() -> None:
-    """They are read twice: as a part of the codes, and beside them."""
-    group = group_of(set())
-    assert cost_of(group, 0).active == cost_of(group, 0).stored
-    assert cost_of(group, 16).stored == cost_of(group, 0).stored
-    assert cost_of(group, 16).active - cost_of(group, 0).active == (6 + 10) * 16 * 4 // 8
+def test_dynamic_outlier_channels_cost_the_integer_product_and_not_a_byte() -> None:
+    rounded, with_outliers = (with_activations(group_of(set(PARTS)), 6, k) for k in (None, 16))
+    before, after = cost_of(rounded), cost_of(with_outliers)
+    assert (after.stored, after.active) == (before.stored, before.active)
+    assert before.macs["int8"] == 16 * 40
+    assert after.macs == {"a16": sum(before.macs.values()), "int8": 0}

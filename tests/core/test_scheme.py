@@ -13,7 +13,7 @@ from qe_dist.core.scheme import Scheme
         ("w3a16", Scheme(3)),
         ("w3a16g128", Scheme(3, None, 128)),
         ("w2a3g8", Scheme(2, 3, 8)),
-        ("w4a4k32", Scheme(4, 4, kept=32)),
+        ("w4a4k32", Scheme(4, 4, dynamic_outliers=32)),
         ("w4a4k8g64", Scheme(4, 4, 64, 8)),
     ],
 )
@@ -23,12 +23,12 @@ def test_parses(text: str, scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("group_size", [None, 8, 128])
-@pytest.mark.parametrize("kept", [None, 1, 32])
-def test_text_and_scheme_are_inverse(weight_bits: int, group_size: int | None, kept: int | None) -> None:
+@pytest.mark.parametrize("outliers", [None, 1, 32])
+def test_text_and_scheme_are_inverse(weight_bits: int, group_size: int | None, outliers: int | None) -> None:
     for act_bits in range(3, 9):
-        scheme = Scheme(weight_bits, act_bits, group_size, kept)
+        scheme = Scheme(weight_bits, act_bits, group_size, outliers)
         assert Scheme.parse(str(scheme)) == scheme
-    if kept is None:
+    if outliers is None:
         scheme = Scheme(weight_bits, None, group_size)
         assert Scheme.parse(str(scheme)) == scheme
 
@@ -54,7 +54,7 @@ def test_refuses_what_is_not_of_the_form(text: str) -> None:
         ("w9a8", "weight bits"),
         ("w4a2", "activation bits"),
         ("w4a9", "activation bits"),
-        ("w4a8k0", "kept channels"),
+        ("w4a8k0", "dynamic outlier channels"),
         ("w4a16k8", "leave out k8"),
         ("w4a8g0", "group size"),
         ("w4a8g4", "group size"),

@@ -139,6 +139,10 @@ def test_manifest_names_every_file_by_its_hash_and_counts_all_bytes(run):
         assert sha256(run.output / name) == digest
     assert manifest["fallbacks"] == {}
     assert manifest["arithmetic"] == run.recipe.scheme.arithmetic
+    assert manifest["checkpoint_bytes"] == sum(p.stat().st_size for p in run.output.iterdir() if p.is_file())
+    assert manifest["parameters"] == sum(p.numel() for p in load(run.model).parameters())
+    assert manifest["macs_by_arithmetic"]["int8"] == 0
+    assert manifest["macs_by_arithmetic"]["a16"] == manifest["macs_per_weight"] >= 1
     assert manifest["bits_per_weight"] > 4
     assert not (run.output / ".run" / "activations").exists()
 

@@ -91,7 +91,8 @@ def test_the_bundled_model_computes_the_same_with_768_channels_as_with_640():
 
 @pytest.mark.parametrize("name", sorted({*METHODS, *(f"{q}+qera" for q in methods.names("quantizer"))} - {"masquant"}))
 def test_every_recipe_takes_dead_channels_and_its_checkpoint_loads(run, name):
-    quantize(replace(run, recipe=load_recipe(f"{name}-w4a6")))
+    recipe = load_recipe(f"{name}-w4a6")  # but for dynamic outlier channels, which two ranks cannot have
+    quantize(replace(run, recipe=replace(recipe, scheme=replace(recipe.scheme, dynamic_outliers=None))))
     checkpoint = Checkpoint.open(run.output)
     for check in (check_finite, check_index, check_layout):
         assert check(checkpoint) == []

@@ -109,7 +109,7 @@ def test_a_checkpoint_in_many_parts_loads_as_one_in_few(run, tmp_path, monkeypat
     assert set(json.loads((many.output / INDEX).read_text())["weight_map"].values()) == set(manifest["files"])
 
 
-GROUP = {"arithmetic": "int8", "bytes": 1, "active_bytes": 1, "macs": 1}
+GROUP = {"arithmetic": "int8", "bytes": 1, "active_bytes": 1, "macs": {"int8": 1, "a16": 0}}
 
 
 def finished(store, spec, source):

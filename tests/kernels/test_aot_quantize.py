@@ -12,7 +12,7 @@ BLOCK = {HIDDEN: 8192, INTERMEDIATE: 32768}
 
 PLAIN = {"x": "*bf16:16", "x_stride": "i64:16", "columns": "i32:16"}
 INT8 = {"base": "*i8:16", "token_scale": "*fp32:16"}
-KEPT = {"base": "*bf16:16"}
+UNROUNDED = {"base": "*bf16:16"}
 SCALED = {"prepared": "*bf16:16", "input_scale": "*fp32:16"}
 NORM = {"norm_weight": "*bf16:16", "eps": "fp32"}
 FP16 = dict.fromkeys(("x", "prepared", "base"), "*fp16:16")
@@ -25,23 +25,31 @@ LISTS = {"SHARED": 64, "EXPERT": 32, "SALIENT": 96}
 
 VARIANTS: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {
     "norm, int8": (HIDDEN, PLAIN | SCALED | NORM | INT8, {}),
-    "norm, kept": (HIDDEN, PLAIN | SCALED | NORM | KEPT, {"KEPT": 64}),
+    "norm, outliers": (HIDDEN, PLAIN | SCALED | NORM | UNROUNDED, {"OUTLIERS": 64}),
     "norm, extracted, int8": (HIDDEN, PLAIN | SCALED | NORM | EXTRACTED | INT8, LISTS),
     "gated, int8": (INTERMEDIATE, PLAIN | SCALED | INT8, {"GATED": True}),
-    "gated, kept": (INTERMEDIATE, PLAIN | SCALED | KEPT, {"GATED": True, "KEPT": 64}),
-    "gated, kept, fp16": (INTERMEDIATE, PLAIN | SCALED | FP16, {"GATED": True, "KEPT": 64}),
+    "gated, outliers": (INTERMEDIATE, PLAIN | SCALED | UNROUNDED, {"GATED": True, "OUTLIERS": 64}),
+    "gated, outliers, fp16": (INTERMEDIATE, PLAIN | SCALED | FP16, {"GATED": True, "OUTLIERS": 64}),
     "gated, extracted, int8": (INTERMEDIATE, PLAIN | SCALED | EXTRACTED | INT8, LISTS | {"GATED": True}),
-    "kept": (INTERMEDIATE, PLAIN | KEPT, {"KEPT": 64}),
+    "outliers": (INTERMEDIATE, PLAIN | UNROUNDED, {"OUTLIERS": 64}),
 }
-FEWER = ("norm, kept", "gated, int8", "gated, kept")
+FEWER = ("norm, outliers", "gated, int8", "gated, outliers")
 """For the targets that differ little from sm_80."""
-SPILLS = {(80, "norm, extracted, int8"): 4, (86, "gated, kept"): 4, (89, "gated, kept"): 4}
+SPILLS = {(80, "norm, extracted, int8"): 4, (86, "gated, outliers"): 4, (89, "gated, outliers"): 4}
 """Loads and stores of one pointer: the first by ptxas of Triton 3.6, the others of 3.7; none of 3.9."""
 
 
 def job(capability: int, variant: str) -> Job:
     columns, signature, given = VARIANTS[variant]
-    defaults = {"SHARED": 0, "EXPERT": 0, "SALIENT": 0, "GATED": False, "TOP": 127, "KEPT": 0, "BLOCK": BLOCK[columns]}
+    defaults = {
+        "SHARED": 0,
+        "EXPERT": 0,
+        "SALIENT": 0,
+        "GATED": False,
+        "TOP": 127,
+        "OUTLIERS": 0,
+        "BLOCK": BLOCK[columns],
+    }
     absent = dict.fromkeys(name for name in _quantize.arg_names if name not in signature)
     constexprs = absent | defaults | given
     return Job("qe_kernels.quantize:_quantize", signature, constexprs, capability, warps(constexprs["BLOCK"]), stages=1)

@@ -46,7 +46,7 @@ QUANTIZE = [
     {"bits": None, "int8": False},
     {"bits": None, "int8": False, "norm_weight": normal(3, K), "with_x": False},
     {"bits": 8, "int8": True},
-    {"bits": 6, "int8": False, "kept": 16, "input_scale": normal(4, 1, K).abs() + 1},
+    {"bits": 6, "int8": False, "outliers": 16, "input_scale": normal(4, 1, K).abs() + 1},
     {"bits": 4, "int8": True, "gated": True, "with_x": False},
     {"bits": 8, "int8": True, "norm_weight": normal(3, K), "salient_channels": SALIENT, **CHANNELS},
     {"bits": None, "int8": False, **CHANNELS},

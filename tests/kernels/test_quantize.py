@@ -74,10 +74,10 @@ def inputs(draw_from: st.DrawFn) -> Tensor:
     return tokens_of(seed, tokens, draw_from(st.sampled_from(WIDTHS)), draw_from(st.sampled_from(DTYPES)))
 
 
-def on_grid(x: Tensor, bits: int, kept: int = 0) -> Tensor:
-    """Qa by the library's own formula, for the channels that are not kept. float32"""
+def on_grid(x: Tensor, bits: int, outliers: int = 0) -> Tensor:
+    """Qa by the library's own formula, for the channels that are on the grid. float32"""
     x = x.float()
-    largest = x.abs().sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    largest = x.abs().sort(dim=1, descending=True, stable=True).indices[:, :outliers]
     return round_activations(x.scatter(1, largest, 0.0), Scheme(4, bits)).scatter(1, largest, x.gather(1, largest))
 
 
@@ -114,12 +114,12 @@ def test_half_way_goes_to_the_even_code() -> None:
 
 @settings(max_examples=12)
 @given(x=inputs(), bits=st.integers(3, 8), share=st.floats(0, 1))
-def test_kept_channels_stay_and_do_not_stretch_the_grid(x: Tensor, bits: int, share: float) -> None:
+def test_dynamic_outlier_channels_stay_and_do_not_stretch_the_grid(x: Tensor, bits: int, share: float) -> None:
     """To the bit, but that points of the grid are rounded to 16 bits."""
-    kept = int(share * x.shape[1])
-    made = quantize(x, bits=bits, kept=kept, int8=False)
-    expected = on_grid(x, bits, kept).to(x.dtype)
-    if kept:
+    outliers = int(share * x.shape[1])
+    made = quantize(x, bits=bits, outliers=outliers, int8=False)
+    expected = on_grid(x, bits, outliers).to(x.dtype)
+    if outliers:
         assert made.token_scale is None
         assert torch.equal(made.base, expected)
     else:
@@ -127,18 +127,22 @@ def test_kept_channels_stay_and_do_not_stretch_the_grid(x: Tensor, bits: int, sh
 
 
 @settings(max_examples=12)
-@given(seed=st.integers(0, 999), columns=st.sampled_from([9, 64, 100]), kept=st.integers(1, 8), bits=st.integers(3, 6))
-def test_ties_at_the_kept_threshold_do_not_matter(seed: int, columns: int, kept: int, bits: int) -> None:
-    """Few levels, so more than `kept` channels are among the largest."""
+@given(
+    seed=st.integers(0, 999), columns=st.sampled_from([9, 64, 100]), outliers=st.integers(1, 8), bits=st.integers(3, 6)
+)
+def test_ties_at_the_threshold_of_outliers_do_not_matter(seed: int, columns: int, outliers: int, bits: int) -> None:
+    """Few levels, so more than `outliers` channels are among the largest."""
     x = draw(seed, 2, columns).mul(1.5).round().bfloat16()
-    assert torch.equal(quantize(x, bits=bits, kept=kept, int8=False).base, on_grid(x, bits, kept).bfloat16())
+    assert torch.equal(
+        quantize(x, bits=bits, outliers=outliers, int8=False).base, on_grid(x, bits, outliers).bfloat16()
+    )
 
 
-def test_the_grid_is_narrow_where_outliers_are_kept() -> None:
+def test_the_grid_is_narrow_where_outliers_stay() -> None:
     """A grid that reached them would have only zeros for the others."""
     x = draw(0, 2, 200).bfloat16()
     x[:, 7], x[:, 100] = 3.0e4, -9.0e37
-    made = quantize(x, bits=4, kept=2, int8=False)
+    made = quantize(x, bits=4, outliers=2, int8=False)
     others = torch.ones(200, dtype=torch.bool)
     others[[7, 100]] = False
     assert torch.equal(made.base[:, ~others], x[:, ~others])
@@ -147,35 +151,35 @@ def test_the_grid_is_narrow_where_outliers_are_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kept", [0, 3])
-def test_a_token_of_zeros_stays_zero_beside_others(dtype: torch.dtype, kept: int) -> None:
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_a_token_of_zeros_stays_zero_beside_others(dtype: torch.dtype, outliers: int) -> None:
     x = tokens_of(0, 3, 40, dtype)
     x[1] = 0.0
-    made = quantize(x, bits=6, kept=kept, int8=kept == 0)
+    made = quantize(x, bits=6, outliers=outliers, int8=outliers == 0)
     assert not made.base[1].any()
     assert made.base[0].any()
     assert made.base[2].any()
-    if not kept:
+    if not outliers:
         assert made.token_scale[1] == 2.0**-126
 
 
-def test_fewer_values_than_kept_leave_nothing_to_round() -> None:
+def test_fewer_values_than_outliers_leave_nothing_to_round() -> None:
     x = torch.zeros(2, 40, dtype=torch.bfloat16)
     x[:, [3, 30]] = torch.tensor([0.1, -1e30], dtype=torch.bfloat16)
-    assert torch.equal(quantize(x, bits=4, kept=5, int8=False).base, x)
+    assert torch.equal(quantize(x, bits=4, outliers=5, int8=False).base, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kept", [0, 4])
-def test_huge_and_tiny_tokens_have_the_same_codes_to_the_bit(dtype: torch.dtype, kept: int) -> None:
+@pytest.mark.parametrize("outliers", [0, 4])
+def test_huge_and_tiny_tokens_have_the_same_codes_to_the_bit(dtype: torch.dtype, outliers: int) -> None:
     limits = torch.finfo(dtype)
     sizes = torch.tensor([limits.max, limits.max / 2, 1.0, limits.tiny * 512, limits.smallest_normal])
     x = (draw(0, 5, 90).clamp(-4, 4) / 4).double() * sizes[:, None]
     x[:, 0] = sizes
     x = x.to(dtype)
-    made = quantize(x, bits=8, kept=kept, int8=kept == 0)
-    found = made.base.float() if kept else made.base.float() * made.token_scale[:, None]
-    assert torch.equal(found.to(dtype), on_grid(x, 8, kept).to(dtype))
+    made = quantize(x, bits=8, outliers=outliers, int8=outliers == 0)
+    found = made.base.float() if outliers else made.base.float() * made.token_scale[:, None]
+    assert torch.equal(found.to(dtype), on_grid(x, 8, outliers).to(dtype))
 
 
 def test_the_smallest_subnormals_fall_to_zero_and_not_to_nan() -> None:
@@ -186,7 +190,7 @@ def test_the_smallest_subnormals_fall_to_zero_and_not_to_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{"int8": True}, {"int8": False}, {"int8": False, "kept": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"int8": True}, {"int8": False}, {"int8": False, "outliers": 2}], ids=str)
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_a_value_that_is_not_finite_never_disappears(dtype: torch.dtype, options: dict[str, Any], bad: float) -> None:
     """Every output of that token must be NaN or infinite, which its scale or its base ensures; others as without it."""
@@ -201,10 +205,10 @@ def test_a_value_that_is_not_finite_never_disappears(dtype: torch.dtype, options
 
 
 @pytest.mark.parametrize("bad", [nan, inf])
-def test_more_of_them_than_are_kept_do_not_disappear_either(bad: float) -> None:
+def test_more_of_them_than_outlier_channels_do_not_disappear_either(bad: float) -> None:
     x = tokens_of(0, 1, 50, torch.bfloat16)
     x[0, ::3] = bad
-    made = quantize(x, bits=6, kept=2, int8=False)
+    made = quantize(x, bits=6, outliers=2, int8=False)
     assert not made.base[0, ::3].isfinite().any()
 
 
@@ -278,15 +282,15 @@ def test_the_prepared_input_is_right_up_to_rounding(case: tuple[Tensor, dict[str
 
 
 @settings(max_examples=12)
-@given(case=preparations(), bits=st.integers(3, 8), kept=st.integers(0, 3))
-def test_codes_are_those_of_the_prepared_input(case: tuple[Tensor, dict[str, Any]], bits: int, kept: int) -> None:
+@given(case=preparations(), bits=st.integers(3, 8), outliers=st.integers(0, 3))
+def test_codes_are_those_of_the_prepared_input(case: tuple[Tensor, dict[str, Any]], bits: int, outliers: int) -> None:
     x, options = case
     prepared = quantize(x, bits=None, int8=False, **options).x
-    kept = min(kept, prepared.shape[1] - 1)
-    made = quantize(x, bits=bits, kept=kept, int8=not kept, **options)
+    outliers = min(outliers, prepared.shape[1] - 1)
+    made = quantize(x, bits=bits, outliers=outliers, int8=not outliers, **options)
     assert torch.equal(made.x, prepared)
-    found = made.base if kept else (made.base.float() * made.token_scale[:, None]).to(x.dtype)
-    assert torch.equal(found, on_grid(prepared, bits, kept).to(x.dtype))
+    found = made.base if outliers else (made.base.float() * made.token_scale[:, None]).to(x.dtype)
+    assert torch.equal(found, on_grid(prepared, bits, outliers).to(x.dtype))
 
 
 def test_the_norm_is_rounded_before_its_weight_as_models_do() -> None:
@@ -365,24 +369,26 @@ def test_extraction_is_that_of_the_formula(x: Tensor, bits: int | None, salient:
 
 
 @settings(max_examples=12)
-@given(case=preparations(), bits=st.integers(3, 8), kept=st.integers(0, 3))
-def test_extracted_channels_carry_the_prepared_input(case: tuple[Tensor, dict[str, Any]], bits: int, kept: int) -> None:
+@given(case=preparations(), bits=st.integers(3, 8), outliers=st.integers(0, 3))
+def test_extracted_channels_carry_the_prepared_input(
+    case: tuple[Tensor, dict[str, Any]], bits: int, outliers: int
+) -> None:
     """Read and prepared a second time, they are the same to the bit; the rest is rounded as if they were zero."""
     x, options = case
     columns = x.shape[1] // (1 + options["gated"])
     channels, expert = torch.arange(0, columns, 2), torch.arange(len(x), dtype=torch.int32) - 1
     own = channels[torch.tensor([[0], [-1], [0]])]
-    kept = min(kept, columns - 1)
+    outliers = min(outliers, columns - 1)
     given_lists = {"shared_channels": channels, "expert_channels": own, "salient_channels": channels.flip(0)}
     made = quantize(
-        x, bits=bits, kept=kept, int8=not kept, expert=expert, extracted=extracted_columns(columns, channels, own),
-        **given_lists, **options,
+        x, bits=bits, outliers=outliers, int8=not outliers, expert=expert,
+        extracted=extracted_columns(columns, channels, own), **given_lists, **options,
     )  # fmt: skip
     assert torch.equal(made.shared_z, made.x[:, channels])
     assert torch.equal(made.salient_z, made.x[:, channels.flip(0)])
     assert made.expert_z[:, 0].tolist() == [0.0] + [made.x[t + 1, own[t, 0]].item() for t in range(len(x) - 1)]
-    found = made.base if kept else (made.base.float() * made.token_scale[:, None]).to(x.dtype)
-    assert torch.equal(found, on_grid(without(made.x, channels), bits, kept).to(x.dtype))
+    found = made.base if outliers else (made.base.float() * made.token_scale[:, None]).to(x.dtype)
+    assert torch.equal(found, on_grid(without(made.x, channels), bits, outliers).to(x.dtype))
 
 
 def test_what_is_extracted_may_be_infinite() -> None:
@@ -430,9 +436,9 @@ def test_rows_may_lie_apart_and_anywhere() -> None:
 
 @pytest.mark.parametrize("columns", [8192, 29696])
 def test_the_widths_of_the_large_model(columns: int) -> None:
-    """29696 is padded to 32768 in the kernel, and no padding is kept."""
+    """29696 is padded to 32768 in the kernel, and no padding is an outlier."""
     x = tokens_of(0, 1, columns, torch.bfloat16)
-    assert torch.equal(quantize(x, bits=4, kept=64, int8=False).base, on_grid(x, 4, 64).bfloat16())
+    assert torch.equal(quantize(x, bits=4, outliers=64, int8=False).base, on_grid(x, 4, 64).bfloat16())
 
 
 def test_a_wide_row_is_read_twice_and_comes_out_once() -> None:
@@ -460,17 +466,19 @@ def test_x_is_left_out_where_nothing_needs_it() -> None:
 
 
 @settings(max_examples=12)
-@given(case=preparations(), bits=st.sampled_from([None, 3, 8]), kept=st.integers(0, 2), with_x=st.booleans())
-def test_the_reference_agrees(case: tuple[Tensor, dict[str, Any]], bits: int | None, kept: int, with_x: bool) -> None:
+@given(case=preparations(), bits=st.sampled_from([None, 3, 8]), outliers=st.integers(0, 2), with_x=st.booleans())
+def test_the_reference_agrees(
+    case: tuple[Tensor, dict[str, Any]], bits: int | None, outliers: int, with_x: bool
+) -> None:
     """To the bit where nothing is summed: sums and roots may differ in their last bits."""
     x, options = case
     columns = x.shape[1] // (1 + options["gated"])
     channels, expert = torch.arange(0, columns, 3), torch.arange(len(x), dtype=torch.int32) - 1
     own = channels[torch.tensor([[0], [-1], [0]])]
-    kept = 0 if bits is None else min(kept, columns - 1)
+    outliers = 0 if bits is None else min(outliers, columns - 1)
     options |= {
-        "bits": bits, "kept": kept, "int8": bits is not None and not kept, "with_x": with_x, "expert": expert,
-        "shared_channels": channels, "expert_channels": own, "salient_channels": channels,
+        "bits": bits, "outliers": outliers, "int8": bits is not None and not outliers, "with_x": with_x,
+        "expert": expert, "shared_channels": channels, "expert_channels": own, "salient_channels": channels,
         "extracted": extracted_columns(columns, channels, own),
     }  # fmt: skip
     made, expected = quantize(x, **options), quantize_reference(x, **options)

@@ -36,13 +36,13 @@ def test_a_name_says_the_bits(name: str) -> None:
     assert str(RECIPES[name].scheme).startswith(name.rsplit("-", 1)[1])
 
 
-def test_ours_keeps_the_channels_of_each_token_and_shares_a_quarter_of_a_bit() -> None:
+def test_ours_has_dynamic_outlier_channels_and_shares_a_quarter_of_a_bit() -> None:
     recipe = RECIPES["qe-w4a6"]
-    assert recipe.scheme == Scheme(4, 6, kept=64)
+    assert recipe.scheme == Scheme(4, 6, dynamic_outliers=64)
     assert (recipe.transform, recipe.quantizer, recipe.compensation) == (NoTransform(), GPTQ(), QERA())
     assert recipe.budget == Budget(extra_bits=0.25, factor_bits=4)
-    assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)  # nothing to keep channels from
-    assert load_recipe("qe-w4a4k8").scheme.kept == 8
+    assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)  # without a grid
+    assert load_recipe("qe-w4a4k8").scheme.dynamic_outliers == 8
 
 
 def test_quant_experts_are_those_of_the_paper() -> None:

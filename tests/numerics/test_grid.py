@@ -147,11 +147,11 @@ def test_a_token_is_rounded_alone(normal: Normal) -> None:
     assert torch.equal(round_activations(x, Scheme(4, 6)), alone)
 
 
-@pytest.mark.parametrize("kept", [64, 640])  # 2 and 20 of 48, cut as on every narrow layer
-def test_kept_channels_leave_the_grid_to_the_others(normal: Normal, kept: int) -> None:
+@pytest.mark.parametrize("outliers", [64, 640])  # 2 and 20 of 48, cut as on every narrow layer
+def test_dynamic_outlier_channels_leave_the_grid_to_the_others(normal: Normal, outliers: int) -> None:
     x = normal(8, 5, 48) * torch.linspace(0.1, 30, 48)
-    found = round_activations(x, Scheme(4, 4, kept=kept))
-    count = 48 * kept // 1536
+    found = round_activations(x, Scheme(4, 4, dynamic_outliers=outliers))
+    count = 48 * outliers // 1536
     for token, got in zip(x, found, strict=True):
         order = sorted(range(48), key=lambda c: -abs(float(token[c])))
         largest, others = order[:count], order[count:]
@@ -162,4 +162,4 @@ def test_kept_channels_leave_the_grid_to_the_others(normal: Normal, kept: int) -
 
 def test_the_largest_channels_are_of_any_sign() -> None:
     x = torch.tensor([[-100.0, 1.0, 2.0, 3.0] + [0.5] * 44])
-    assert round_activations(x, Scheme(4, 8, kept=32))[0, 0] == -100.0
+    assert round_activations(x, Scheme(4, 8, dynamic_outliers=32))[0, 0] == -100.0

@@ -67,7 +67,7 @@ def test_column_parallel_ranks_hold_the_outputs_side_by_side(
     normal: Normal, group: tuple[GroupInput, QuantizedLinear], size: int
 ) -> None:
     part, linear = group
-    x, scheme = normal(0, TOKENS, INPUTS), Scheme(4, 6, GROUP, kept=4)
+    x, scheme = normal(0, TOKENS, INPUTS), Scheme(4, 6, GROUP, dynamic_outliers=4)
     tensors = linear_tensors(linear, 4)
     parts = [{n: cut(t, outputs_dim(n), rank, size) for n, t in tensors.items()} for rank in range(size)]
     got = [forward(part, from_tensors(own, INPUTS), x, route(part, x), scheme) for own in parts]
@@ -110,6 +110,27 @@ def test_a_cut_is_allowed_only_where_each_rank_has_whole_words_and_groups(bits, 
     why = why_not(Scheme(bits, None, group), {"o_proj": 16}, inputs, "row", size)
     legal = inputs % size == 0 and (inputs // size) % math.lcm(group or 1, 32 // math.gcd(bits, 32)) == 0
     assert (why is None) == legal
+
+
+@given(st.integers(3, 8), st.integers(1, 64), st.integers(2, 8))
+def test_dynamic_outlier_channels_are_cut_by_outputs_alone(act_bits: int, count: int, size: int) -> None:
+    """A rank of a row-parallel group would choose its own; one of a column-parallel group sees the whole token."""
+    scheme = Scheme(4, act_bits, dynamic_outliers=count)
+    row, column = (why_not(scheme, {"x": 64 * size}, 64 * size, cut, size) for cut in ("row", "column"))
+    assert "dynamic outlier channels" in row
+    assert "depend on the number of ranks" in row
+    assert column is None
+    assert why_not(scheme, {"x": 64}, 64, "row", 1) is None
+    assert why_not(replace(scheme, dynamic_outliers=None), {"x": 64}, 64 * size, "row", size) is None
+
+
+def test_ranks_that_chose_their_own_outlier_channels_would_add_up_to_something_else(normal: Normal) -> None:
+    """Why they are refused: the same token, whole and in halves."""
+    x, scheme = normal(0, TOKENS, INPUTS), Scheme(4, 4, dynamic_outliers=256)
+    whole = prepare(GroupInput(), x, None, scheme).base
+    halves = [prepare(GroupInput(), half.contiguous(), None, scheme).base for half in x.chunk(2, dim=1)]
+    unrounded = [(made == wanted).sum(dim=1) for made, wanted in ((whole, x), (torch.cat(halves, dim=1), x))]
+    assert not torch.equal(*unrounded)
 
 
 def test_what_does_not_divide_is_named() -> None:

@@ -2,9 +2,10 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
-from qe_pipelines.quantize import num_bytes, stopping
+from qe_pipelines.quantize import cost_lines, num_bytes, stopping
 
 from qe_dist.core.errors import ConfigError
 
@@ -18,6 +19,18 @@ def test_sizes_are_read_as_people_write_them():
 def test_other_sizes_are_refused_by_the_name_of_the_option(text):
     with pytest.raises(ConfigError, match=rf"--host-memory must be a size like 20GiB, found '{text}'"):
         num_bytes("--host-memory", text)
+
+
+def test_the_last_lines_say_what_is_executed_and_all_that_it_costs():
+    manifest = {
+        "checkpoint_bytes": 3 * 2**20, "parameters": 4 * 2**20, "arithmetic": "int8", "bits_per_weight": 4.25,
+        "active_bits_per_weight": 4.125, "macs_by_arithmetic": {"a16": 0.05, "int8": 1.0},
+    }  # fmt: skip
+    assert list(cost_lines(manifest, Path("out"))) == [
+        "wrote out: 3.0 MiB in all files, 6.00 bits per parameter of the model",
+        "per quantized weight: 4.25 bits stored, 4.12 read for a token, 0.050 a16 + 1.000 int8 multiplications; "
+        "its product is int8",
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.io.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
+from tests.serve.conftest import ADAPTED
 from tests.serve.python import python
 from tests.serve.ranks import Answers, ask
 from tests.tiny import DATA, MODELS
@@ -48,7 +49,7 @@ def cut(
     return {name: said if isinstance(said, str) else Answers(**said) for name, said in found.items()}
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a16g64", "qe-w4a6", "qe-extract-w4a6", "smoothquant+cross_modal-w4a6"])
+@pytest.mark.parametrize("recipe", ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "smoothquant+cross_modal-w4a6"])
 def test_two_ranks_answer_as_one(recipe: str, checkpoints: dict[str, Path], questions: list[Any], cut: Any) -> None:
     one, two = ask(load_model(checkpoints[recipe]), questions), cut[recipe]
     assert two.weights == [one.weights[0] // 2] * 2
@@ -80,6 +81,14 @@ def test_a_group_that_cannot_be_cut_is_named(cut: Any) -> None:
     assert cut["rtn-w4a16g128"] == (
         "model.language_model.layers.0.mlp.down: the 320 inputs of a rank do not divide into groups of 128; "
         "choose another tp_size, or load it whole"
+    )
+
+
+def test_channels_that_every_rank_would_choose_for_itself_are_refused(cut: Any) -> None:
+    assert cut["qe-w4a6"] == (
+        "model.language_model.layers.0.self_attn.o: w4a6k64 has dynamic outlier channels, and each of 2 ranks would "
+        "choose them in its own slice of a token: the answers would depend on the number of ranks; choose another "
+        "tp_size, or load it whole"
     )
 
 

@@ -19,7 +19,7 @@ Prepared = tuple[Tensor, Tensor | None, list[Branch], Tensor | None]
 def prepare(problem: Problem, x: Tensor) -> Prepared:
     """Rounding, down projections, routing."""
     f = problem.format
-    made = ops.quantize(x, bits=f.act_bits, kept=f.kept, int8=f.int8)
+    made = ops.quantize(x, bits=f.act_bits, outliers=f.outliers, int8=f.int8)
     if problem.shared_down is None and problem.expert_down is None:
         return made.base, made.token_scale, [], None
     z = ops.down(x, problem.shared_down, problem.expert_down, problem.router, None if problem.router is None else x)

@@ -16,7 +16,7 @@ class Format:
     bits: int
     group_size: int | None = None
     act_bits: int | None = None
-    kept: int = 0
+    outliers: int = 0
     int8: bool = False
 
 
@@ -24,7 +24,7 @@ FORMATS = {
     f.name: f
     for f in (
         Format("w4a16g128", 4, group_size=128),
-        Format("w4a6k64", 4, act_bits=6, kept=64),
+        Format("w4a6k64", 4, act_bits=6, outliers=64),
         Format("w4a8", 4, act_bits=8, int8=True),
     )
 }

@@ -91,7 +91,7 @@ def device_for(device: torch.device) -> Device:
 def prologue(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor | None, list, Tensor | None]:
     """What a linear is called with, by the references: base, token scale, branches, expert."""
     f = problem.format
-    made = quantize_reference(x, bits=f.act_bits, kept=f.kept, int8=f.int8)
+    made = quantize_reference(x, bits=f.act_bits, outliers=f.outliers, int8=f.int8)
     z = down_reference(x, problem.shared_down, problem.expert_down, problem.router, x)
     expert = None if z.expert is None else z.expert[0]
     return made.base, made.token_scale, problem.branches(z.shared_z, z.expert_z), expert
@@ -112,9 +112,9 @@ def check_layout(draw: Random, bits: int, int8: bool, group: int | None) -> Foun
 
 def check_quantize(draw: Random, tokens: int, width: int, format: Format, norm: bool) -> Found:
     """Codes are equal bit by bit; after a norm, whose sum has another order, they may be one step apart. Triton's
-    interpreter truncates to bf16, so values that are kept there may be one bit apart."""
+    interpreter truncates to bf16, so outliers there may be one bit apart."""
     x = draw.tokens(tokens, width)
-    how = {"bits": format.act_bits, "kept": format.kept, "int8": format.int8}
+    how = {"bits": format.act_bits, "outliers": format.outliers, "int8": format.int8}
     how |= {"norm_weight": draw.normal(width)} if norm else {}
     base = twice(lambda: quantize(x, **how).base)
     wanted = quantize_reference(x, **how).base
@@ -187,7 +187,7 @@ def checks(device: torch.device, seed: int, small: bool) -> Iterator[Found]:
                 for format in FORMATS.values():
                     if format.act_bits is not None:
                         tokens = pick.randint(1, 4 if small else 300)
-                        capped = replace(format, kept=min(format.kept, width // 4))
+                        capped = replace(format, outliers=min(format.outliers, width // 4))
                         yield check_quantize(draw, tokens, width, capped, norm)
         for _ in range(1 if small else 2):
             yield from check_problems(draw, pick, small)
@@ -206,7 +206,7 @@ def check_problems(draw: Random, pick: random.Random, small: bool) -> Iterator[F
             inputs = pick.randint(*widths)
             inputs -= inputs % (format.group_size or 2)  # 4-bit factors are pairs
             layer = Layer("random", pick.randint(*sizes), inputs)
-            format = replace(format, kept=min(format.kept, inputs // 4))
+            format = replace(format, outliers=min(format.outliers, inputs // 4))
             problem = draw.repaired(draw.problem(layer, format), repair)
             if pick.random() < 0.5:
                 problem = replace(problem, bias=draw.normal(layer.outputs))

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 PADDING, TEXT, IMAGE = -1, 0, 1
 MODALITIES = ("text", "image")
+HELD_OUT = 16
+"""One of so many calibration sequences is held out of all statistics: errors are measured on its tokens, too."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ class Batch:
     def token_keys(self) -> Int[Tensor, "B L"]:
         """A pseudo-random 63-bit number per token that depends on nothing but sample id and position."""
         positions = torch.arange(self.modality.shape[1], device=self.modality.device)
-        return _mix(_mix(self.sample_ids.long() + 1)[:, None] + positions)
+        return _mix(sample_keys(self.sample_ids)[:, None] + positions)
+
+    def held_out(self, below: int) -> Bool[Tensor, "B L"]:
+        """Whether a position is one of a sequence whose key is below this one (`held_out_below`)."""
+        return (sample_keys(self.sample_ids) < below)[:, None].expand(self.modality.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """Named tensors for a safetensors file; `from_tensors` is the inverse."""
@@ -76,6 +82,17 @@ class Batch:
             tensors["sample_ids"],
             context,
         )
+
+
+def sample_keys(ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """A pseudo-random 63-bit number per sample that depends on nothing but its id."""
+    return _mix(ids.long() + 1)
+
+
+def held_out_below(num_samples: int) -> int:
+    """Of samples 0 .. num_samples - 1 those with keys below this one are held out: one in HELD_OUT, of fewer none."""
+    count = num_samples // HELD_OUT
+    return int(sample_keys(torch.arange(num_samples)).sort().values[count]) if count else 0
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, torch.dtype]) -> Batch:

@@ -85,11 +85,14 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well a group was fitted, measured on its token sample; errors are relative to the output."""
+    """How well a group was fitted; errors are relative to the output."""
 
     error: float | None
-    """None where no token could be measured."""
+    """On the token sample, which the fit has seen. None where no token could be measured."""
     error_by_modality: Mapping[str, float]
+    held_out_error: float | None
+    """On tokens of calibration sequences that are in no statistic. None where none are held out."""
+    held_out_error_by_modality: Mapping[str, float]
     rounding_error: float | None
     """Of the same codes without compensation."""
     bytes: int

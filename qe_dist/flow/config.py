@@ -22,6 +22,9 @@ _COUNTS = (
     "tensor_parallel_size",
 )  # fmt: skip
 
+STATISTICS = 2
+"""Of what is gathered and reported of the same samples; raised where that changes, for a block is not made by two."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -105,7 +108,10 @@ class RunConfig:
             "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
             "calibration": _hash(self.calibration.read_bytes()),
             "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
-            "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+            "versions": {
+                **{name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+                "statistics": STATISTICS,
+            },
             "samples_per_batch": self.samples_per_batch,
             "sample_tokens": self.sample_tokens,
             "tensor_parallel_size": self.tensor_parallel_size,

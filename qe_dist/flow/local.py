@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from qe_dist import archs
+from qe_dist.core.batch import held_out_below, sample_keys
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
@@ -79,7 +82,7 @@ class Prepared:
 
     @cached_property
     def task(self) -> Task:
-        return Task(self.model, self.runs, batch_tokens(self.samples))
+        return Task(self.model, self.runs, batch_tokens(self.samples), sum(map(len, self.samples)))
 
     @property
     def store(self) -> RunDir:
@@ -198,8 +201,11 @@ def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSou
     names = " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
     if "vision_config" not in source.config:
         raise ConfigError(f"{run.model} is a model of text only, but {names} are made for images")
-    if not any(sample.images for batch in samples for sample in batch):
-        raise ConfigError(f"{run.calibration} has no image, but {names} must see some; add samples with images")
+    below = held_out_below(sum(map(len, samples)))
+    ids = torch.tensor([sample.index for batch in samples for sample in batch if sample.images], dtype=torch.int64)
+    if not (sample_keys(ids) >= below).any():
+        found = "images only in samples that are held out to measure on" if len(ids) else "no image"
+        raise ConfigError(f"{run.calibration} has {found}, but {names} must see some; add samples with images")
 
 
 def start(ready: Prepared) -> None:

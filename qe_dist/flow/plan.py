@@ -3,11 +3,13 @@
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import psutil
 import torch
 
+from qe_dist.core.batch import held_out_below
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
@@ -15,7 +17,7 @@ from qe_dist.methods.base import Shares
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.lowrank import capped
-from qe_dist.numerics.stats import M
+from qe_dist.numerics.stats import M, held_out_size
 
 FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
 MOVED = 1.2  # what a fit costs elsewhere, with the way there
@@ -41,6 +43,8 @@ class StagePlan:
     worker: int
     blocks: tuple[BlockSpec, ...]
     grams_on_host: bool = False
+    held_out_below: int = 0
+    """Sequences whose keys are below this one are held out of the statistics."""
 
 
 Wave = tuple[StagePlan, ...]
@@ -55,11 +59,22 @@ class Task:
     """All that are served by one pass of the calibration (see `flow.local.quantize`)."""
     batch_tokens: int
     """Of the largest batch, padding included."""
+    num_samples: int
+
+    @cached_property
+    def held_out_below(self) -> int:
+        return held_out_below(self.num_samples)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """That a group keeps at most, held-out ones included."""
+        size = self.runs[0].sample_tokens
+        return size + (held_out_size(size) if self.held_out_below else 0)
 
     def footprint(self, block: BlockSpec) -> Footprint:
         run = self.runs[0]
         recipes = [run.recipe_for(block.index) for run in self.runs]
-        return footprint(block, recipes, run.sample_tokens, self.batch_tokens, run.dtype.itemsize)
+        return footprint(block, recipes, self.sampled_tokens, self.batch_tokens, run.dtype.itemsize)
 
 
 def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> tuple[Wave, ...]:
@@ -94,7 +109,7 @@ def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
     counts = share_out(-(-len(left) // waves), room, [seat.speed for seat in seats])
     ends = list(accumulate(counts))
     return tuple(
-        StagePlan(worker, left[end - count : end], on_host)
+        StagePlan(worker, left[end - count : end], on_host, task.held_out_below)
         for worker, (count, end) in enumerate(zip(counts, ends, strict=True))
         if count
     )
@@ -177,7 +192,7 @@ def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
     """What goes to another worker that fits a group: weights, Gram matrices, token sample, in float32."""
     width, outputs = group.in_features, sum(x.out_features for x in group.linears)
     gram = M * width * width if needs_of(task.runs, block).gram else 0
-    return 4 * (width * outputs + gram + 2 * task.runs[0].sample_tokens * width)
+    return 4 * (width * outputs + gram + 2 * task.sampled_tokens * width)
 
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:

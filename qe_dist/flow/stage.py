@@ -7,7 +7,7 @@ that differ in their recipe.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -57,7 +57,7 @@ class Stage:
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
             self.prefetch(part.blocks)
-            self.blocks = {spec.index: _Block(self, spec, part.grams_on_host) for spec in part.blocks}
+            self.blocks = {spec.index: _Block(self, spec, part) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
         """Has the weights of the next wave read ahead, if there is time."""
@@ -190,8 +190,8 @@ class Stage:
 
 
 class _Block:
-    def __init__(self, stage: Stage, spec: BlockSpec, grams_on_host: bool) -> None:
-        run, self.arch, self.spec = stage.run, stage.arch, spec
+    def __init__(self, stage: Stage, spec: BlockSpec, part: StagePlan) -> None:
+        run, self.arch, self.spec, self.held_out_below = stage.run, stage.arch, spec, part.held_out_below
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
         self.inputs: dict[str, Tensor] = {}
         self.stats: dict[str, GroupStats] = {}
@@ -204,7 +204,7 @@ class _Block:
                     view.router_width(group),
                     needs_of(waiting, spec.index),
                     run.sample_tokens,
-                    "cpu" if grams_on_host else None,
+                    "cpu" if part.grams_on_host else None,
                 )
                 reader = self.module.get_submodule(group.linears[0].name)
                 reader.register_forward_pre_hook(self._catcher(group.name))
@@ -228,15 +228,21 @@ class _Block:
     def forward(self, batch: Batch, count: bool) -> Tensor:
         hidden = self.arch.run_block(self.module, batch)
         if self.stats and count:
-            real = batch.modality != PADDING
-            modality, keys = batch.modality[real], batch.token_keys()[real]
-            real = real.to(hidden.device)
-            rows = {name: x[real] for name, x in self.inputs.items()}
-            modality, keys = modality.to(hidden.device), keys.to(hidden.device)
-            for group in (g for view in self.views.values() for g in view.groups):
-                self.stats[group.name].update(rows[group.name], rows[group.router_input], modality, keys)
+            real, held_out = batch.modality != PADDING, batch.held_out(self.held_out_below)
+            self._count(batch, real & ~held_out, GroupStats.update)
+            if held_out.any():
+                self._count(batch, real & held_out, GroupStats.hold_out)
         self.inputs.clear()
         return hidden
+
+    def _count(self, batch: Batch, which: Tensor, add: Callable[..., None]) -> None:
+        """Adds these tokens [B, L] to the statistics of every group."""
+        modality, keys = batch.modality[which], batch.token_keys()[which]
+        device = next(iter(self.inputs.values())).device
+        which, modality, keys = (t.to(device) for t in (which, modality, keys))
+        rows = {name: x[which] for name, x in self.inputs.items()}
+        for group in (g for view in self.views.values() for g in view.groups):
+            add(self.stats[group.name], rows[group.name], rows[group.router_input], modality, keys)
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
         scheme, seed = run.recipe_for(self.spec.index).scheme, run.seed + 1000 * self.spec.index

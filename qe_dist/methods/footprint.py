@@ -57,8 +57,9 @@ class Footprint:
 def footprint(
     block: BlockSpec, recipes: Sequence[Recipe], sample_tokens: int, batch_tokens: int, itemsize: int
 ) -> Footprint:
-    """recipes: of all runs that share the pass. batch_tokens: of the largest batch, padding included.
-    itemsize: bytes of a weight and of an activation in the forward, 2 on a GPU, 4 on a CPU."""
+    """recipes: of all runs that share the pass. sample_tokens: of a group, held-out ones included. batch_tokens: of the
+    largest batch, padding included. itemsize: bytes of a weight and of an activation in the forward, 2 on a GPU, 4 on
+    a CPU."""
     needs = Needs()
     for recipe in recipes:
         needs |= recipe.needs()

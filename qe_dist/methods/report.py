@@ -1,8 +1,9 @@
 """How well a group was fitted, and what it costs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +13,45 @@ from qe_dist.core.cost import cost_of
 from qe_dist.core.quantized import FitReport, GroupInput, QuantizedGroup, QuantizedLinear
 from qe_dist.methods.base import GroupProblem
 from qe_dist.numerics.reference import linear_forward, prepare, route
+from qe_dist.numerics.stats import TokenSample
+
+
+class Errors(NamedTuple):
+    """Relative to the output; None where there is no token."""
+
+    total: float | None
+    by_modality: Mapping[str, float]
+    rounding: float | None
+    """Of the codes alone."""
 
 
 def with_report(
     group: QuantizedGroup, problem: GroupProblem, seconds: float, fallbacks: Sequence[str]
 ) -> QuantizedGroup:
-    """Measures the stored group on the token sample against the full-precision linears, and counts its cost."""
+    """Measures the stored group against the full-precision linears, and counts its cost."""
     start = time.perf_counter()
-    sample = problem.stats.sample
-    x, modality = sample.x.float(), sample.modality
-    expert = route(group.input, sample.router_x, modality)
+    seen, held_out = (_errors(group, problem, tokens) for tokens in (problem.stats.sample, problem.stats.held_out))
+    cost = cost_of(group)
+    report = FitReport(
+        error=seen.total,
+        error_by_modality=seen.by_modality,
+        held_out_error=held_out.total,
+        held_out_error_by_modality=held_out.by_modality,
+        rounding_error=seen.rounding,
+        bytes=cost.stored,
+        active_bytes=cost.active,
+        macs=cost.macs,
+        seconds=seconds + time.perf_counter() - start,
+        fallbacks=tuple(fallbacks),
+    )
+    return replace(group, report=report)
+
+
+def _errors(group: QuantizedGroup, problem: GroupProblem, tokens: TokenSample) -> Errors:
+    if not len(tokens.keys):
+        return Errors(None, {}, None)
+    x, modality = tokens.x.float(), tokens.modality
+    expert = route(group.input, tokens.router_x, modality)
     repaired = prepare(group.input, x, expert, group.scheme, modality)
     bare_input = GroupInput(input_scale=group.input.input_scale)
     bare = prepare(bare_input, x, None, group.scheme, modality)
@@ -39,15 +69,4 @@ def with_report(
     by_modality = {
         name: relative(wrong, (modality == m).cpu()) for m, name in enumerate(MODALITIES) if bool((modality == m).any())
     }
-    cost = cost_of(group)
-    report = FitReport(
-        error=relative(wrong, slice(None)) if x.shape[0] else None,
-        error_by_modality=by_modality,
-        rounding_error=relative(rounded, slice(None)) if x.shape[0] else None,
-        bytes=cost.stored,
-        active_bytes=cost.active,
-        macs=cost.macs,
-        seconds=seconds + time.perf_counter() - start,
-        fallbacks=tuple(fallbacks),
-    )
-    return replace(group, report=report)
+    return Errors(relative(wrong, slice(None)), by_modality, relative(rounded, slice(None)))

@@ -16,6 +16,8 @@ from qe_dist.numerics.gram import add_gram
 from qe_dist.numerics.lowrank import capped
 
 M = len(MODALITIES)
+HELD_OUT_SHARE = 8
+"""Of the size of the token sample, that of the one of held-out sequences is the so manieth part."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,19 @@ class TokenSample:
         return self.joined(other.smallest(count)).smallest(count)
 
 
+def held_out_size(sample_size: int) -> int:
+    """Tokens of held-out sequences, beside so many of the others."""
+    return max(1, sample_size // HELD_OUT_SHARE)
+
+
+def _finite(tokens: TokenSample) -> tuple[TokenSample, int]:
+    """Without the tokens that have a NaN or Inf, and how many these were."""
+    finite = torch.isfinite(tokens.x).all(dim=1) & torch.isfinite(tokens.router_x).all(dim=1)
+    if finite.all():
+        return tokens, 0
+    return TokenSample(*(field[finite] for field in vars(tokens).values())), int((~finite).sum())
+
+
 @dataclass
 class GroupStats:
     """Accumulates over batches; every per-channel field has a row per modality."""
@@ -74,6 +89,8 @@ class GroupStats:
     top_count: Mapping[int, Int[Tensor, "M I"]]
     """By k of `needs.top_channels`."""
     sample: TokenSample
+    held_out: TokenSample
+    """Tokens of sequences that are in nothing else, to measure on; none where none are held out."""
     importance: Float[Tensor, " I"] = field(repr=False)
     """Mean |W| of each input channel over the group's linears: importance of a token's channel is |x| times it."""
 
@@ -87,6 +104,11 @@ class GroupStats:
         gram_on: str | torch.device | None = None,
     ) -> "GroupStats":
         """gram_on: where Gram matrices are kept; None: with the weights."""
+
+        def no_tokens() -> TokenSample:
+            ints, modality = zeros(0, dtype=torch.int64), zeros(0, dtype=torch.int8)
+            return TokenSample(ints, zeros(0, width), zeros(0, router_width), modality)
+
         stacked = list(weights.values())
         width, device = stacked[0].shape[1], stacked[0].device
         total = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in stacked)
@@ -104,12 +126,8 @@ class GroupStats:
             abs_max=zeros(M, width),
             gram=torch.zeros(M, width, width, device=gram_on or device) if needs.gram else None,
             top_count={k: zeros(M, width, dtype=torch.int64) for k in sorted(needs.top_channels)},
-            sample=TokenSample(
-                zeros(0, dtype=torch.int64),
-                zeros(0, width),
-                zeros(0, router_width),
-                zeros(0, dtype=torch.int8),
-            ),
+            sample=no_tokens(),
+            held_out=no_tokens(),
             importance=importance,
         )
 
@@ -122,10 +140,9 @@ class GroupStats:
         keys: Int[Tensor, " T"],
     ) -> None:
         """Adds the tokens of one batch (padding already removed). Their dtype stays as it is: wide copies are dear."""
-        finite = torch.isfinite(x).all(dim=1) & torch.isfinite(router_x).all(dim=1)
-        if not finite.all():
-            self.nonfinite += int((~finite).sum())
-            x, router_x, modality, keys = (t[finite] for t in (x, router_x, modality, keys))
+        tokens, bad = _finite(TokenSample(keys, x, router_x, modality))
+        self.nonfinite += bad
+        x, modality = tokens.x, tokens.modality
         for m in range(M):
             rows = (modality == m).nonzero().squeeze(1)
             if rows.numel() == 0:
@@ -141,7 +158,19 @@ class GroupStats:
             for k, count in self.top_count.items():
                 top = score.topk(capped(x.shape[1], k), dim=1).indices
                 count[m] += torch.bincount(top.flatten(), minlength=x.shape[1])
-        self.sample = self.sample.smallest_with(TokenSample(keys, x, router_x, modality), self.sample_size)
+        self.sample = self.sample.smallest_with(tokens, self.sample_size)
+
+    @torch.no_grad()
+    def hold_out(
+        self,
+        x: Float[Tensor, "T I"],
+        router_x: Float[Tensor, "T H"],
+        modality: Int8[Tensor, " T"],
+        keys: Int[Tensor, " T"],
+    ) -> None:
+        """Adds tokens of sequences that are held out; they are seen by `held_out` alone."""
+        tokens, _ = _finite(TokenSample(keys, x, router_x, modality))
+        self.held_out = self.held_out.smallest_with(tokens, held_out_size(self.sample_size))
 
     def merge(self, other: "GroupStats") -> "GroupStats":
         """The statistics of both parts together."""
@@ -158,6 +187,7 @@ class GroupStats:
             gram=add(self.gram, other.gram),
             top_count={k: count + other.top_count[k] for k, count in self.top_count.items()},
             sample=self.sample.smallest_with(other.sample, self.sample_size),
+            held_out=self.held_out.smallest_with(other.held_out, held_out_size(self.sample_size)),
         )
 
     @property
@@ -182,13 +212,17 @@ class GroupStats:
     def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupStats":
         """The statistics of x / scale, one scale or one per modality, with weights that are multiplied by text's."""
         scale = scale.view(-1, scale.shape[-1])
-        of_token = scale if len(scale) == 1 else scale[self.sample.modality.long()]
+
+        def moved(tokens: TokenSample) -> TokenSample:
+            return replace(tokens, x=tokens.x / (scale if len(scale) == 1 else scale[tokens.modality.long()]))
+
         gram = None if self.gram is None else (self.gram / scale[:, None]).div_(scale[:, :, None])
         return replace(
             self,
             abs_sum=self.abs_sum / scale,
             abs_max=self.abs_max / scale,
             gram=gram,
-            sample=replace(self.sample, x=self.sample.x / of_token),
+            sample=moved(self.sample),
+            held_out=moved(self.held_out),
             importance=self.importance * scale[TEXT],
         )

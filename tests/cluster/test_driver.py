@@ -28,7 +28,7 @@ BLOCKS = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("ray")
-    model, data = tiny_model(root / "model", config=with_blocks(BLOCKS)), calibration(root / "data", 12)
+    model, data = tiny_model(root / "model", config=with_blocks(BLOCKS)), calibration(root / "data", 16)
     recipe = load_recipe("qe-w4a6")
     return RunConfig(model, recipe, data, root / "local", samples_per_batch=2, sample_tokens=512)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_dist.core.batch import IMAGE, PADDING, TEXT, Batch
+from qe_dist.core.batch import HELD_OUT, IMAGE, PADDING, TEXT, Batch, held_out_below
 
 
 def batch_of(ids: Sequence[int], length: int = 6) -> Batch:
@@ -48,6 +48,16 @@ def test_keys_depend_on_sample_and_position_only(ids: list[int], cut: int, lengt
         keys = batch_of(part, length + more).token_keys()[:, :length]
         for sample, row in zip(part, keys, strict=True):
             assert torch.equal(row, of_sample[sample])
+
+
+@given(count=st.integers(0, 200), cut=st.integers(0, 200))
+def test_one_sequence_in_sixteen_is_held_out_whole_whatever_the_batches(count: int, cut: int) -> None:
+    below = held_out_below(count)
+    parts = [part for part in (range(count)[:cut], range(count)[cut:]) if part]
+    rows = torch.cat([torch.zeros(0, 6, dtype=torch.bool), *(batch_of(part).held_out(below) for part in parts)])
+    assert torch.equal(rows.any(dim=1), rows.all(dim=1))
+    assert int(rows.all(dim=1).sum()) == count // HELD_OUT
+    assert [mixed(i + 1) < below for i in range(count)] == rows.all(dim=1).tolist()
 
 
 def mixed(number: int) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qe_dist import archs
+from qe_dist.core.batch import held_out_below, sample_keys
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
@@ -294,6 +295,49 @@ def test_a_wave_that_is_streamed_again_counts_no_batch_twice(run, same):
         assert same(block.stats, again.blocks[index].stats)
     with pytest.raises(LookupError, match="batch 7 came before batch 2"):
         again.forward(replace(batches[0], index=7))
+
+
+@pytest.fixture
+def sixteen(run, tmp_path):
+    """Of which one is held out."""
+    return replace(run, calibration=calibration(tmp_path / "sixteen", 16), output=tmp_path / "of-sixteen")
+
+
+def test_what_is_held_out_changes_nothing_but_what_is_said_of_it(sixteen, tmp_path):
+    """The block that is fitted is that of the other fifteen samples."""
+    quantize(sixteen)
+    ready = prepare_run(sixteen)
+    seen = [s for batch in ready.samples for s in batch if sample_keys(torch.tensor([s.index])) >= held_out_below(16)]
+    assert len(seen) == 15
+    stage, alone = (Stage((replace(sixteen, output=tmp_path / n),), ready.model.arch) for n in ("a", "b"))
+    embedder = Embedder(replace(sixteen, output=tmp_path / "c"), ready.model.arch)
+    for one, below in ((stage, held_out_below(16)), (alone, 0)):
+        one.load(StagePlan(0, ready.model.blocks[:1], held_out_below=below))
+    for i, samples in enumerate(ready.samples):
+        stage.forward(embedder.embed(i, samples))
+        alone.forward(embedder.embed(i, [s for s in samples if s in seen]))
+    for name, stats in stage.blocks[0].stats.items():
+        other = alone.blocks[0].stats[name]
+        assert torch.equal(stats.count, other.count)
+        assert torch.equal(stats.sample.keys, other.sample.keys)
+        assert torch.allclose(stats.gram, other.gram, rtol=1e-4, atol=1e-4 * float(other.gram.abs().max()))
+        assert len(stats.held_out.keys) == 32 > len(other.held_out.keys) == 0
+
+
+def test_errors_on_held_out_sequences_are_reported_beside_those_on_the_sample(sixteen, run, tmp_path):
+    quantize(sixteen)
+    waved = replace(sixteen, output=tmp_path / "waves", blocks_per_worker=1, samples_per_batch=3)
+    quantize(waved)
+    assert files(waved.output) == files(sixteen.output)
+    for block in read_manifest(sixteen.output)["blocks"]:
+        for group in block["groups"].values():
+            assert 0 < group["held_out_error"] < 1
+            assert set(group["held_out_error_by_modality"]) <= {"text", "image"} != set()
+            assert group["held_out_error"] != group["error"]
+    quantize(run)
+    groups = [group for block in read_manifest(run.output)["blocks"] for group in block["groups"].values()]
+    assert {group["held_out_error"] for group in groups} == {None}
+    assert all(group["held_out_error_by_modality"] == {} for group in groups)
 
 
 def test_runs_that_differ_in_more_than_the_recipe_share_nothing(run, tmp_path):

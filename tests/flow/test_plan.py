@@ -25,7 +25,7 @@ def model(num_blocks: int, width: int = 64) -> ModelSpec:
 
 
 def task(num_blocks: int, run: RunConfig = RUN, width: int = 64) -> Task:
-    return Task(model(num_blocks, width), (run,), batch_tokens=100)
+    return Task(model(num_blocks, width), (run,), batch_tokens=100, num_samples=8)
 
 
 def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
@@ -41,6 +41,15 @@ def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds,
     assert done == list(range(min(first, blocks), blocks))
     assert all(len({stage.worker for stage in wave}) == len(wave) <= len(workers) for wave in waves)
     assert all(len(stage.blocks) <= each for wave in waves for stage in wave) if each else len(waves) <= 1
+
+
+def test_tokens_of_held_out_sequences_take_memory_where_there_are_any():
+    few, many = (replace(task(2), num_samples=count) for count in (15, 16))
+    before, after = (one.footprint(one.model.blocks[0]) for one in (few, many))
+    assert after.sample == before.sample * 9 / 8 > 0
+    assert (after.weights, after.grams) == (before.weights, before.grams)
+    stages = [make_plan(one, seats(2**40))[0][0] for one in (few, many)]
+    assert stages[0].held_out_below == 0 < stages[1].held_out_below
 
 
 def test_blocks_per_worker_follow_from_the_memory_of_each():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qe_dist.core.batch import IMAGE, TEXT
-from qe_dist.numerics.stats import GroupStats, Needs, TokenSample
+from qe_dist.numerics.stats import GroupStats, Needs, TokenSample, held_out_size
 
 TOKENS, WIDTH, ROUTER_WIDTH, SAMPLE = 120, 96, 10, 40
 EVERYTHING = Needs(gram=True, top_channels=frozenset({48, 96}))
@@ -268,6 +269,25 @@ def test_only_what_is_needed_is_kept(tokens: TokenSample, gathered: Callable[...
         _ = stats.total_gram
     with pytest.raises(AssertionError, match=r"needs\(\)"):
         _ = stats.frequency(48)
+
+
+def test_what_is_held_out_is_in_nothing_but_its_own_sample(
+    tokens: TokenSample, gathered: Callable[..., GroupStats], same: Same
+) -> None:
+    """And a token with a NaN is not even there."""
+    seen, held = rows(tokens, slice(70)), rows(tokens, slice(70, None))
+    held.x[3, 5] = torch.nan
+    stats, none = gathered(seen), gathered(seen)
+    for part in cut(held, [10, 11]):
+        stats.hold_out(part.x, part.router_x, part.modality, part.keys)
+    good = rows(held, torch.arange(len(held.keys)) != 3)
+    assert same(stats.held_out, good.smallest(held_out_size(SAMPLE)))
+    assert len(stats.held_out.keys) == SAMPLE // 8
+    assert same(replace(stats, held_out=none.held_out), none)
+    assert same(none.merge(stats).held_out, stats.held_out)
+    scale = 2.0 ** torch.arange(2 * WIDTH).view(2, WIDTH).remainder(5)
+    moved = stats.rescaled(scale).held_out
+    assert torch.equal(moved.x * scale[moved.modality.long()], stats.held_out.x)
 
 
 def test_the_needs_of_a_recipe_are_the_union_of_its_parts() -> None:

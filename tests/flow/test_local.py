@@ -10,7 +10,7 @@ from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.local import prepare_run, quantize
 from qe_dist.flow.plan import StagePlan
 from qe_dist.flow.stage import Stage
@@ -56,7 +56,9 @@ def test_every_kind_of_recipe_gives_a_checkpoint_that_loads_and_answers(run, nam
     quantize(replace(run, recipe=load_recipe(name)))
     quantized, source = load(run.output), load(run.model)
     arch, examples = encoded(run.model)
-    kl = evaluate(quantized, arch, examples, predictions(source, arch, examples)).summary()["kl"]
+    kl = evaluate(
+        quantized, arch, examples, save_reference(source, arch, examples, run.output.with_name("reference"))
+    ).summary()["kl"]
     assert 0 < kl < 0.5
     out = quantized.generate(input_ids=examples[-1].input_ids[None, :8], max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 12)
@@ -67,7 +69,7 @@ def test_w8a16_is_nearly_the_source(run):
 
     quantize(replace(run, recipe=recipe_from({"scheme": "w8a16"})))
     arch, examples = encoded(run.model)
-    full = predictions(load(run.model), arch, examples)
+    full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 1e-3
 
 
@@ -88,7 +90,7 @@ def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(ru
         one = replace(run, recipe=recipe_from(recipe), output=run.output / str(i))
         quantize(one)
         arch, examples = encoded(run.model)
-        full = predictions(load(run.model), arch, examples)
+        full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
         assert evaluate(load(one.output), arch, examples, full).summary()["kl"] < 0.5
 
 
@@ -256,7 +258,7 @@ def test_from_a_block_on_another_recipe_may_hold(run, tmp_path):
     assert [block["recipe_from"] for block in manifest["blocks"]] == [0, 1]
     assert manifest["run"]["earlier"] == [[0, old.describe()]]
     arch, examples = encoded(run.model)
-    full = predictions(load(run.model), arch, examples)
+    full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 0.5
     quantize(changed)  # the same again: nothing to do
     assert files(run.output) == after

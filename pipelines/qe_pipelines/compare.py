@@ -36,7 +36,8 @@ def compare(
 ) -> None:
     """Fit RECIPES to MODEL, measure what is left of it, and show who wins at which size and against which control.
 
-    OUTPUT gets a checkpoint for each recipe, compare.json with all numbers, and a plot for each arithmetic and number format.
+    OUTPUT gets a checkpoint for each recipe, compare.json with all numbers (of every sample, too), and a plot for each
+    arithmetic and number format.
     """
     set_up_logging(None)
     if list_all:

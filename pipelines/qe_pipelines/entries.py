@@ -32,7 +32,7 @@ class Entry:
     arithmetic: str = ""
     """What its product executes: `a16` or `int8`."""
     control: bool = False
-    """Whether others must be better than it to be worth anything: weights alone in 4 bits, or plain GPTQ at W4A8 int8."""
+    """Whether others must beat it to be worth anything: weights alone in 4 bits, or plain GPTQ at W4A8 int8."""
     agreement: float | None = None
     intervals: Mapping[str, Any] = field(default_factory=dict)
     modalities: Mapping[str, Any] = field(default_factory=dict)

@@ -16,9 +16,9 @@ from statistics import mean
 from typing import Any
 
 import schedule
-from qe_pipelines import compare
-from qe_pipelines.compare import Entry, front
+from qe_pipelines import entries
 from qe_pipelines.demo import HEADER, Case, cells
+from qe_pipelines.entries import Entry, front
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,7 +111,7 @@ def by_kind(kinds: dict[str, Any]) -> str:
 
 def league_header(full: dict[str, Any]) -> tuple[str, ...]:
     names = "/".join(name for name, kind in full["kinds"].items() if "accuracy" in kind)
-    return (*compare.HEADER[:5], names, *compare.HEADER[5:7], "KL of the seeds", *compare.HEADER[7:])
+    return (*entries.HEADER[:5], names, *entries.HEADER[5:7], "KL of the seeds", *entries.HEADER[7:])
 
 
 def league_rows(seeds: Seeds, full: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -122,7 +122,7 @@ def league_rows(seeds: Seeds, full: dict[str, Any]) -> list[tuple[str, ...]]:
     exact = (f"{full['accuracy']:.1%}", by_kind(full["kinds"]), f"{full['perplexity']:.3f}")
     rows = [("full precision", "16.00", "16.00", "1.000", *exact, "0.00000", "", "", "")]
     for entry in means:
-        name, *numbers = compare.cells(entry, means)
+        name, *numbers = entries.cells(entry, means)
         spread = "-".join(f"{kl:.5f}" for kl in (min(losses[name]), max(losses[name])))
         shown = f"**{name}**" if name in best else name
         rows.append((shown, *numbers[:4], by_kind(entry.kinds), *numbers[4:6], spread, *numbers[6:]))

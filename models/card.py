@@ -67,7 +67,7 @@ def quality(model: Path) -> dict[str, float]:
     """Accuracy in all and by kind, and perplexity, on the evaluation set."""
     summary = evaluate(load_model(model), *encode(model, HERE / "data" / "evaluation.jsonl")).summary()
     kinds = {kind: row["accuracy"] for kind, row in summary["kinds"].items() if kind != "text"}
-    return {"accuracy": summary["accuracy"], **kinds, "perplexity": summary["perplexity"]}
+    return {"accuracy": summary["accuracy"], **kinds, "perplexity": summary["kinds"]["text"]["perplexity"]}
 
 
 def main() -> None:

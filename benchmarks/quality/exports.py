@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.export import ADAPTER, export
 from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe
@@ -38,14 +38,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "outlier")
     model = parser.parse_args().model
     arch, examples = encode(model, DATA / "evaluation.jsonl")
-    full = predictions(load_model(model), arch, examples)
-
-    def quality(loaded: Any) -> dict[str, float]:
-        told = evaluate(loaded, arch, examples, full).summary()
-        return {name: told[name] for name in ("accuracy", "perplexity", "kl")}
-
     rows = []
     with tempfile.TemporaryDirectory() as made:
+        full = save_reference(load_model(model), arch, examples, Path(made) / "reference")
+
+        def quality(loaded: Any) -> dict[str, float]:
+            told = evaluate(loaded, arch, examples, full).summary()
+            return {name: told[name] for name in ("accuracy", "kl")} | {
+                "perplexity": told["kinds"]["text"]["perplexity"]
+            }
+
         runs = {n: RunConfig(model, load_recipe(n), DATA / "calibration.jsonl", Path(made) / n) for n in RECIPES}
         quantize(*runs.values())
         for name, run in runs.items():

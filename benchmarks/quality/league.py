@@ -17,8 +17,10 @@ from typing import Annotated, Any
 
 import typer
 from qe_cluster.launch import ray_cluster
-from qe_pipelines.compare import Entry, fit, measure, plot
+from qe_pipelines.compare import fit
+from qe_pipelines.entries import Entry, plot
 from qe_pipelines.evaluate import encode
+from qe_pipelines.measuring import measure
 from qe_pipelines.progress import set_up_logging
 from qe_pipelines.results import write_result
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.serve.loading import load_model
 
 HERE = Path(__file__).parent
@@ -76,7 +76,7 @@ class Bench:
         self.model, self.peer, self.output, self.threads = model, peer, output, threads
         self.calibration = calibration
         self.arch, self.examples = encode(model, evaluation)
-        self.reference = predictions(load_model(model), self.arch, self.examples)
+        self.reference = save_reference(load_model(model), self.arch, self.examples, output / "reference")
         self.rows: list[dict[str, Any]] = []
 
     def run(self, recipes: dict[str, tuple[str, ...]]) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qe_pipelines.compare import fit, measure
+from qe_pipelines.compare import fit
 from qe_pipelines.evaluate import encode
+from qe_pipelines.measuring import measure
 from qe_pipelines.picture import picture
 from qe_pipelines.progress import set_up_logging
 from qe_pipelines.results import write_result
@@ -97,11 +99,15 @@ def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
     ]
     fit(runs)
     full = evaluate(load_model(model), arch, examples).summary()
-    cases = [Case(model.name, "bf16", "full precision", 16.0, full["accuracy"], full["perplexity"], 0.0)]
+    cases = [Case(model.name, "bf16", "full precision", 16.0, full["accuracy"], _of_stories(full), 0.0)]
     for (bits, method, _), entry in zip(names, measure(runs, arch, examples), strict=True):
-        numbers = (entry.bits, entry.accuracy, entry.perplexity, entry.kl)
+        numbers = (entry.bits, entry.accuracy, _of_stories(vars(entry)), entry.kl)
         cases.append(Case(model.name, bits, METHODS[method], *numbers))
     return cases
+
+
+def _of_stories(quality: Mapping[str, Any]) -> float:
+    return quality["kinds"]["text"]["perplexity"]
 
 
 def recovered(case: Case, cases: list[Case]) -> dict[str, float]:

@@ -1,122 +1,161 @@
-"""Quality of a model: exact match of greedy answers, text perplexity, and KL against a reference.
+"""Quality of a model: exact match of greedy answers, perplexity, and KL and agreement with a reference.
 
 One forward pass per sample suffices: greedy decoding gives exactly the reference answer iff, reading that
 answer, every one of its tokens (and the end mark) is the arg max. A test holds this against `generate`.
+
+Nothing of [tokens, vocabulary] is kept. A reference leaves its final hidden states, where something is predicted, and
+its head on disk (`save_reference`); whoever is compared with it reads them sample by sample, and both heads are applied
+to a few tokens at a time.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qe_dist.archs.base import Arch
+from qe_dist.core.batch import IMAGE, MODALITIES
+from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example
+from qe_dist.flow.encoded import lengths_of
+from qe_dist.flow.quality import Quality, SampleScore
+from qe_dist.io.states import States, StatesWriter
+from qe_dist.numerics.prediction import Head, TokenScores, score_tokens
+
+BATCH_TOKENS = 2048
+"""Of a batch, padding included; a longer sample goes alone."""
 
 
-@dataclass
-class Tally:
-    """Sums over the samples of one kind."""
+class Predictor(Protocol):
+    """A model that reads samples."""
 
-    samples: int = 0
-    exact: int = 0
-    tokens: int = 0
-    nll: float = 0.0
-    kl: float = 0.0
+    @property
+    def head(self) -> Head: ...
 
-
-@dataclass
-class Quality:
-    kinds: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
-    has_reference: bool = False
-
-    def _sum(self, kinds: Sequence[str], name: str) -> float:
-        return sum(getattr(self.kinds[k], name) for k in kinds)
-
-    def summary(self) -> dict[str, Any]:
-        """Accuracy over all questions, perplexity over all plain text, KL over everything predicted."""
-        asked = [k for k in self.kinds if k != "text"]
-        every = list(self.kinds)
-        result: dict[str, Any] = {"samples": int(self._sum(every, "samples"))}
-        if asked:
-            result["accuracy"] = self._sum(asked, "exact") / self._sum(asked, "samples")
-        if "text" in self.kinds:
-            result["perplexity"] = math.exp(self.kinds["text"].nll / self.kinds["text"].tokens)
-        if self.has_reference:
-            result["kl"] = self._sum(every, "kl") / self._sum(every, "tokens")
-        result["kinds"] = {k: self._kind(k) for k in sorted(every)}
-        return result
-
-    def _kind(self, kind: str) -> dict[str, Any]:
-        tally = self.kinds[kind]
-        row: dict[str, Any] = {"samples": tally.samples}
-        if kind == "text":
-            row["perplexity"] = math.exp(tally.nll / tally.tokens)
-        else:
-            row["accuracy"] = tally.exact / tally.samples
-        if self.has_reference:
-            row["kl"] = tally.kl / tally.tokens
-        return row
+    def states(self, examples: Sequence[Example], tokens: int) -> Iterator[list[tuple[Example, Tensor]]]:
+        """Batches of at most so many tokens: each sample, and its hidden states behind the last norm wherever a token
+        is predicted. [P, D]"""
+        ...
 
 
-Predictions = Mapping[int, Tensor]
-"""Log-probabilities wherever an example (by its index) predicts something. [P, V]"""
+class WholeModel:
+    """A loaded Hugging Face model, as transformers runs it."""
+
+    def __init__(self, model: Any, arch: Arch) -> None:
+        self.model, self.arch = model, arch
+
+    @property
+    def head(self) -> Head:
+        head = self.model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ConfigError(f"{self.model.name_or_path} has a head with a bias, which evaluation does not know")
+        return Head.of(head.weight.detach())
+
+    @torch.no_grad()
+    def states(self, examples: Sequence[Example], tokens: int) -> Iterator[list[tuple[Example, Tensor]]]:
+        """Padding is on the right, where causal attention does not see it."""
+        for chosen in batches(lengths_of(examples), tokens):
+            part = [examples[i] for i in chosen]
+            inputs = {k: v.to(self.model.device) for k, v in self.arch.model_inputs(part, pad=0).items()}
+            hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            yield [(one, hidden[row][places(one).to(hidden.device)]) for row, one in enumerate(part)]
 
 
 def evaluate(
-    model: Any, arch: Arch, examples: Sequence[Example], reference: Predictions | None = None, batch: int = 32
+    model: Any,
+    arch: Arch,
+    examples: Sequence[Example],
+    reference: Path | None = None,
+    tokens: int = BATCH_TOKENS,
 ) -> Quality:
-    """Quality of a loaded model on encoded samples; with another model's predictions, its KL divergence from them too.
-
-    Give `predictions` of the reference once to as many models as there are: the two need not fit into memory together.
-    """
-    quality = Quality(has_reference=reference is not None)
-    for example, mine in _predicted(model, arch, examples, batch):
-        _count(quality.kinds[example.kind], example, mine, None if reference is None else reference[example.index])
-    return quality
+    """Quality of a loaded model on encoded samples; with a reference's folder (`save_reference`), its KL divergence
+    from it and their agreement, too."""
+    return measure(WholeModel(model, arch), examples, reference, tokens)
 
 
-def predictions(model: Any, arch: Arch, examples: Sequence[Example], batch: int = 32) -> Predictions:
-    """What a model predicts, on CPU."""
-    return {example.index: mine.cpu() for example, mine in _predicted(model, arch, examples, batch)}
+def save_reference(model: Any, arch: Arch, examples: Sequence[Example], folder: Path) -> Path:
+    """Writes into `folder` what `evaluate` compares others with. Returns the folder."""
+    return save_states(WholeModel(model, arch), examples, folder)
 
 
-@torch.no_grad()
-def _predicted(model: Any, arch: Arch, examples: Sequence[Example], batch: int) -> Iterator[tuple[Example, Tensor]]:
-    for part in _batches(examples, batch):
-        logp = _log_probabilities(model, arch.model_inputs(part, pad=0))
-        for row, example in enumerate(part):
-            yield example, logp[row][_places(example).to(logp.device)]
+def save_states(model: Predictor, examples: Sequence[Example], folder: Path, tokens: int = BATCH_TOKENS) -> Path:
+    """The same of any predictor."""
+    writer = StatesWriter(folder)
+    for part in model.states(examples, tokens):
+        writer.put({example.index: hidden.cpu() for example, hidden in part})
+    writer.finish(model.head.slices())
+    return folder
 
 
-def _places(example: Example) -> Tensor:
+def measure(
+    model: Predictor, examples: Sequence[Example], reference: Path | None = None, tokens: int = BATCH_TOKENS
+) -> Quality:
+    """The same as `evaluate` of any predictor."""
+    head, other = model.head, None if reference is None else States(reference)
+    other_head = None if other is None else _head_of(other, head)
+    scores: list[SampleScore] = []
+    for part in model.states(examples, tokens):
+        hidden = torch.cat([own for _, own in part])
+        wanted = torch.cat([example.labels[1:][places(example)] for example, _ in part]).to(hidden.device)
+        theirs = None
+        if other is not None and other_head is not None:
+            theirs = torch.cat([other.get(example.index) for example, _ in part]).to(hidden.device), other_head
+            if len(theirs[0]) != len(hidden):
+                raise ConfigError(f"{other.folder} was made from other samples, or by another tokenizer")
+        scores += _by_sample(part, score_tokens(hidden, head, wanted, theirs))
+    return Quality(sorted(scores, key=lambda score: score.index))
+
+
+def _head_of(other: States, mine: Head) -> Head:
+    """Of the reference; that of the model where they are equal, which need not be read again and again."""
+    if other.vocabulary != mine.vocabulary:
+        raise ConfigError(
+            f"the reference predicts {other.vocabulary} tokens and the model {mine.vocabulary}: these are different "
+            "vocabularies, whose distributions cannot be compared"
+        )
+    if other.width == mine.width:
+        pairs = zip(other.head(), mine.slices(), strict=True)
+        if all(torch.equal(a.to(b), b) for a, b in pairs):
+            return mine
+    return Head(other.vocabulary, other.width, other.head)
+
+
+def _by_sample(part: Sequence[tuple[Example, Tensor]], scores: TokenScores) -> Iterator[SampleScore]:
+    begin = 0
+    for example, hidden in part:
+        here = slice(begin, begin := begin + len(hidden))
+        has_image = bool((example.modality == IMAGE).any())
+        yield SampleScore(
+            index=example.index,
+            kind=example.kind,
+            modality=MODALITIES[has_image],
+            tokens=len(hidden),
+            exact=bool(scores.right[here].all()),
+            nll=_sum(scores.nll[here]),
+            kl=None if scores.kl is None else _sum(scores.kl[here]),
+            agreed=None if scores.agrees is None else int(scores.agrees[here].sum()),
+        )
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.double().sum())
+
+
+def places(example: Example) -> Tensor:
     """Position t predicts token t + 1."""
     return (example.labels[1:] != -100).nonzero().squeeze(1)
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Of similar length, so that little is padded."""
-    ordered = sorted(examples, key=lambda e: e.input_ids.numel())
-    for i in range(0, len(ordered), size):
-        yield ordered[i : i + size]
-
-
-def _log_probabilities(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """[B, L, V] in float32. Padding is on the right, where causal attention does not see it."""
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
-    return F.log_softmax(model(**inputs, use_cache=False).logits.float(), dim=-1)
-
-
-def _count(tally: Tally, example: Example, mine: Tensor, reference: Tensor | None) -> None:
-    wanted = example.labels[1:][_places(example)].to(mine.device)
-    tally.samples += 1
-    tally.tokens += len(wanted)
-    tally.exact += int((mine.argmax(dim=-1) == wanted).all())
-    tally.nll -= float(mine.gather(1, wanted[:, None]).sum())
-    if reference is not None:
-        other = reference.to(mine.device)
-        tally.kl += float((other.exp() * (other - mine)).sum())
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Positions of samples of similar length, so that little is padded; each batch has at most so many tokens,
+    padding included, or one sample."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if part and (len(part) + 1) * lengths[i] > tokens:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part

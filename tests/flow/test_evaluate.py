@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from qe_pipelines.demo import generate
 
 from qe_dist import archs
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.io.samples import load_images, read_samples
 from tests.tiny import DATA, MODELS
 
@@ -39,22 +39,22 @@ def test_exact_match_is_what_greedy_generation_gives(model, encoder):
 def test_batching_and_padding_change_nothing(model, encoder):
     samples = read_samples(DATA / "evaluation.jsonl")
     examples = [encoder(s, load_images(s)) for s in (*samples[:9], *samples[-3:])]
-    one, many = (evaluate(model, ARCH, examples, batch=size).summary() for size in (1, 12))
+    one, many = (evaluate(model, ARCH, examples, tokens=size).summary() for size in (1, 4096))
     assert one["accuracy"] == many["accuracy"]
     assert one["perplexity"] == pytest.approx(many["perplexity"], rel=1e-4)
 
 
-def test_perplexity_and_kl_against_a_plain_computation(model, encoder):
+def test_perplexity_and_kl_against_a_plain_computation(model, encoder, tmp_path):
     example = encoder(read_samples(DATA / "evaluation.jsonl")[-1], [])
     with torch.no_grad():
         logits = model(input_ids=example.input_ids[None]).logits[0, :-1].double()
     nll = F.cross_entropy(logits, example.input_ids[1:])
-    summary = evaluate(model, ARCH, [example], reference=predictions(model, ARCH, [example])).summary()
+    summary = evaluate(model, ARCH, [example], save_reference(model, ARCH, [example], tmp_path)).summary()
     assert summary["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
     assert summary["kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_kl_of_a_changed_model_is_the_mean_divergence(model, encoder):
+def test_kl_of_a_changed_model_is_the_mean_divergence(model, encoder, tmp_path):
     from copy import deepcopy
 
     changed = deepcopy(model)
@@ -64,6 +64,6 @@ def test_kl_of_a_changed_model_is_the_mean_divergence(model, encoder):
     with torch.no_grad():
         p, q = (m(input_ids=example.input_ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (model, changed))
     expected = (p.exp() * (p - q)).sum(-1).mean()
-    assert evaluate(changed, ARCH, [example], reference=predictions(model, ARCH, [example])).summary()[
+    assert evaluate(changed, ARCH, [example], save_reference(model, ARCH, [example], tmp_path)).summary()[
         "kl"
     ] == pytest.approx(expected.item(), rel=1e-3)

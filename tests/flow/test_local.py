@@ -11,7 +11,7 @@ from qe_dist.core.batch import held_out_below, sample_keys
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.local import prepare_run, quantize
 from qe_dist.flow.plan import StagePlan
 from qe_dist.flow.stage import Stage
@@ -57,7 +57,9 @@ def test_every_kind_of_recipe_gives_a_checkpoint_that_loads_and_answers(run, nam
     quantize(replace(run, recipe=load_recipe(name)))
     quantized, source = load(run.output), load(run.model)
     arch, examples = encoded(run.model)
-    kl = evaluate(quantized, arch, examples, predictions(source, arch, examples)).summary()["kl"]
+    kl = evaluate(
+        quantized, arch, examples, save_reference(source, arch, examples, run.output.with_name("reference"))
+    ).summary()["kl"]
     assert 0 < kl < 0.5
     out = quantized.generate(input_ids=examples[-1].input_ids[None, :8], max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 12)
@@ -68,7 +70,7 @@ def test_w8a16_is_nearly_the_source(run):
 
     quantize(replace(run, recipe=recipe_from({"scheme": "w8a16"})))
     arch, examples = encoded(run.model)
-    full = predictions(load(run.model), arch, examples)
+    full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 1e-3
 
 
@@ -89,7 +91,7 @@ def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(ru
         one = replace(run, recipe=recipe_from(recipe), output=run.output / str(i))
         quantize(one)
         arch, examples = encoded(run.model)
-        full = predictions(load(run.model), arch, examples)
+        full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
         assert evaluate(load(one.output), arch, examples, full).summary()["kl"] < 0.5
 
 
@@ -265,7 +267,7 @@ def test_from_a_block_on_another_recipe_may_hold(run, tmp_path):
     assert executed == [{"int8"}, {"a16"}]
     assert manifest["run"]["earlier"] == [[0, old.describe()]]
     arch, examples = encoded(run.model)
-    full = predictions(load(run.model), arch, examples)
+    full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 0.5
     quantize(changed)  # the same again: nothing to do
     assert files(run.output) == after

@@ -10,7 +10,7 @@ from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate, predictions
+from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.local import quantize
 from qe_dist.flow.source import open_source
 from qe_dist.io.checkpoint import read_manifest
@@ -44,7 +44,7 @@ def kl(run):
     encoder = arch.encoder(run.model)
     samples = read_samples(DATA / "evaluation.jsonl")
     examples = [encoder(s, load_images(s)) for s in (*samples[:4], samples[-1])]
-    full = predictions(load_model(run.model), arch, examples)
+    full = save_reference(load_model(run.model), arch, examples, run.output.with_name("reference"))
     return evaluate(load_model(run.output), arch, examples, full).summary()["kl"]
 
 

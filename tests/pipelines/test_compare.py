@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qe_cluster import launch
 from qe_pipelines import main
-from qe_pipelines.compare import HEADER, Entry, cells, front, scheme_of, table_of
+from qe_pipelines.entries import HEADER, Entry, cells, front, scheme_of, table_of
 
 from qe_dist import methods
 from qe_dist.io.checkpoint import read_manifest
@@ -90,7 +90,9 @@ def test_every_recipe_has_a_checkpoint_a_row_and_every_format_a_plot(compared: P
     assert found["environment"]["versions"]
     assert [entry["recipe"] for entry in found["entries"]] == list(RECIPES)
     assert [entry["scheme"] for entry in found["entries"]] == ["w4a6", "w4a16", "w4a6"]
-    assert sorted(p.name for p in compared.iterdir()) == sorted([*RECIPES, "compare.json", "w4a16.png", "w4a6.png"])
+    assert sorted(p.name for p in compared.iterdir()) == sorted(
+        [*RECIPES, "compare.json", "w4a16-a16.png", "w4a6-int8.png"]
+    )
     for plot in compared.glob("*.png"):
         assert plot.read_bytes().startswith(PNG)
 
@@ -115,7 +117,7 @@ def test_an_entry_says_what_eval_and_the_manifest_say(
     capsys.readouterr()
     run("eval", compared / name, "--data", given_files["measured"], "--reference", given_files["model"], "--json")
     quality = json.loads(capsys.readouterr().out)
-    for measure in ("accuracy", "perplexity", "kl"):
+    for measure in ("accuracy", "perplexity", "kl", "agreement"):
         assert entry[measure] == pytest.approx(quality[measure], rel=1e-5)
     assert entry["kinds"].keys() == quality["kinds"].keys()
     assert entry["kl"] > 0
@@ -270,7 +272,11 @@ def test_a_row_says_at_what_a_recipe_wins() -> None:
     ]
     assert rows["good"]["accuracy"] == "50.0%"
     assert (rows["small"]["accuracy"], rows["small"]["perplexity"]) == ("", "")
-    assert [row.style for row in table_of("w4a6", [small, good, beaten]).rows] == ["bold", "bold", None]
+    assert [row.style for row in table_of("w4a6", [small, good, beaten], [small, good, beaten]).rows] == [
+        "bold",
+        "bold",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(("written", "scheme"), [("w4a6k64", "w4a6"), ("w3a16g128", "w3a16"), ("w4a16", "w4a16")])

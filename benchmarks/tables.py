@@ -228,6 +228,15 @@ def sensitivity(result: dict[str, Any]) -> str:
     return "\n" + markdown(("model", "samples", *first["median"]), rows) + source(result, "sensitivity")
 
 
+def permutation(result: dict[str, Any]) -> str:
+    header = ("group", "tokens", "codes us", "second term us", "read side by side us", "read one by one us", "saved")
+    names = ("codes", "term", "contiguous", "scattered")
+    rows = [
+        (c["group"], str(c["tokens"]), *(f"{c[n]:.1f}" for n in names), f"{c['share']:.2%}") for c in result["cases"]
+    ]
+    return "\n" + markdown(header, rows) + source(result, "permutation")
+
+
 def sharing(result: dict[str, Any]) -> str:
     rows = [
         (part, *(f"{case['seconds'][k]:.1f}" for k in ("qe", "twelve")), f"{case['ratios']['twelve / qe']:.2f}")
@@ -559,6 +568,7 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),
+    "permutation": ("permutation", permutation, ()),
     **{f"league {m} {s}": ("league", league, (m, s)) for m in MODELS for s in SCHEMES},
     **{f"ablation {m}": ("ablation", ablation, (m,)) for m in MODELS},
     **{f"peers {m}": ("peers", peers, (m,)) for m in MODELS},

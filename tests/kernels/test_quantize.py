@@ -374,7 +374,8 @@ def test_extracted_channels_carry_the_prepared_input(case: tuple[Tensor, dict[st
     channels, expert = torch.arange(0, columns, 2), torch.arange(len(x), dtype=torch.int32) - 1
     own = channels[torch.tensor([[0], [-1], [0]])]
     kept = min(kept, columns - 1)
-    given_lists = {"shared_channels": channels, "expert_channels": own, "salient_channels": torch.arange(columns).flip(0)}
+    everything = torch.arange(columns).flip(0)
+    given_lists = {"shared_channels": channels, "expert_channels": own, "salient_channels": everything}
     made = quantize(
         x, bits=bits, kept=kept, int8=not kept, expert=expert, extracted=extracted_columns(columns, channels, own),
         **given_lists, **options,

@@ -100,7 +100,7 @@ def test_the_weights_are_two_terms(fitted: QuantizedGroup, problem: GroupProblem
         assert torch.allclose(dequantize(linear.codes, linear.scale).double(), rest, rtol=1e-6)
 
 
-def test_the_second_term_meets_the_input_as_it_was_rounded(fitted: QuantizedGroup, problem: GroupProblem, x: Tensor) -> None:
+def test_the_second_term_meets_the_rounded_input(fitted: QuantizedGroup, problem: GroupProblem, x: Tensor) -> None:
     channels = fitted.input.salient_channels.long()
     scale = fitted.input.input_scale[0].double()
     moved = x.double() / scale

@@ -3,7 +3,7 @@
     python benchmarks/permutation.py          writes benchmarks/results/permutation.json
 
 Salient channels are 128 columns of the rounded input (arXiv 2603.08185). A permutation puts them first; without it they
-are gathered by index. No output changes, so the time is all there is to gain. Timed on this CPU in float32, one thread:
+are gathered by index. No output changes, so the time is all there is to gain. Timed on this CPU in float32, seconds of one thread:
 the read alone, its product with the stored term, and the product of the codes, at the widths of Qwen2-VL-2B.
 """
 
@@ -27,12 +27,12 @@ TOKENS = (1, 256)
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Median of a call, the first ones left out."""
+    """Of this process in the median call, the first ones left out: others share the machine."""
     times = []
     for _ in range(REPEATS + 3):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return median(times[3:])
 
 

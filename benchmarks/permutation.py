@@ -3,8 +3,8 @@
     python benchmarks/permutation.py          writes benchmarks/results/permutation.json
 
 Salient channels are 128 columns of the rounded input (arXiv 2603.08185). A permutation puts them first; without it they
-are gathered by index. No output changes, so the time is all there is to gain. Timed on this CPU in float32, seconds of one thread:
-the read alone, its product with the stored term, and the product of the codes, at the widths of Qwen2-VL-2B.
+are gathered by index. No output changes, so the time is all there is to gain. Timed on this CPU in float32, seconds of
+one thread: the read, the product with the stored term, and that of the codes, at the widths of Qwen2-VL-2B.
 """
 
 import sys

@@ -62,8 +62,8 @@ class Salient:
     def _sizes(self, problem: GroupProblem, budget: Budget) -> tuple[Tensor, int]:
         """(an even number of channels, the loudest first, for two 4-bit codes share a byte; rank of the adapter)"""
         width = problem.group.in_features
-        if budget.rank is not None:
-            total = budget.rank_for(problem)
+        if budget.extra_bits is None:
+            total = budget.rank_for(problem.num_outputs, width)
             count = 2 * math.ceil(self.share * total / 2)
             rank = max(0, total - count)
         else:

@@ -24,9 +24,8 @@ from qe_dist.methods.footprint import footprint
 from qe_dist.methods.quantizers.gptq import FACTORS, GPTQ
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe
-from qe_dist.numerics.factors import rank_within
 from qe_dist.numerics.gram import PANEL
-from qe_dist.numerics.lowrank import OVERSAMPLE, ROUGH, STEPS, capped
+from qe_dist.numerics.lowrank import OVERSAMPLE, ROUGH, STEPS
 from qe_dist.numerics.stats import M
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -159,9 +158,7 @@ def _low_rank(outputs: int, width: int, rank: int) -> Work:
 def rank_of(group: InputGroup, recipe: Recipe) -> int:
     """That a group gets if its block's budget is shared evenly; by how much they differ only the run knows."""
     outputs, width = sum(x.out_features for x in group.linears), group.in_features
-    if recipe.budget.extra_bits is None:
-        return capped(width, recipe.budget.rank or 0)
-    return rank_within(recipe.budget.extra_bits * _weights(group), outputs, width, recipe.budget.factor_bits)
+    return recipe.budget.rank_for(outputs, width)
 
 
 def _gains(group: InputGroup, recipe: Recipe) -> Work:

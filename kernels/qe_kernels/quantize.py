@@ -50,7 +50,7 @@ class Activations:
     expert_z: Tensor | None
     """x~ of the channels [M, D] that the token's own expert extracts; zero for a token without one."""
     salient_z: Tensor | None
-    """x~ of the salient channels [M, S], which stay in `base` too."""
+    """Qa(x~) of the salient channels [M, S] in x's dtype: what `base` holds there, times `token_scale`."""
 
 
 class New(NamedTuple):
@@ -188,9 +188,8 @@ def _quantize(
     if EXPERT > 0:
         listed = tl.where(own < 0, 0, EXPERT)
         _gather(expert_z, token, expert_channels, EXPERT, listed, x, columns, rstd, norm_weight, input_scale, GATED)
-    if SALIENT > 0:
-        _gather(salient_z, token, salient_channels, SALIENT, SALIENT, x, columns, rstd, norm_weight, input_scale, GATED)
 
+    scale, reach = 1.0, 0.0
     if base is not None:
         if extracted is not None:
             extracted += (own + 1) * columns
@@ -219,6 +218,18 @@ def _quantize(
                     tl.store(base + half, _round(part, scale, reach, OUTLIERS, base.dtype.element_ty), there)
             else:
                 tl.store(base + column, _round(value, scale, reach, OUTLIERS, base.dtype.element_ty), within)
+    if SALIENT > 0:
+        at = tl.arange(0, triton.next_power_of_2(SALIENT))
+        channel = tl.load(salient_channels + at, at < SALIENT, other=columns)
+        here = channel < columns
+        term = _prepare(x, channel, here, columns, rstd, norm_weight, input_scale, GATED)
+        if extracted is not None:
+            term = _without(term, extracted, channel, here)
+        if TOP > 0:
+            term = _round(term, scale, reach, OUTLIERS, DTYPE)
+            if OUTLIERS == 0:
+                term = (term.to(tl.float32) * scale).to(DTYPE)
+        tl.store(salient_z + token * SALIENT + at, tl.where(here, term, tl.zeros_like(term)), at < SALIENT)
 
 
 @triton.jit
@@ -354,8 +365,8 @@ def quantize_reference(
     """`quantize` in torch, of any float dtype and width; fp64 is computed in fp64."""
     prepared = base = _prepared_reference(x, norm_weight, eps, gated, input_scale, modality)
     here = pad(prepared, (0, 1))  # and zeros for channels of other ranks
-    shared_z, salient_z = (None if c is None else here[:, c.long()] for c in (shared_channels, salient_channels))
-    expert_z = token_scale = None
+    shared_z = None if shared_channels is None else here[:, shared_channels.long()]
+    expert_z = token_scale = salient_z = None
     row = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if expert_channels is not None:
         row = expert.long() + 1
@@ -365,6 +376,10 @@ def quantize_reference(
         base = prepared.masked_fill(extracted[row].bool(), 0.0)
     if bits is not None:
         base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, outliers, int8)
+    if salient_channels is not None:
+        salient_z = pad(base, (0, 1))[:, salient_channels.long()]
+        if token_scale is not None:
+            salient_z = (salient_z.to(token_scale.dtype) * token_scale[:, None]).to(prepared.dtype)
     return Activations(prepared if with_x else None, base, token_scale, shared_z, expert_z, salient_z)
 
 

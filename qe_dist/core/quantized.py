@@ -7,7 +7,7 @@ Where there are experts and no router, the token's modality is its expert: none 
 What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
 module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
 channels: they leave Qa, and the expert multiplies them with `columns` in 16 bits. *Salient* channels stay in Qa, and
-their weights have a second term: `salient_columns`, which x~ meets unrounded.
+their weights have a second term: `salient_columns`, which meets Qa(x~) as the codes do.
 Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C channels of the shared expert,
 D of a routed one, S salient channels, M modalities, H router inputs.
 """

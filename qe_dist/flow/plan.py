@@ -205,10 +205,10 @@ def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
         for group in block.groups:
             width, outputs = group.in_features, sum(x.out_features for x in group.linears)
             total += outputs * width * (scheme.weight_bits + 1) // 8
-            if budget.rank is None:
-                total += int((budget.extra_bits or 0) * outputs * width / 8)
+            if budget.extra_bits is not None:
+                total += int(budget.extra_bits * outputs * width / 8)
             else:
-                repair = capped(width, budget.rank) * (outputs + width) + capped(width, channels) * outputs
+                repair = budget.rank_for(outputs, width) * (outputs + width) + capped(width, channels) * outputs
                 total += 2 * experts * repair
     return total
 

@@ -63,31 +63,38 @@ class Codes:
 
 @dataclass(frozen=True)
 class Budget:
-    """Size of a compensation: a rank, or stored bits per weight that are turned into a rank."""
+    """Size of a compensation: a rank, a ratio that is turned into one, or stored bits per weight that are."""
 
     rank: int | None = None
     extra_bits: float | None = None
     factor_bits: int = 16
+    ratio: float | None = None
+    """Rank as a share of the smaller dimension of a group's stacked weights, at least LEAST_RANK (MASQuant's code)."""
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.extra_bits is None):
-            raise ConfigError("a budget is either a rank or extra_bits, exactly one of them")
+        if sum(size is not None for size in (self.rank, self.extra_bits, self.ratio)) != 1:
+            raise ConfigError("a budget is a rank, a ratio or extra_bits, exactly one of them")
         if self.rank is not None and self.rank < 1:
             raise ConfigError(f"budget.rank must be at least 1, found {self.rank}")
         if self.extra_bits is not None and not 0 < self.extra_bits < float("inf"):
             raise ConfigError(f"budget.extra_bits must be positive and finite, found {self.extra_bits}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ConfigError(f"budget.ratio must lie in 0..1 and be more than 0, found {self.ratio}")
         if self.factor_bits not in FACTOR_BITS:
             raise ConfigError(f"budget.factor_bits must be 4, 8 or 16, found {self.factor_bits}")
 
-    def rank_for(self, problem: GroupProblem) -> int:
-        """The rank that one adapter for the group may have (see `capped` for narrow layers)."""
-        width = problem.group.in_features
+    def rank_for(self, outputs: int, width: int) -> int:
+        """The rank that one adapter [outputs, width] may have (see `capped` for narrow layers)."""
         if self.rank is not None:
             return capped(width, self.rank)
+        if self.ratio is not None:
+            return min(max(LEAST_RANK, int(self.ratio * min(outputs, width))), outputs, width)
         assert self.extra_bits is not None
-        bits = self.extra_bits * problem.num_weights
-        return rank_within(bits, problem.num_outputs, width, self.factor_bits)
+        return rank_within(self.extra_bits * outputs * width, outputs, width, self.factor_bits)
 
+
+LEAST_RANK = 32
+"""Of a budget by ratio."""
 
 SPREAD = 4
 """How many times its even share of a block's budget a group can get at most; bounds the work."""
@@ -110,7 +117,9 @@ class ErrorProblem:
 
     @property
     def rank(self) -> int:
-        return self.budget.rank_for(self.problem) if self.granted is None else self.granted
+        if self.granted is not None:
+            return self.granted
+        return self.budget.rank_for(self.problem.num_outputs, self.problem.group.in_features)
 
     @property
     def most_rank(self) -> int:

@@ -6,15 +6,13 @@ used in passing, for a worker keeps the statistics of several blocks, but stream
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from qe_dist.core.spec import BlockSpec, InputGroup
 from qe_dist.methods.base import SPREAD
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
-from qe_dist.numerics.factors import rank_within
 from qe_dist.numerics.gram import PANEL
-from qe_dist.numerics.lowrank import OVERSAMPLE, capped
+from qe_dist.numerics.lowrank import OVERSAMPLE
 from qe_dist.numerics.stats import M, Needs
 
 FLOAT = 4
@@ -115,9 +113,6 @@ def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
 
 
 def _most_rank(group: InputGroup, recipe: Recipe) -> int:
-    budget, width = recipe.budget, group.in_features
-    if budget.rank is not None:
-        return capped(width, budget.rank)
-    outputs = sum(x.out_features for x in group.linears)
-    bits = (budget.extra_bits or 0.0) * prod((outputs, width))
-    return min(SPREAD * rank_within(bits, outputs, width, budget.factor_bits), outputs, width)
+    outputs, width = sum(x.out_features for x in group.linears), group.in_features
+    rank = recipe.budget.rank_for(outputs, width)
+    return rank if recipe.budget.extra_bits is None else min(SPREAD * rank, outputs, width)

@@ -68,7 +68,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "serq": lambda s: _recipe(s, SmoothQuant(alpha=1.0), Salient(), Budget(rank=128, factor_bits=4)),
     "awq": lambda s: _recipe(s, AWQ(), NoCompensation()),
     "mbq": lambda s: _recipe(s, MBQ(), NoCompensation()),
-    "masquant": lambda s: _recipe(s, MASQuant(), CrossModal()),
+    "masquant": lambda s: _recipe(s, MASQuant(), CrossModal(), Budget(ratio=0.05)),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
     "qe": lambda s: Recipe(_with_outliers(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),

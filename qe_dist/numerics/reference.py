@@ -1,7 +1,7 @@
 """The formula of DESIGN section 1 in plain torch: what every kernel must compute.
 
 y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns
-    + x~[salient] salient_columns
+    + Qa(x~)[salient] salient_columns
 
 Under tensor parallelism x holds a slice of the channels; the index I stands for a channel of another rank.
 """
@@ -62,7 +62,6 @@ def prepare(
             assert modality is not None, "scales by modality need the tokens' modality"
             x = x / scale[modality.long()]
     base = x
-    salient = None if part.salient_channels is None else _pick(x, part.salient_channels.long())
     shared = shared_channels = experts = expert_channels = None
     if part.shared_down is not None:
         shared = x @ part.shared_down.dense.T
@@ -78,7 +77,9 @@ def prepare(
             channels = part.expert_channels.long()
             expert_channels = _keep_own(_pick(x, channels.flatten()), own)
             base = torch.where(expert[:, None] < 0, base, _without(base, channels[expert]))
-    return PreparedInput(round_activations(base, scheme), shared, shared_channels, experts, expert_channels, salient)
+    base = round_activations(base, scheme)
+    salient = None if part.salient_channels is None else _pick(base, part.salient_channels.long())
+    return PreparedInput(base, shared, shared_channels, experts, expert_channels, salient)
 
 
 def _pick(x: Tensor, channels: Tensor) -> Tensor:

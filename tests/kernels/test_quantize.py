@@ -364,7 +364,7 @@ def test_extraction_is_that_of_the_formula(x: Tensor, bits: int | None, salient:
     assert made.x is x
     assert torch.equal(made.base.float() * scale, truth.base)
     assert torch.equal(made.shared_z.float(), truth.shared_channels)
-    assert torch.equal(made.salient_z.float(), truth.salient)
+    assert torch.equal(made.salient_z, truth.salient.to(x.dtype))
     assert torch.equal(made.expert_z.float(), truth.expert_channels.view(len(x), 2, 3).sum(dim=1))
 
 
@@ -373,22 +373,24 @@ def test_extraction_is_that_of_the_formula(x: Tensor, bits: int | None, salient:
 def test_extracted_channels_carry_the_prepared_input(
     case: tuple[Tensor, dict[str, Any]], bits: int, outliers: int
 ) -> None:
-    """Read and prepared a second time, they are the same to the bit; the rest is rounded as if they were zero."""
+    """Read and prepared a second time, they are the same to the bit; the rest is rounded as if they were zero, and so
+    are all channels where they are salient."""
     x, options = case
     columns = x.shape[1] // (1 + options["gated"])
     channels, expert = torch.arange(0, columns, 2), torch.arange(len(x), dtype=torch.int32) - 1
     own = channels[torch.tensor([[0], [-1], [0]])]
     outliers = min(outliers, columns - 1)
-    given_lists = {"shared_channels": channels, "expert_channels": own, "salient_channels": channels.flip(0)}
+    everything = torch.arange(columns).flip(0)
+    given_lists = {"shared_channels": channels, "expert_channels": own, "salient_channels": everything}
     made = quantize(
         x, bits=bits, outliers=outliers, int8=not outliers, expert=expert,
         extracted=extracted_columns(columns, channels, own), **given_lists, **options,
     )  # fmt: skip
     assert torch.equal(made.shared_z, made.x[:, channels])
-    assert torch.equal(made.salient_z, made.x[:, channels.flip(0)])
     assert made.expert_z[:, 0].tolist() == [0.0] + [made.x[t + 1, own[t, 0]].item() for t in range(len(x) - 1)]
     found = made.base if outliers else (made.base.float() * made.token_scale[:, None]).to(x.dtype)
     assert torch.equal(found, on_grid(without(made.x, channels), bits, outliers).to(x.dtype))
+    assert torch.equal(made.salient_z, found.flip(1))
 
 
 def test_what_is_extracted_may_be_infinite() -> None:

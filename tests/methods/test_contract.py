@@ -472,6 +472,15 @@ def test_4_bit_factors_take_any_rank(name: str, rank: int, x: Tensor, problem_fo
     assert narrow.report.error <= wide.report.rounding_error
 
 
+@pytest.mark.parametrize(
+    ("ratio", "outputs", "width", "rank"),
+    [(0.05, 2048, 1536, 76), (0.2, 2048, 1536, 307), (0.05, 256, 1536, 32), (0.2, 20, 1536, 20), (1.0, 64, 48, 48)],
+)
+def test_a_ratio_becomes_a_share_of_the_smaller_dimension(ratio: float, outputs: int, width: int, rank: int) -> None:
+    """At least 32, and no more than there is."""
+    assert Budget(ratio=ratio).rank_for(outputs, width) == rank
+
+
 @pytest.mark.parametrize("factor_bits", [4, 8, 16])
 @pytest.mark.parametrize("extra_bits", [0.5, 1.0, 3.0])
 def test_bytes_become_the_largest_rank_that_they_can_store(
@@ -480,7 +489,7 @@ def test_bytes_become_the_largest_rank_that_they_can_store(
     problem = problem_for(recipe_of(PLAIN), x)
     weights = sum(w.numel() for w in problem.weights.values())
     outputs = sum(w.shape[0] for w in problem.weights.values())
-    rank = Budget(extra_bits=extra_bits, factor_bits=factor_bits).rank_for(problem)
+    rank = Budget(extra_bits=extra_bits, factor_bits=factor_bits).rank_for(outputs, WIDTH)
     scale_bits = 0 if factor_bits == 16 else 16
     per_rank = factor_bits * (WIDTH + outputs) + scale_bits
     spare = extra_bits * weights - outputs * scale_bits

@@ -100,7 +100,7 @@ def test_the_weights_are_two_terms(fitted: QuantizedGroup, problem: GroupProblem
         assert torch.allclose(dequantize(linear.codes, linear.scale).double(), rest, rtol=1e-6)
 
 
-def test_the_second_term_meets_the_input_unrounded(fitted: QuantizedGroup, problem: GroupProblem, x: Tensor) -> None:
+def test_the_second_term_meets_the_rounded_input(fitted: QuantizedGroup, problem: GroupProblem, x: Tensor) -> None:
     channels = fitted.input.salient_channels.long()
     scale = fitted.input.input_scale[0].double()
     moved = x.double() / scale
@@ -109,8 +109,25 @@ def test_the_second_term_meets_the_input_unrounded(fitted: QuantizedGroup, probl
     ready = prepare(fitted.input, x, None, Scheme(4, 4))
     for name, linear in fitted.linears.items():
         term, rest = two_terms(problem.weights[name] * scale.float(), channels)
-        wanted = rounded @ rest.T + moved[:, channels] @ term.T
+        wanted = rounded @ rest.T + rounded[:, channels] @ term.T
         assert (linear_forward(linear, ready) - wanted).norm() < 1e-3 * wanted.norm()  # a float32 tie of rounding
+
+
+@pytest.mark.parametrize(("scheme", "top"), [("w4a4", 7), ("w4a6", 31), ("w4a8", 127)])
+def test_its_error_is_that_of_the_authors_formulas(problem: GroupProblem, x: Tensor, scheme: str, top: int) -> None:
+    """Y = X^_q W^_q + X~_(s,q) Q(R) from the raw input on, in float64; steps and flattening in the bf16 of storage."""
+    flat = x.double().abs().amax(dim=0).bfloat16().double()
+    loudest = x.abs().amax(dim=0).argsort(descending=True)[:SALIENT]
+    moved = x.double() / flat
+    step = moved.abs().amax(dim=1, keepdim=True) / top
+    rounded = torch.round(moved / step) * step
+    wrong = exact = 0.0
+    for weight in problem.weights.values():
+        term, rest = two_terms(weight.double() * flat, loudest)
+        wanted = x.double() @ weight.double().T
+        wrong += (rounded @ rest.T + rounded[:, loudest] @ term.T - wanted).square().sum()
+        exact += wanted.square().sum()
+    assert error_of(recipe_of(scheme=scheme), problem) == pytest.approx(float((wrong / exact).sqrt()), rel=1e-3)
 
 
 def test_loud_columns_do_not_widen_the_grid_of_the_others(fitted: QuantizedGroup, problem: GroupProblem) -> None:
@@ -126,16 +143,19 @@ def test_it_is_not_worse_than_without(problem: GroupProblem, scheme: str, transf
     assert error_of(recipe_of(SERQ, scheme, transform), problem) < without
 
 
-def test_more_salient_channels_leave_less_error(problem: GroupProblem) -> None:
-    errors = [error_of(recipe_of(rank=rank), problem) for rank in (16, 64, 256, 1536)]
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
+def test_more_salient_channels_leave_less_error(problem: GroupProblem, scheme: str) -> None:
+    errors = [error_of(recipe_of(scheme=scheme, rank=rank), problem) for rank in (16, 64, 256, 1536)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.2 * errors[0]  # all 192 channels have eight bits
+    if scheme == "w4a16":
+        assert errors[-1] < 0.2 * errors[0]  # all 192 channels have eight bits
 
 
 def test_on_flattened_inputs_it_beats_flattening_and_plain_rounding_alone(problem: GroupProblem) -> None:
-    """Flattening moves all the trouble to the weights; salient columns take it from there."""
+    """Flattening moves all the trouble to the weights; salient columns take it from there. What 4 bits leave of the
+    inputs stays."""
     plain, flat = (error_of(recipe_of(NoCompensation(), transform=t), problem) for t in (NoTransform(), FLAT))
-    assert error_of(recipe_of(), problem) < 0.7 * min(plain, flat)
+    assert error_of(recipe_of(), problem) < 0.9 * min(plain, flat)
 
 
 @pytest.mark.parametrize("factor_bits", [4, 8, 16])

@@ -31,7 +31,7 @@ def token_output(
     linear: QuantizedLinear, part: GroupInput, token: Tensor, expert: int, modality: int, bits: int | None
 ) -> Tensor:
     """y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns + bias
-    + x~[salient] salient_columns."""
+    + Qa(x~)[salient] salient_columns."""
     x = token.double()
     if part.input_scale is not None:
         x = x / part.input_scale.double()[modality if len(part.input_scale) > 1 else 0]
@@ -48,11 +48,11 @@ def token_output(
         channels = part.expert_channels[expert].tolist()
         y += linear.expert_columns[expert].double() @ x[channels]
         base[channels] = 0.0
-    if part.salient_channels is not None:
-        y += dense(linear.salient_columns) @ x[part.salient_channels.tolist()]
     if bits is not None:
         step = base.abs().max() / (2 ** (bits - 1) - 1)
         base = torch.round(base / step) * step
+    if part.salient_channels is not None:
+        y += dense(linear.salient_columns) @ base[part.salient_channels.tolist()]
     columns_per_scale = linear.codes.shape[1] // linear.scale.shape[1]
     weight = linear.codes.double() * linear.scale.double().repeat_interleave(columns_per_scale, dim=1)
     y += weight @ base
@@ -224,10 +224,11 @@ def test_extracted_outliers_leave_the_activation_grid(x: Tensor) -> None:
 
 
 def test_salient_channels_stay_in_the_activation_grid(x: Tensor) -> None:
-    """What they gain is a second term of their weights, which meets x as it is."""
+    """What they gain is a second term of their weights, which meets x as it was rounded for the codes."""
     ready = prepare(GroupInput(salient_channels=SALIENT_CHANNELS), x, None, Scheme(4, 4))
     assert torch.equal(ready.base, prepare(GroupInput(), x, None, Scheme(4, 4)).base)
-    assert torch.equal(ready.salient, x[:, SALIENT_CHANNELS.long()])
+    assert torch.equal(ready.salient, ready.base[:, SALIENT_CHANNELS.long()])
+    assert not torch.equal(ready.salient, x[:, SALIENT_CHANNELS.long()])
 
 
 def test_tokens_do_not_see_each_other(

@@ -2,7 +2,10 @@
 
 E_image = S_image W - Q(S_text W) is what the stored weight misses for them: that the weight was smoothed for text, and
 its rounding error. The best rank-r repair in the metric of the smoothed image tokens is the paper's L1 L2. Text tokens
-get nothing, so decoding costs nothing. With a transform that has one scale, E_image is the rounding error.
+get nothing, so decoding costs nothing. With a transform that has one scale, E_image is the rounding error. The input of
+`down`, which other linears of the block make, gets nothing either, as in MASQuant's code.
+
+Departure: one adapter for all linears of a group, where MASQuant has one for each.
 """
 
 from dataclasses import dataclass
@@ -30,7 +33,8 @@ class CrossModal:
 
     def fit(self, problem: ErrorProblem) -> Correction:
         stats = problem.stats
-        if stats.gram is None or stats.count[IMAGE] == 0:  # none that could be measured: all had a NaN
+        unmeasured = stats.gram is None or stats.count[IMAGE] == 0  # all had a NaN
+        if unmeasured or problem.problem.group.producers:
             return Correction()
         error = problem.error_of(IMAGE)
         up, down = low_rank(error, gram_product(stats.gram[IMAGE].to(error.dtype)), problem.rank)

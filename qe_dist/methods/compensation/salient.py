@@ -4,8 +4,11 @@ The first term, R = Q(W~_s) with one scale per output, is stored beside the code
 loud columns do not widen the grid of the others. So does the code of the authors; their text has it the other way
 round, R = Q(W~_s - codes), which leaves them in that grid. SERQ flattens the input before: SmoothQuant with alpha = 1.
 
-Departures. SERQ's term reads the rounded input; ours reads x~ as it is, as all our branches do, and so also takes
-over what the activation grid loses there. `share` is ours. The order of channels stays, see methods/permute.py.
+Both terms meet the rounded input, as in the authors' code: Y = Qa(x~) Q(W~ - R)^T + Qa(x~)_s R^T.
+
+Departures. `share` is ours. The order of channels stays: SERQ permutes them offline so that salient ones lie side by
+side, which changes no output, and what it saves is measured in docs/methods.md. Its activations have 4 bits in groups
+of 128, asymmetric; ours follow the number format of the recipe.
 """
 
 import math
@@ -59,8 +62,8 @@ class Salient:
     def _sizes(self, problem: GroupProblem, budget: Budget) -> tuple[Tensor, int]:
         """(an even number of channels, the loudest first, for two 4-bit codes share a byte; rank of the adapter)"""
         width = problem.group.in_features
-        if budget.rank is not None:
-            total = budget.rank_for(problem)
+        if budget.extra_bits is None:
+            total = budget.rank_for(problem.num_outputs, width)
             count = 2 * math.ceil(self.share * total / 2)
             rank = max(0, total - count)
         else:

@@ -2,11 +2,11 @@
 
 s_m = sqrt(max|x_m| / max|W|) to begin with, then trained on the mean absolute error of Q(X_m / s_m) Q(s_m W), each
 modality for itself (methods.md section 2). Only Q(s_text W) is stored, which is not what image tokens need: the
-compensation `cross_modal` has to repair that, and no other can.
+compensation `cross_modal` has to repair that, and no other can. The input of `down`, which other linears of the block
+make, is not smoothed (MASQuant's code).
 
-Departures: the error is that of the group's own outputs, where MASQuant takes the block's; modalities do not share a
-loss, so its weights lambda drop out. The size of an image scale as a whole has no say in that loss, but all in what is
-left to repair; it is chosen by least squares [INF], where MASQuant leaves it as it comes.
+Departures: all linears of a group share their scales, where MASQuant has some for each; the error is that of the
+group's own outputs, where MASQuant takes the block's; modalities do not share a loss, so its weights lambda drop out.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qe_dist.core.batch import IMAGE, MODALITIES, TEXT
+from qe_dist.core.batch import MODALITIES
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.recipe import Recipe
@@ -54,10 +54,10 @@ class MASQuant:
         return Needs(images=True)
 
     def fit(self, problem: GroupProblem) -> GroupProblem:
+        if problem.group.producers:
+            return problem
         weight = torch.cat(list(problem.weights.values()))
-        scales = torch.stack([self._scale(problem, weight, m) for m in range(len(MODALITIES))])
-        scales[IMAGE] *= self._size(_tokens(problem, IMAGE, self.tokens), weight, scales)
-        return problem.rescaled(scales)
+        return problem.rescaled(torch.stack([self._scale(problem, weight, m) for m in range(len(MODALITIES))]))
 
     def _scale(self, problem: GroupProblem, weight: Tensor, modality: int) -> Float[Tensor, " I"]:
         peaks = problem.stats.abs_max
@@ -67,13 +67,6 @@ class MASQuant:
         start = torch.where((peak > 0) & (heaviest > 0), (peak / heaviest.clamp_min(1e-5)).sqrt(), 1.0)
         x = _tokens(problem, modality, self.tokens)
         return learn_scale(x, weight, start, problem.scheme, ScaleTraining(self.steps, lr=self.lr, seed=problem.seed))
-
-    def _size(self, x: Tensor, weight: Tensor, scales: Tensor) -> float:
-        """The factor c for which X / (c s_image) s_text W comes nearest to X W."""
-        wanted = x @ weight.T
-        found = (x / scales[IMAGE].to(x)) @ (weight * scales[TEXT].to(x)).T
-        overlap = (found * wanted).sum()
-        return float(found.square().sum() / overlap) if overlap > 0 else 1.0
 
 
 def _tokens(problem: GroupProblem, modality: int, count: int) -> Float[Tensor, "T I"]:

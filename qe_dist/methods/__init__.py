@@ -6,13 +6,13 @@ from typing import Any
 
 from qe_dist.core.errors import ConfigError
 
-AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation"}
+AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation", "channels": "channels"}
 """What is chosen for every input group."""
 FOLDERS = AXES | {"rotation": "rotations"}
 
 
 def names(axis: str) -> list[str]:
-    """Every method of an axis (`transform`, `quantizer`, `compensation`), or every `rotation`."""
+    """Every method of an axis (`transform`, `quantizer`, `compensation`, `channels`), or every `rotation`."""
     folder = importlib.import_module(f"{__name__}.{FOLDERS[axis]}")
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 

@@ -134,14 +134,14 @@ def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
 
 def recipe_from(content: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.describe`; members that are left out are `none`, `rtn` and `none`, without rotation."""
-    known = {"scheme", "transform", "quantizer", "compensation", "budget", "granularity", "rotation"}
+    known = {"scheme", "transform", "quantizer", "compensation", "channels", "budget", "granularity", "rotation"}
     _refuse_unknown("recipe", content, known)
     if "scheme" not in content:
         raise ConfigError('a recipe needs a scheme, such as scheme = "w4a6"')
     granularity = content.get("granularity", "group")
     if granularity not in ("group", "linear"):
         raise ConfigError(f"granularity must be group or linear, found {granularity!r}")
-    defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none"}
+    defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none", "channels": "none"}
     members = {axis: _member(axis, content.get(axis, {}), name) for axis, name in defaults.items()}
     if "rotation" in content:
         members["rotation"] = _member("rotation", content["rotation"], "hadamard")

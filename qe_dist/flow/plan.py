@@ -194,7 +194,7 @@ def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
                 total += int((budget.extra_bits or 0) * outputs * width / 8)
             else:
                 repair = capped(width, budget.rank) * (outputs + width) + capped(width, channels) * outputs
-                lists = int(run.recipe.channels.bits_per_weight() * outputs * width / 8)
+                lists = int(run.recipe.list_bits * outputs * width / 8)
                 total += 2 * experts * repair + lists
     return total
 
@@ -217,7 +217,7 @@ def _check_budget(model: ModelSpec, run: RunConfig) -> None:
         return
     scale_bits = row_scale_bits(budget.factor_bits)
     scales = scale_bits * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
-    lists = run.recipe.channels.bits_per_weight()
+    lists = run.recipe.list_bits
     if budget.extra_bits - lists < scales:
         after = f" after lists of channels that take {lists:g}" if lists else ""
         raise ConfigError(

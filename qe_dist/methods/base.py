@@ -205,9 +205,8 @@ class Lists:
 
 @runtime_checkable
 class Channels(Protocol):
-    """Chooses lists of channels beside an integer grid."""
+    """Chooses lists of channels beside an integer grid, from the token sample."""
 
-    def needs(self) -> Needs: ...
     def bits_per_weight(self) -> float:
         """Stored bits of the lists, per weight of a wide layer."""
         ...

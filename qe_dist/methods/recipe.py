@@ -1,7 +1,5 @@
 """How the choices of a recipe meet: transform x channels x weight quantizer x compensation (DESIGN section 2)."""
 
-import functools
-import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,7 +30,6 @@ from qe_dist.methods.base import (
     TakesOver,
     Transform,
 )
-from qe_dist.methods.channels.none import NoLists
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
@@ -59,17 +56,17 @@ class Recipe:
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
     rotation: Rotation | None = None
-    channels: Channels = field(default_factory=NoLists)
+    channels: Channels | None = None
 
     def __post_init__(self) -> None:
         for member in (self.transform, self.quantizer, self.compensation, self.channels, self.rotation):
             if isinstance(member, Choosy):
                 member.check(self)
-        asked, most = self.channels.bits_per_weight(), self.budget.extra_bits
-        if most is not None and asked > most:
+        most = self.budget.extra_bits
+        if most is not None and self.list_bits > most:
             raise ConfigError(
-                f"channels take {asked:g} bits per weight, which is more than the {most:g} of budget.extra_bits; "
-                "lower channels.share or give more bits"
+                f"channels take {self.list_bits:g} bits per weight, which is more than the {most:g} of "
+                "budget.extra_bits; lower channels.share or give more bits"
             )
 
     @property
@@ -77,9 +74,13 @@ class Recipe:
         """Whether tokens of text and of images are treated differently at run time (`GroupInput.by_modality`)."""
         return getattr(self.compensation, "repairs_modalities", False)
 
+    @property
+    def list_bits(self) -> float:
+        """Stored bits of lists of channels, per weight of a wide layer."""
+        return 0.0 if self.channels is None else self.channels.bits_per_weight()
+
     def needs(self) -> Needs:
-        members = self.transform, self.channels, self.quantizer, self.compensation
-        return functools.reduce(operator.or_, (member.needs() for member in members))
+        return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
 
     def fit(self, problem: GroupProblem) -> QuantizedGroup:
         """Transform, round, repair one group."""
@@ -112,7 +113,7 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
         whole = self.transform.fit(problem)
-        lists = self.channels.choose(whole)
+        lists = Lists(NO_COLUMNS) if self.channels is None else self.channels.choose(whole)
         moved = whole.without(lists.shared)  # what a list carries is neither rounded nor repaired
         weights = moved.weights
         budget = self.budget.less(lists.bits(moved.num_outputs), moved)

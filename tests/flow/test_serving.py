@@ -23,7 +23,8 @@ from qe_dist.numerics.sharding import padding_step, why_not
 from tests.tiny import calibration, tiny_model
 
 RECIPES = (
-    "rtn-w4a16g16", "qe-w4a6", "qe-extract-w4a6", "serq-w4a8", "qera-w3a16g32", "aser-w4a4k32", "lists+gptq+qera-w4a6g16"
+    "rtn-w4a16g16", "qe-w4a6", "qe-extract-w4a6", "serq-w4a8", "qera-w3a16g32", "aser-w4a4k32",
+    "lists+gptq+qera-w4a6g16",
 )  # fmt: skip
 LARGE = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
@@ -102,7 +103,7 @@ def test_what_is_padded_can_be_cut(bits, group, size, times):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A recipe each of groups, grids, routed experts, extracted and salient channels, odd words, kept channels, lists."""
+    """A recipe each of groups, grids, routed experts, extracted and salient channels, odd words, kept channels."""
     root = tmp_path_factory.mktemp("runs")
     tiny = dict(archs.get("qwen2_vl").tiny_config())
     four_heads = tiny | {"vision_config": tiny["vision_config"] | {"num_heads": 4}}

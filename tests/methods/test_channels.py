@@ -1,5 +1,6 @@
 """Lists of channels that leave the activation grid: what is stored, what it costs, and what it goes with."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,8 @@ from torch import Tensor
 from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup, input_tensors, num_bytes, repair_tensors
-from qe_dist.methods.base import GroupProblem
+from qe_dist.methods.base import Channels, GroupProblem
 from qe_dist.methods.channels.lists import ChannelLists
-from qe_dist.methods.channels.none import NoLists
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe, recipe_from
 from qe_dist.numerics.gptq import gptq
@@ -50,6 +50,15 @@ def error_of(group: QuantizedGroup, problem: GroupProblem, x: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.parametrize("name", methods.names("channels"))
+def test_a_member_is_a_frozen_dataclass_that_travels(name: str) -> None:
+    kind = methods.get("channels", name)
+    member = kind()  # every setting has a default
+    assert isinstance(member, Channels)
+    assert kind.__dataclass_params__.frozen
+    assert pickle.loads(pickle.dumps(member)) == member
+
+
 def test_a_list_is_stored_once_and_leaves_the_codes(tokens: Any, problem_for: Problem) -> None:
     recipe = with_lists("gptq-w4a6")
     problem = problem_for(recipe, tokens.x)
@@ -70,7 +79,7 @@ def test_the_grid_of_a_token_reaches_what_is_left(tokens: Any, problem_for: Prob
     recipe = with_lists("rtn-w4a6")
     problem = problem_for(recipe, tokens.x)
     group = recipe.fit(problem)
-    without = replace(recipe, channels=NoLists()).fit(problem)
+    without = replace(recipe, channels=None).fit(problem)
     assert group.report.error < 0.5 * without.report.error
     x = tokens.x.double().index_fill(1, tokens.always, 0.0)
     step = x.abs().amax(dim=1, keepdim=True) / 31
@@ -136,7 +145,7 @@ def test_lists_and_factors_share_the_byte_budget(
 def test_a_rank_is_a_rank(tokens: Any, problem_for: Problem) -> None:
     recipe = with_lists("qera-w4a6")
     problem = problem_for(recipe, tokens.x)
-    ranks = [r.fit(problem).input.shared_down.shape[0] for r in (recipe, replace(recipe, channels=NoLists()))]
+    ranks = [r.fit(problem).input.shared_down.shape[0] for r in (recipe, replace(recipe, channels=None))]
     assert ranks[0] == ranks[1]
 
 
@@ -148,7 +157,7 @@ def test_a_part_of_a_name_and_a_table_of_a_file() -> None:
     budget = {"extra_bits": 0.25, "factor_bits": 8}
     assert recipe_from({"scheme": "w4a6", "budget": budget} | content) == recipe
     assert recipe_from(recipe.describe()) == recipe
-    assert load_recipe("gptq-w4a6").channels == NoLists()
+    assert load_recipe("gptq-w4a6").channels is None
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_a_part_of_a_name_and_a_table_of_a_file() -> None:
         ({"channels": {"name": "lists", "share": 0.021}}, r"channels.share must be .* at most 0.02, found 0.021"),
         ({"channels": {"name": "lists", "share": 0}}, r"channels.share must be more than 0"),
         ({"channels": {"name": "lists", "k": 3}}, r"channels has no 'k'; known are: share"),
-        ({"channels": {"name": "list"}}, r"no channels 'list'; there are: lists, none"),
+        ({"channels": {"name": "list"}}, r"no channels 'list'; there are: lists"),
         ({"channels": {"name": "lists"}, "budget": {"extra_bits": 0.1}}, r"channels take 0.16 bits .* than the 0.1"),
         (
             {"channels": {"name": "lists"}, "compensation": {"name": "quant_experts", "extract": True}},

@@ -27,7 +27,6 @@ from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import (
     NO_COLUMNS,
     Budget,
-    Channels,
     Compensation,
     Correction,
     ErrorProblem,
@@ -41,10 +40,10 @@ from qe_dist.numerics.reference import linear_forward, prepare, route
 from qe_dist.numerics.stats import Needs
 
 WIDTH, TOKENS = 96, 320
-PROTOCOLS = {"transform": Transform, "quantizer": Quantizer, "compensation": Compensation, "channels": Channels}
+PROTOCOLS = {"transform": Transform, "quantizer": Quantizer, "compensation": Compensation}
 MEMBERS = [(axis, name) for axis in methods.AXES for name in methods.names(axis)]
 EVERY = list(itertools.product(*(methods.names(axis) for axis in methods.AXES)))
-PLAIN = ("none", "rtn", "none", "none")
+PLAIN = ("none", "rtn", "none")
 
 Problem = Callable[..., GroupProblem]
 Same = Callable[[Any, Any], bool]
@@ -251,7 +250,7 @@ def test_a_repair_helps_where_only_weights_are_rounded(
     report = fit_of(combination, scheme).report
     assert report.error <= report.rounding_error * (1 + 1e-3)  # factors are bf16
     assert report.fallbacks == ()
-    without = (*combination[:2], "none", combination[3])
+    without = (*combination[:2], "none")
     if without in COMBINATIONS:
         assert report.error <= fit_of(without, scheme).report.error * (1 + 1e-3)
 
@@ -283,7 +282,7 @@ def test_the_scale_of_a_transform_is_stored_as_it_was_used(name: str, x: Tensor,
 
 @pytest.mark.parametrize("name", methods.names("compensation"))
 def test_exempted_columns_are_distinct_channels(name: str, x: Tensor, problem_for: Problem) -> None:
-    recipe = recipe_of((*PLAIN[:2], name, PLAIN[3]))
+    recipe = recipe_of((*PLAIN[:2], name))
     exempt = recipe.compensation.exempt(problem_for(recipe, x)).tolist()
     assert len(set(exempt)) == len(exempt)
     assert set(exempt) <= set(range(WIDTH))
@@ -364,7 +363,7 @@ def test_what_float32_cannot_hold_is_solved_in_float64(
 
 
 def test_every_step_of_the_ladder_is_recorded(x: Tensor, problem_for: Problem) -> None:
-    recipe = recipe_of(("none", "rtn", "qera", "none"))
+    recipe = recipe_of(("none", "rtn", "qera"))
     problem = problem_for(recipe, x)
     huge = problem.stats.gram * (3e38 / problem.stats.gram.abs().max())
     failed, solved = recipe.fit(replace(problem, stats=replace(problem.stats, gram=huge))).report.fallbacks
@@ -455,7 +454,7 @@ def test_a_few_bad_tokens_are_left_out_with_a_note(
 
 @pytest.mark.parametrize("name", methods.names("compensation"))
 def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem_for: Problem) -> None:
-    recipe = replace(recipe_of((*PLAIN[:2], name, PLAIN[3])), budget=Budget(extra_bits=0.01))
+    recipe = replace(recipe_of((*PLAIN[:2], name)), budget=Budget(extra_bits=0.01))
     group = recipe.fit(problem_for(recipe, x))
     assert group.report.fallbacks == ()
     assert_stored_numbers_are_finite(group)
@@ -465,7 +464,7 @@ def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem
 @pytest.mark.parametrize("rank", [7 * 16, 64])
 def test_4_bit_factors_take_any_rank(name: str, rank: int, x: Tensor, problem_for: Problem) -> None:
     """An odd one too (7 and 4 of 96 channels; Quant Experts halve them): what is missing to an even one is zeros."""
-    recipe = recipe_of((*PLAIN[:2], name, PLAIN[3]), "w4a16")
+    recipe = recipe_of((*PLAIN[:2], name), "w4a16")
     narrow = replace(recipe, budget=Budget(rank=rank, factor_bits=4)).fit(problem_for(recipe, x))
     wide = replace(recipe, budget=Budget(rank=rank, factor_bits=8)).fit(problem_for(recipe, x))
     assert narrow.report.fallbacks == ()

@@ -15,7 +15,6 @@ import torch
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import GroupProblem, Lists
 from qe_dist.numerics.peaks import stretching_channels
-from qe_dist.numerics.stats import Needs
 
 MOST = 0.02
 """More is not a list any more: the 16-bit columns are read and multiplied for every token."""
@@ -43,9 +42,6 @@ class ChannelLists:
             raise ConfigError(
                 "channels lists and compensation quant_experts with extract = true both extract channels; leave one out"
             )
-
-    def needs(self) -> Needs:
-        return Needs()
 
     def bits_per_weight(self) -> float:
         return 16 * self.share

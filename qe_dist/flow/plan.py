@@ -209,7 +209,8 @@ def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
                 total += int(budget.extra_bits * outputs * width / 8)
             else:
                 repair = budget.rank_for(outputs, width) * (outputs + width) + capped(width, channels) * outputs
-                total += 2 * experts * repair
+                lists = int(run.recipe.list_bits * outputs * width / 8)
+                total += 2 * experts * repair + lists
     return total
 
 
@@ -231,10 +232,12 @@ def _check_budget(model: ModelSpec, run: RunConfig) -> None:
         return
     scale_bits = row_scale_bits(budget.factor_bits)
     scales = scale_bits * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
-    if budget.extra_bits < scales:
+    lists = run.recipe.list_bits
+    if budget.extra_bits - lists < scales:
+        after = f" after lists of channels that take {lists:g}" if lists else ""
         raise ConfigError(
-            f"a budget of {budget.extra_bits:g} bits per weight buys nothing: the scales of an adapter's rows alone "
-            f"take {scales:.3f} in {block.prefix}; give more, or choose budget.factor_bits = 16"
+            f"a budget of {budget.extra_bits:g} bits per weight buys nothing{after}: the scales of an adapter's rows "
+            f"alone take {scales:.3f} in {block.prefix}; give more, or choose budget.factor_bits = 16"
         )
 
 

@@ -8,11 +8,11 @@ from qe_dist.core.errors import ConfigError
 
 AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation"}
 """What is chosen for every input group."""
-FOLDERS = AXES | {"rotation": "rotations"}
+FOLDERS = AXES | {"channels": "channels", "rotation": "rotations"}
 
 
 def names(axis: str) -> list[str]:
-    """Every method of an axis (`transform`, `quantizer`, `compensation`), or every `rotation`."""
+    """Every method of an axis (`transform`, `quantizer`, `compensation`), or of what a recipe may have beside them."""
     folder = importlib.import_module(f"{__name__}.{FOLDERS[axis]}")
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__))
 

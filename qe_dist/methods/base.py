@@ -14,7 +14,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import InputGroup
-from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within
+from qe_dist.numerics.factors import FACTOR_BITS, column_bits, even_rank, rank_within
 from qe_dist.numerics.hadamard import Orthogonal
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import GroupStats, Needs
@@ -46,6 +46,14 @@ class GroupProblem:
             input_scale=scale,
         )
 
+    def without(self, channels: Int[Tensor, " C"]) -> "GroupProblem":
+        """The group as if these channels were silent and nothing read them; the Gram matrix keeps them."""
+        if not channels.numel():
+            return self
+        channels = channels.to(self.stats.importance.device)
+        weights = {n: w.index_fill(1, channels, 0.0) for n, w in self.weights.items()}
+        return replace(self, weights=weights, stats=self.stats.without(channels))
+
     @property
     def num_weights(self) -> int:
         return sum(w.numel() for w in self.weights.values())
@@ -67,6 +75,7 @@ class Budget:
 
     rank: int | None = None
     extra_bits: float | None = None
+    """Of factors and lists of channels together."""
     factor_bits: int = 16
     ratio: float | None = None
     """Rank as a share of the smaller dimension of a group's stacked weights, at least LEAST_RANK (MASQuant's code)."""
@@ -92,6 +101,12 @@ class Budget:
         assert self.extra_bits is not None
         return rank_within(self.extra_bits * outputs * width, outputs, width, self.factor_bits)
 
+    def less(self, bits: int, problem: GroupProblem) -> "Budget":
+        """What is left of the group's byte budget after so many bits, next to nothing at least. A rank stays."""
+        if self.extra_bits is None or not bits:
+            return self
+        return replace(self, extra_bits=max(1e-9, self.extra_bits - bits / problem.num_weights))
+
 
 LEAST_RANK = 32
 """Of a budget by ratio."""
@@ -105,11 +120,14 @@ class ErrorProblem:
     """What is left to repair after rounding."""
 
     problem: GroupProblem
+    """Without the channels that a list carries."""
     errors: Mapping[str, Float[Tensor, "_ I"]]
     """W less what was rounded: with all of exempted columns, and whatever was taken over before."""
     budget: Budget
     granted: int | None = None
     """The rank that a group got of what its block shares."""
+    whole: GroupProblem | None = None
+    """With what a list carries; None: no list carries anything."""
 
     @property
     def stats(self) -> GroupStats:
@@ -129,7 +147,7 @@ class ErrorProblem:
     def gains(self, down: Float[Tensor, "R I"]) -> Float[Tensor, " R"]:
         """What each direction of an adapter with orthonormal `up` takes off the error, relative to the output."""
         gram = self.stats.total_gram.to(down.dtype)
-        weight = torch.cat(list(self.problem.weights.values()))
+        weight = torch.cat(list((self.whole or self.problem).weights.values()))
         return _energy(down, gram) / _energy(weight, gram).sum().clamp_min(torch.finfo(down.dtype).tiny)
 
     @property
@@ -166,16 +184,43 @@ class Correction:
     expert_up: Float[Tensor, "E O S"] | None = None
     expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
-    salient_channels: Int[Tensor, " C"] | None = None
-    salient_columns: Float[Tensor, "O C"] | None = None
+    salient_channels: Int[Tensor, " K"] | None = None
+    salient_columns: Float[Tensor, "O K"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self).items() if v is not None}
+
+    def carrying(self, lists: "Lists") -> "Correction":
+        """The repair and the lists beside it."""
+        return replace(self, shared_channels=lists.shared) if lists.shared.numel() else self
 
     def with_even_ranks(self) -> "Correction":
         shared_down, shared_up = even_rank(self.shared_down, self.shared_up)
         expert_down, expert_up = even_rank(self.expert_down, self.expert_up)
         return replace(self, shared_down=shared_down, shared_up=shared_up, expert_down=expert_down, expert_up=expert_up)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Channels that leave the activation grid, and are multiplied with their columns of W in 16 bits."""
+
+    shared: Int[Tensor, " C"]
+    """Of every token. Their columns leave the codes, too."""
+
+    def bits(self, outputs: int) -> int:
+        """Stored, for so many outputs: bf16 columns and 32-bit indices."""
+        return column_bits(len(self.shared), outputs, 16)
+
+
+@runtime_checkable
+class Channels(Protocol):
+    """Chooses lists of channels beside an integer grid, from the token sample."""
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of the lists, per weight of a wide layer."""
+        ...
+
+    def choose(self, problem: GroupProblem) -> Lists: ...
 
 
 @runtime_checkable

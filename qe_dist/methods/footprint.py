@@ -87,12 +87,15 @@ def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, it
 
 
 def _fit(block: BlockSpec, recipe: Recipe, sample_tokens: int) -> int:
-    """Errors and codes stay until all groups share the budget; so does what a transform has moved."""
+    """Errors and codes stay until all groups share the budget; so does what a transform has moved, and the
+    group without what its lists carry."""
     drafts = (FLOAT + 1) * block.num_weights
     if not isinstance(recipe.transform, NoTransform):
         widths = [g.in_features for g in block.groups]
         grams = M * sum(w * w for w in widths) if recipe.needs().gram else 0
         drafts += FLOAT * (block.num_weights + grams + sample_tokens * sum(widths))
+    if recipe.list_bits:
+        drafts += FLOAT * (block.num_weights + sample_tokens * sum(g.in_features for g in block.groups))
     return drafts + max(_group(g, recipe, sample_tokens) for g in block.groups)
 
 

@@ -1,4 +1,4 @@
-"""How the three choices of a recipe meet: transform x weight quantizer x compensation (DESIGN section 2)."""
+"""How the choices of a recipe meet: transform x channels x weight quantizer x compensation (DESIGN section 2)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,18 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qe_dist.core.errors import NumericalError
+from qe_dist.core.errors import ConfigError, NumericalError
 from qe_dist.core.quantized import QuantizedGroup, all_finite
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity
 from qe_dist.methods.base import (
+    NO_COLUMNS,
     Budget,
+    Channels,
     Choosy,
     Codes,
     Compensation,
     Correction,
     ErrorProblem,
     GroupProblem,
+    Lists,
     Quantizer,
     Rotation,
     Shares,
@@ -53,16 +56,28 @@ class Recipe:
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
     rotation: Rotation | None = None
+    channels: Channels | None = None
 
     def __post_init__(self) -> None:
-        for member in (self.transform, self.quantizer, self.compensation, self.rotation):
+        for member in (self.transform, self.quantizer, self.compensation, self.channels, self.rotation):
             if isinstance(member, Choosy):
                 member.check(self)
+        most = self.budget.extra_bits
+        if most is not None and self.list_bits > most:
+            raise ConfigError(
+                f"channels take {self.list_bits:g} bits per weight, which is more than the {most:g} of "
+                "budget.extra_bits; lower channels.share or give more bits"
+            )
 
     @property
     def by_modality(self) -> bool:
         """Whether tokens of text and of images are treated differently at run time (`GroupInput.by_modality`)."""
         return getattr(self.compensation, "repairs_modalities", False)
+
+    @property
+    def list_bits(self) -> float:
+        """Stored bits of lists of channels, per weight of a wide layer."""
+        return 0.0 if self.channels is None else self.channels.bits_per_weight()
 
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
@@ -97,19 +112,23 @@ class Recipe:
         return replace(self._plain(problem), seconds=_since(start), fallbacks=tuple(fallbacks))
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
-        moved = self.transform.fit(problem)
+        whole = self.transform.fit(problem)
+        lists = Lists(NO_COLUMNS) if self.channels is None else self.channels.choose(whole)
+        moved = whole.without(lists.shared)  # what a list carries is neither rounded nor repaired
         weights = moved.weights
+        budget = self.budget.less(lists.bits(moved.num_outputs), moved)
         if isinstance(self.compensation, TakesOver):
-            weights = self.compensation.left_to_round(moved, self.budget)
+            weights = self.compensation.left_to_round(moved, budget)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
         if exempt.numel():
             weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = self._rounded(weights, moved.stats)
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
-        repair = ErrorProblem(moved, errors, self.budget)
+        repair = ErrorProblem(moved, errors, budget, whole=whole)
+        draft = Draft(problem, repair, codes, lists)
         if self.budget.extra_bits is not None and isinstance(self.compensation, Shares):
-            return Draft(problem, repair, codes, gains=self.compensation.gains(repair))
-        return Draft(problem, repair, codes, self._repaired(repair))
+            return replace(draft, gains=self.compensation.gains(repair))
+        return replace(draft, correction=self._repaired(repair))
 
     def _rounded(self, weights: Mapping[str, Tensor], stats: GroupStats) -> dict[str, Codes]:
         """All linears of a group at once: their rows are rounded each by itself, and share what their input costs."""
@@ -122,7 +141,7 @@ class Recipe:
         bits, size = self.scheme.weight_bits, self.scheme.group_size
         scales = {n: weight_scale(w, bits, size) for n, w in problem.weights.items()}
         codes = {n: Codes(round_to_grid(w, scales[n], bits), scales[n]) for n, w in problem.weights.items()}
-        return Draft(problem, ErrorProblem(problem, {}, self.budget), codes)
+        return Draft(problem, ErrorProblem(problem, {}, self.budget, whole=problem), codes)
 
     def _repaired(self, repair: ErrorProblem) -> Correction:
         correction = self.compensation.fit(repair)
@@ -135,7 +154,7 @@ class Recipe:
         asking = {name: ask for name, ask in asks.items() if ask is not None}
         factor_bits = self.budget.factor_bits
         scale_bits = row_scale_bits(factor_bits)
-        spare = sum((self.budget.extra_bits or 0.0) * a.weights - scale_bits * a.outputs for a in asking.values())
+        spare = sum(a.bits - scale_bits * a.outputs for a in asking.values())
         step = 2 if factor_bits == 4 else 1  # directions that share their bytes, see `even_rank`
         costs = [float(step * (factor_bits * (a.outputs + a.inputs) + scale_bits)) for a in asking.values()]
         gains = [_in_steps(a.gains, step) for a in asking.values()]
@@ -150,12 +169,12 @@ class Recipe:
                 draft = replace(draft, correction=self._repaired(replace(draft.repair, granted=granted)))
             except (NumericalError, torch.linalg.LinAlgError) as error:
                 draft = replace(draft, fallbacks=(*draft.fallbacks, f"no repair of rank {granted}: {error}"))
-        group = stored(draft.repair.problem, draft.codes, draft.correction, self.budget.factor_bits)
+        group = stored(draft.repair.whole, draft.codes, draft.correction.carrying(draft.lists), self.budget.factor_bits)
         return with_report(group, draft.asked, draft.seconds + _since(start), draft.fallbacks)
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data: what identifies a run, and what goes into the manifest."""
-        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation", "rotation")}
+        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation", "channels", "rotation")}
         axes = {
             a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in members.items() if m is not None
         }
@@ -175,6 +194,7 @@ class Draft:
     """As it was before any transform."""
     repair: ErrorProblem
     codes: Mapping[str, Codes]
+    lists: Lists = field(default_factory=lambda: Lists(NO_COLUMNS))
     correction: Correction = field(default_factory=Correction)
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
@@ -185,7 +205,8 @@ class Draft:
         if self.gains is None:
             return None
         problem = self.repair.problem
-        return Ask(self.gains.cpu(), problem.num_outputs, problem.group.in_features, problem.num_weights)
+        bits = (self.repair.budget.extra_bits or 0.0) * problem.num_weights
+        return Ask(self.gains.cpu(), problem.num_outputs, problem.group.in_features, bits)
 
 
 @dataclass(frozen=True)
@@ -196,7 +217,8 @@ class Ask:
     """Squared error that each further direction takes off."""
     outputs: int
     inputs: int
-    weights: int
+    bits: float
+    """What it brings to the block's budget: its share, less what its lists take."""
 
 
 def _since(start: float) -> float:

@@ -144,8 +144,9 @@ def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
 
 
 def recipe_from(content: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.describe`; members that are left out are `none`, `rtn` and `none`, without rotation."""
-    known = {"scheme", "transform", "quantizer", "compensation", "budget", "granularity", "rotation"}
+    """The inverse of `Recipe.describe`; members left out are `none`, `rtn` and `none`, without lists of channels and
+    rotation."""
+    known = {"scheme", "transform", "quantizer", "compensation", "channels", "budget", "granularity", "rotation"}
     _refuse_unknown("recipe", content, known)
     if "scheme" not in content:
         raise ConfigError('a recipe needs a scheme, such as scheme = "w4a6"')
@@ -154,8 +155,9 @@ def recipe_from(content: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"granularity must be group or linear, found {granularity!r}")
     defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none"}
     members = {axis: _member(axis, content.get(axis, {}), name) for axis, name in defaults.items()}
-    if "rotation" in content:
-        members["rotation"] = _member("rotation", content["rotation"], "hadamard")
+    for axis, name in (("channels", "lists"), ("rotation", "hadamard")):
+        if axis in content:
+            members[axis] = _member(axis, content[axis], name)
     budget = _build(Budget, "budget", content.get("budget", {"rank": 64}))
     return Recipe(Scheme.parse(str(content["scheme"])), **members, budget=budget, granularity=granularity)
 

@@ -226,3 +226,15 @@ class GroupStats:
             held_out=moved(self.held_out),
             importance=self.importance * scale[TEXT],
         )
+
+    def without(self, channels: Int[Tensor, " C"]) -> "GroupStats":
+        """The statistics as if these channels were silent. The Gram matrix keeps them: a weight that does not read a
+        channel does not see its rows, and a copy would be dear."""
+        return replace(
+            self,
+            abs_sum=self.abs_sum.index_fill(1, channels, 0.0),
+            abs_max=self.abs_max.index_fill(1, channels, 0.0),
+            top_count={k: count.index_fill(1, channels, 0) for k, count in self.top_count.items()},
+            sample=replace(self.sample, x=self.sample.x.index_fill(1, channels, 0.0)),
+            importance=self.importance.index_fill(0, channels, 0.0),
+        )

@@ -22,7 +22,10 @@ from qe_dist.methods.recipes import load_recipe, recipe_from
 from qe_dist.numerics.sharding import padding_step, why_not
 from tests.tiny import calibration, tiny_model
 
-RECIPES = ("rtn-w4a16g16", "gptq+qera-w4a6@0.25f4", "qe-extract-w4a6", "serq-w4a8", "qera-w3a16g32", "aser-w4a4")
+RECIPES = (
+    "rtn-w4a16g16", "gptq+qera-w4a6@0.25f4", "qe-extract-w4a6", "serq-w4a8", "qera-w3a16g32", "aser-w4a4",
+    "lists+gptq+qera-w4a6g16",
+)  # fmt: skip
 LARGE = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 
@@ -106,8 +109,7 @@ def test_what_is_padded_can_be_cut(bits, group, size, times):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A recipe each of groups, grids, routed experts, extracted and salient channels
-    and odd words."""
+    """A recipe each of groups, grids, routed experts, extracted and salient channels and odd words."""
     root = tmp_path_factory.mktemp("runs")
     tiny = dict(archs.get("qwen2_vl").tiny_config())
     four_heads = tiny | {"vision_config": tiny["vision_config"] | {"num_heads": 4}}
@@ -161,6 +163,7 @@ def of_the_first(right):
         ("qera-w3a16g32", "cut", but_not_scales, "v_proj"),
         ("qe-extract-w4a6", "local_channels", of_the_first, "down_proj"),
         ("serq-w4a8", "local_channels", of_the_first, "down_proj"),
+        ("lists+gptq+qera-w4a6g16", "local_channels", of_the_first, "down_proj"),
     ],
 )
 def test_a_wrong_rule_is_seen_and_the_linear_named(runs, monkeypatch, name, rule, wrong, linear):

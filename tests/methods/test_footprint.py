@@ -96,6 +96,8 @@ def measured(spec: BlockSpec, recipe: Recipe, dtype: torch.dtype, normal: Callab
         ("qe-w4a6", 512, torch.float32, 1.15),  # the dtype of a CPU
         ("qe-w4a6", 1024, torch.bfloat16, 1.15),  # that of a GPU
         ("smoothquant+gptq-w4a6", 1024, torch.bfloat16, 1.15),
+        ("lists+gptq+qera-w4a6@0.5", 512, torch.float32, 1.15),
+        ("smoothquant+lists+gptq-w4a6", 1024, torch.bfloat16, 1.15),
         ("awq-w4a8", 512, torch.float32, 1.6),
         ("serq-w4a4", 512, torch.bfloat16, 1.6),
         ("qe-paper-w4a6", 1024, torch.bfloat16, 1.6),

@@ -10,7 +10,10 @@ from qe_dist.methods.recipes import load_recipe
 from tests.tiny import MODELS, calibration
 
 ADAPTED = "smoothquant+gptq+qera-w4a6@0.25f4"
-RECIPES = ("rtn-w4a16g64", "qe-w4a6", ADAPTED, "qe-extract-w4a6", "smoothquant+cross_modal-w4a6", "rtn-w4a16g128")
+RECIPES = (
+    "rtn-w4a16g64", "qe-w4a6", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6",
+    "rtn-w4a16g128",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

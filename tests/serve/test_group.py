@@ -122,6 +122,14 @@ def test_what_a_recipe_has_not_is_not_missed(ran_by: str, normal: Normal, left_o
     assert close(run(on_kernels, *what), run(on_reference, *what))
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a6g64", "w4a16g64"])
+def test_a_list_of_channels_alone(ran_by: str, normal: Normal, scheme: str) -> None:
+    one, x = Scheme.parse(scheme), tokens(normal)
+    part = GroupInput(shared_channels=channels(7, 200))
+    what = (one, part, {"shared_columns": branches(normal, 16)["shared_columns"]}, *weight(normal, one), x)
+    assert close(run(on_kernels, *what), run(on_reference, *what))
+
+
 def test_the_bare_weight(ran_by: str, normal: Normal) -> None:
     one, x = Scheme.parse("w4a16g64"), tokens(normal)
     what = (one, GroupInput(), {}, *weight(normal, one), x)

@@ -49,7 +49,10 @@ def cut(
     return {name: said if isinstance(said, str) else Answers(**said) for name, said in found.items()}
 
 
-@pytest.mark.parametrize("recipe", ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "smoothquant+cross_modal-w4a6"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6"],
+)
 def test_two_ranks_answer_as_one(recipe: str, checkpoints: dict[str, Path], questions: list[Any], cut: Any) -> None:
     one, two = ask(load_model(checkpoints[recipe]), questions), cut[recipe]
     assert two.weights == [one.weights[0] // 2] * 2

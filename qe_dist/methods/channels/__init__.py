@@ -1,0 +1,1 @@
+"""Lists of channels that stay off the activation grid: one file each."""

@@ -41,15 +41,14 @@ class Entry:
 
 
 def arithmetic_of(written: str) -> str:
-    """What the product of a number format executes: channels that are not rounded make it a 16-bit one."""
+    """What the product of a number format executes."""
     from qe_dist.core.scheme import Scheme
 
-    scheme = Scheme.parse(written)
-    return "int8" if scheme.act_bits is not None and scheme.kept is None else "a16"
+    return Scheme.parse(written).arithmetic
 
 
 def scheme_of(written: str) -> str:
-    """The number format that recipes are compared in: bits of weights and activations. Scale groups and kept channels
+    """The number format that recipes are compared in: bits of weights and activations. Scale groups and dynamic outlier channels
     are how a recipe fills it, and are in its sizes."""
     from qe_dist.core.scheme import Scheme
 

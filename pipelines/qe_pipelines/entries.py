@@ -48,8 +48,8 @@ def arithmetic_of(written: str) -> str:
 
 
 def scheme_of(written: str) -> str:
-    """The number format that recipes are compared in: bits of weights and activations. Scale groups and dynamic outlier channels
-    are how a recipe fills it, and are in its sizes."""
+    """The number format that recipes are compared in: bits of weights and activations. Scale groups and dynamic outlier
+    channels are how a recipe fills it, and are in its sizes."""
     from qe_dist.core.scheme import Scheme
 
     scheme = Scheme.parse(written)

@@ -2,8 +2,8 @@
 
 A few channels are the largest of nearly every token, and the token's grid must reach them: on SmolLM2-135M, a list of
 1 % of the channels takes 92 % off the largest squares at the input of qkv, 85 % at gate and up, half at down.
-LLM.int8() (arXiv 2208.07339) takes such channels out as they come; a list that is fixed after calibration costs no search at run
-time, and its weights are stored in 16 bits alone: codes 0 there, nothing to round, nothing to repair.
+LLM.int8() (arXiv 2208.07339) takes such channels out as they come; a list that is fixed after calibration costs no
+search at run time, and its weights are stored in 16 bits alone: codes 0 there, nothing to round, nothing to repair.
 """
 
 import math

@@ -169,6 +169,10 @@ def test_a_part_of_a_name_and_a_table_of_a_file() -> None:
         ({"channels": {"name": "list"}}, r"no channels 'list'; there are: lists"),
         ({"channels": {"name": "lists"}, "budget": {"extra_bits": 0.1}}, r"channels take 0.16 bits .* than the 0.1"),
         (
+            {"transform": {"name": "masquant"}, "compensation": {"name": "cross_modal"}, "channels": {}},
+            "channels lists and transform masquant clash",
+        ),
+        (
             {"channels": {"name": "lists"}, "compensation": {"name": "quant_experts", "extract": True}},
             "channels lists and compensation quant_experts with extract = true",
         ),

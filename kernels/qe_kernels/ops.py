@@ -26,6 +26,7 @@ from qe_kernels.linear import Branch, linear_reference
 from qe_kernels.linear import linear as linear_kernel
 from qe_kernels.quantize import Activations, new_tensors, quantize_reference
 from qe_kernels.quantize import quantize as quantize_kernel
+from qe_kernels.rotate import rotate as rotate_by_products
 from qe_kernels.workspaces import workspace_of
 
 
@@ -65,6 +66,11 @@ def quantize(
             for channels in (shared_channels, expert_channels, salient_channels)
         ),
     )
+
+
+def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """See `qe_kernels.rotate.rotate`. Raises ValueError, naming the tensor, if one does not fit."""
+    return _rotate(x, list(factors))
 
 
 def down(
@@ -178,6 +184,18 @@ def _(x, bits, outliers, int8, norm_weight, eps, gated, input_scale, modality, s
         made.append(x.new_empty(tokens, dtype=torch.float32))
     lists = (shared_channels, expert_channels, salient_channels)
     return made + [x.new_empty(tokens, channels.shape[-1]) for channels in lists if channels is not None]
+
+
+@torch.library.custom_op("qe::rotate", mutates_args=())
+def _rotate(x: Tensor, factors: list[Tensor]) -> Tensor:
+    checks.check_rotate(x, factors)
+    return rotate_by_products(x, factors)
+
+
+@_rotate.register_fake
+def _(x, factors):
+    checks.check_rotate(x, factors)
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("qe::down", mutates_args=())

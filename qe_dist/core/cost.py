@@ -19,7 +19,8 @@ class Cost:
     """Those of them that one token needs: all but the experts that it does not use."""
     macs: Mapping[Arithmetic, int]
     """Multiplications for one token, by what executes them: of the codes in the arithmetic of the scheme, of factors,
-    columns and the router in `a16`. Scaling, choosing and rounding activations is not counted."""
+    columns, the router and the factors of a rotation in `a16`. Scaling, choosing and rounding activations is not
+    counted."""
 
 
 def cost_of(group: QuantizedGroup) -> Cost:
@@ -32,6 +33,9 @@ def cost_of(group: QuantizedGroup) -> Cost:
         base = 4 * outputs * words + linear.scale.nbytes
         stored, active = stored + base, active + base
         macs[group.scheme.arithmetic] += outputs * inputs
+    rotation = group.input.rotation
+    stored, active = (total + sum(factor.nbytes for factor in rotation) for total in (stored, active))
+    macs["a16"] += inputs * sum(len(factor) for factor in rotation)
     for part in (group.input, *group.linears.values()):
         for name, matrix in _repairs(part):
             share = matrix.shape[0] if name.startswith("expert_") else 1
@@ -42,7 +46,7 @@ def cost_of(group: QuantizedGroup) -> Cost:
 
 
 def _repairs(part: GroupInput | QuantizedLinear) -> list[tuple[str, Any]]:
-    own = ("codes", "scale", "bias")
+    own = ("codes", "scale", "bias", "rotation")
     return [(name, value) for name, value in vars(part).items() if value is not None and name not in own]
 
 

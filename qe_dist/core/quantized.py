@@ -1,8 +1,9 @@
 """The one container that every recipe fills, and its tensors' names on disk.
 
-    y = Qa(x~) W^T + (x~ A_s) B_s + (x~ A_e) B_e,    x~ = x / input_scale,    e = argmin_i (router |x|)_i
+    y = Qa(x~) W^T + (x~ A_s) B_s + (x~ A_e) B_e,    x~ = x H / input_scale,    e = argmin_i (router |x|)_i
 
-Where there are experts and no router, the token's modality is its expert: none for text, the first for images.
+H is the rotation at run time, the same for each block of the channels; without one it is the identity. Where there are
+experts and no router, the token's modality is its expert: none for text, the first for images.
 
 What belongs to the input of a group (scale, down matrices A, router) is stored once per group, under the
 module `<group>_input`; codes, scales and up matrices B are stored per linear. An expert may also *extract*
@@ -12,8 +13,10 @@ Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C cha
 D of a routed one, S salient channels, M modalities, H router inputs.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int8, Shaped
@@ -51,13 +54,15 @@ class GroupInput:
     """What happens to the tensor that the linears of a group share."""
 
     input_scale: Float[Tensor, "M I"] | None = None
-    """x~ = x / input_scale; one row, or one per modality."""
+    """x~ = x H / input_scale; one row, or one per modality."""
     shared_down: Factor | None = None  # [R, I]
     shared_channels: Int[Tensor, " C"] | None = None
     expert_down: Factor | None = None  # [E, R, I]
     expert_channels: Int[Tensor, "E D"] | None = None
     router: Float[Tensor, "E H"] | None = None
     salient_channels: Int[Tensor, " S"] | None = None
+    rotation: tuple[Int8[Tensor, "_ _"], ...] = ()
+    """Hadamard factors of H, as `numerics.hadamard.online_factors` makes them."""
 
     @property
     def num_experts(self) -> int:
@@ -113,6 +118,8 @@ class QuantizedGroup:
     report: FitReport | None = field(default=None, compare=False)
 
 
+ROTATION = "rotation_"
+"""Begins the name of each factor of a rotation."""
 _INPUT_FACTORS = {"lr_shared_a": "shared_down", "lr_expert_a": "expert_down"}
 _INPUT_PLAIN = {
     "input_scale": "input_scale",
@@ -159,11 +166,22 @@ def _from_tensors(
 
 def input_tensors(part: GroupInput) -> dict[str, Tensor]:
     """The group's own tensors by their names within the module `<group>_input`."""
-    return _to_tensors(part, _INPUT_FACTORS, _INPUT_PLAIN)
+    rotation = {f"{ROTATION}{i}": factor for i, factor in enumerate(part.rotation)}
+    return _to_tensors(part, _INPUT_FACTORS, _INPUT_PLAIN) | rotation
 
 
 def input_from_tensors(tensors: Mapping[str, Tensor]) -> GroupInput:
-    return GroupInput(**_from_tensors(tensors, _INPUT_FACTORS, _INPUT_PLAIN))
+    names = sorted((n for n in tensors if n.startswith(ROTATION)), key=lambda n: int(n.removeprefix(ROTATION)))
+    fields = _from_tensors(tensors, _INPUT_FACTORS, _INPUT_PLAIN)
+    return GroupInput(**fields, rotation=tuple(tensors[n] for n in names))
+
+
+def rotated_block(shapes: Mapping[str, Sequence[Any]]) -> int:
+    """Input channels that the rotation of a group mixes, by the shapes of its own tensors; 1 where it has none.
+
+    shapes: by name within `<group>_input`, as `config.json` has them: type and sizes.
+    """
+    return math.prod(shape[-1] for name, shape in shapes.items() if name.startswith(ROTATION))
 
 
 def repair_tensors(linear: QuantizedLinear) -> dict[str, Tensor]:

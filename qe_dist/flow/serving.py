@@ -9,6 +9,7 @@ from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.quantized import rotated_block
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import InputGroup, LinearSpec, ModelSpec, view_of
 from qe_dist.flow.config import RunConfig
@@ -35,7 +36,8 @@ def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
         for name, group in layout.items():
             problems += _together(name, group["linears"], of_model)
             problems += _by_modality(name, group["input"])
-            problems += _cut(name, layout_linears(group, of_model), Scheme.parse(group["scheme"]), size)
+            linears, mixed = layout_linears(group, of_model), rotated_block(group["input"])
+            problems += _cut(name, linears, Scheme.parse(group["scheme"]), size, mixed)
     return tuple(dict.fromkeys(problems))
 
 
@@ -61,7 +63,7 @@ def check_serving(model: ModelSpec, run: RunConfig, config: Mapping[str, Any]) -
         problems.append(f"the recipe {BY_MODALITY}")
     for group in view_of(model.blocks[0], recipe.granularity).groups:
         problems += _together(group.name, [x.name for x in group.linears], arch.groups(config))
-        problems += _cut(group.name, group.linears, recipe.scheme, size)
+        problems += _cut(group.name, group.linears, recipe.scheme, size, mixed=1)  # blocks are made to fit
     if problems:
         raise ConfigError(
             f"at --tensor-parallel-size {size} {run.output} could not be served: {problems[0]}. Choose another size, "
@@ -99,12 +101,12 @@ def _by_modality(name: str, inputs: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {BY_MODALITY}"
 
 
-def _cut(name: str, linears: tuple[LinearSpec, ...], scheme: Scheme, size: int) -> Iterator[str]:
+def _cut(name: str, linears: tuple[LinearSpec, ...], scheme: Scheme, size: int, mixed: int) -> Iterator[str]:
     most = max(x.heads or 0 for x in linears)
     for x in linears:
         if x.heads and x.heads % size and (x.heads == most or size % x.heads):
             yield f"{name}: the {x.heads} heads of {x.name} do not divide over {size} ranks"
             return
     outputs = {x.name: x.out_features for x in linears if x.heads is None}  # whole heads are whole outputs
-    if why := why_not(scheme, outputs, linears[0].in_features, linears[0].split, size):
+    if why := why_not(scheme, outputs, linears[0].in_features, linears[0].split, size, mixed):
         yield f"{name}: {why}"

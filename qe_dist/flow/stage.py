@@ -32,6 +32,7 @@ from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool, Spooled
 from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.recipe import Ask, Draft
+from qe_dist.numerics.hadamard import Signs, rotate_blocks, rotate_weight, unit
 from qe_dist.numerics.stats import GroupStats
 
 
@@ -194,6 +195,7 @@ class _Block:
         run, self.arch, self.spec, self.held_out_below = stage.run, stage.arch, spec, part.held_out_below
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
         self.inputs: dict[str, Tensor] = {}
+        self.rotation, self.ranks = run.recipe.rotation, run.tensor_parallel_size
         self.stats: dict[str, GroupStats] = {}
         waiting = [r for r, store in zip(stage.runs, stage.stores, strict=True) if not store.has_block(spec.index)]
         self.views = {g: view_of(spec, g) for g in {r.recipe_for(spec.index).granularity: None for r in waiting}}
@@ -221,9 +223,14 @@ class _Block:
 
         return catch
 
+    def rotation_of(self, group: InputGroup) -> Signs:
+        """What is rotated at run time: all that is fitted is fitted, and measured, in these coordinates."""
+        return () if self.rotation is None else self.rotation.at_run_time(group, self.ranks)
+
     def weights(self, group: InputGroup) -> Mapping[str, Tensor]:
         modules = {x.name: self.module.get_submodule(x.name) for x in group.linears}
-        return {name: module.weight.float() for name, module in modules.items()}
+        rotation = self.rotation_of(group)
+        return {name: rotate_weight(module.weight.float(), rotation) for name, module in modules.items()}
 
     def forward(self, batch: Batch, count: bool) -> Tensor:
         hidden = self.arch.run_block(self.module, batch)
@@ -242,11 +249,15 @@ class _Block:
         which, modality, keys = (t.to(device) for t in (which, modality, keys))
         rows = {name: x[which] for name, x in self.inputs.items()}
         for group in (g for view in self.views.values() for g in view.groups):
-            add(self.stats[group.name], rows[group.name], rows[group.router_input], modality, keys)
+            x = rows[group.name]
+            if rotation := self.rotation_of(group):  # as at run time
+                factors = unit((factor.to(x.device) for factor in rotation), torch.float32)
+                x = rotate_blocks(x.float(), factors).to(x.dtype)
+            add(self.stats[group.name], x, rows[group.router_input], modality, keys)
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
         scheme, seed = run.recipe_for(self.spec.index).scheme, run.seed + 1000 * self.spec.index
         weights, stats = self.weights(group), self.stats[group.name]
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
-        return GroupProblem(group, weights, stats, scheme, seed)
+        return GroupProblem(group, weights, stats, scheme, seed, rotation=self.rotation_of(group))

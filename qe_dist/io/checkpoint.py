@@ -18,6 +18,7 @@ from qe_dist.core.quantized import (
     QuantizedLinear,
     input_tensors,
     repair_tensors,
+    rotated_block,
 )
 from qe_dist.core.scheme import ARITHMETICS
 from qe_dist.core.source import WeightSource
@@ -214,10 +215,11 @@ def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
         if one not in distinct:
             distinct.append(one)
         of_block.append(distinct.index(one))
+    rotated = any(rotated_block(group["input"]) > 1 for one in distinct for group in one.values())
     return {
         "quant_method": "qe",
         "format": "pack-quantized",
-        "version": 2,
+        "version": 3 if rotated else 2,
         "layouts": distinct,
         "block_layouts": of_block,
     }

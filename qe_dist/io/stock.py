@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, repair_from_tensors, rotated_block
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Feeder
 from qe_dist.numerics.grid import dequantize
@@ -125,6 +125,11 @@ def losses(group: Layout, peft: bool) -> Counter[str]:
 def why_not(group: Layout, peft: bool) -> str | None:
     """Why stock engines cannot have this group; None where they can, as far as names and shapes tell."""
     names = group["input"]
+    if rotated_block(names) > 1:
+        return (
+            "its input is rotated at run time, which stock engines do not do; quantize without, with "
+            "online = false under [rotation]"
+        )
     experts = {"lr_expert_a", "lr_expert_channels", "router"} & set(names)
     if names.get("input_scale", (None, 1))[1] > 1 or (experts and "router" not in names):
         return "it treats text and image tokens differently, which layers of stock engines do not see"

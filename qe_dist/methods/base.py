@@ -15,14 +15,14 @@ from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import InputGroup
 from qe_dist.numerics.factors import FACTOR_BITS, column_bits, even_rank, rank_within
-from qe_dist.numerics.hadamard import Orthogonal
+from qe_dist.numerics.hadamard import Orthogonal, Signs
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import GroupStats, Needs
 
 
 @dataclass(frozen=True)
 class GroupProblem:
-    """What a method gets to see of one input group, in the coordinates x~ = x / input_scale. float32."""
+    """What a method gets to see of one input group, in the coordinates x~ = x H / input_scale. float32."""
 
     group: InputGroup
     weights: Mapping[str, Float[Tensor, "_ I"]]
@@ -30,6 +30,8 @@ class GroupProblem:
     scheme: Scheme
     seed: int = 0
     input_scale: Float[Tensor, "M I"] | None = None
+    rotation: Signs = ()
+    """Factors of H, by which weights and statistics are rotated already."""
 
     def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupProblem":
         """The same function in new coordinates: inputs divided by `scale`, weights multiplied by it.
@@ -269,10 +271,18 @@ class TakesOver(Protocol):
 
 @runtime_checkable
 class Rotation(Protocol):
-    """Rewrites the whole model, before anything is measured, into one that computes the same."""
+    """Rewrites the whole model, before anything is measured, into one that computes the same; where nothing in front of
+    an input can take the rotation, it is done at run time."""
 
     def bases(self, widths: Mapping[Space, int], gains: Float[Tensor, "L N"]) -> Mapping[Space, Orthogonal]:
         """The orthogonal matrix of every space, to be fused into the weights. gains: of all norms of the stream."""
+        ...
+
+    def at_run_time(self, group: InputGroup, ranks: int) -> Signs:
+        """Hadamard factors of the rotation of a group's input that cannot be fused; empty for none.
+
+        ranks: tensor-parallel ranks among which the input is cut. No block of the rotation is on two of them.
+        """
         ...
 
 

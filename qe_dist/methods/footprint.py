@@ -15,6 +15,8 @@ from qe_dist.numerics.gram import PANEL
 from qe_dist.numerics.lowrank import OVERSAMPLE
 from qe_dist.numerics.stats import M, Needs
 
+ROTATING = 3
+"""Copies of an input that rotating it takes: what a factor reads, what it makes, and what is left of it all."""
 FLOAT = 4
 """Bytes: statistics and fits are float32."""
 
@@ -66,13 +68,16 @@ def footprint(
     sample = sample_tokens * sum(w + widths[g.router_input] for w, g in zip(widths.values(), block.groups, strict=True))
     fits = [_fit(block, recipe, sample_tokens) for recipe in recipes]
     as_float = 0 if itemsize == FLOAT else FLOAT * block.num_weights
+    rotated = [g for g in block.groups if any(r.rotation and r.rotation.at_run_time(g, ranks=1) for r in recipes)]
+    turning = max((ROTATING * FLOAT * batch_tokens * g.in_features for g in rotated), default=0)
+    as_rotated = FLOAT * sum(g.in_features * x.out_features for g in rotated for x in g.linears)
     return Footprint(
         weights=itemsize * block.num_weights,
         grams=FLOAT * sum(grams),
         widest_gram=FLOAT * max(grams),
         sample=FLOAT * sample,
-        forward=_forward(block, needs, sample_tokens, batch_tokens, itemsize),
-        fit=as_float + max(fits),
+        forward=_forward(block, needs, sample_tokens, batch_tokens, itemsize) + turning,
+        fit=as_float + as_rotated + max(fits),
     )
 
 

@@ -52,7 +52,7 @@ def _errors(group: QuantizedGroup, problem: GroupProblem, tokens: TokenSample) -
         return Errors(None, {}, None)
     x, modality = tokens.x.float(), tokens.modality
     expert = route(group.input, tokens.router_x, modality)
-    repaired = prepare(group.input, x, expert, group.scheme, modality)
+    repaired = prepare(replace(group.input, rotation=()), x, expert, group.scheme, modality)  # tokens are rotated
     bare_input = GroupInput(input_scale=group.input.input_scale)
     bare = prepare(bare_input, x, None, group.scheme, modality)
     exact, wrong, rounded = (torch.zeros(x.shape[0], dtype=torch.float64) for _ in range(3))

@@ -47,6 +47,7 @@ def stored(moved: GroupProblem, codes: Mapping[str, Codes], c: Correction, bits:
         expert_channels=_int32(c.expert_channels),
         router=_bf16(c.router),
         salient_channels=_int32(c.salient_channels),
+        rotation=moved.rotation,
     )
     return QuantizedGroup(moved.scheme, part, linears)
 

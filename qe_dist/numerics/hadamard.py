@@ -4,22 +4,27 @@ A `Mixing` is x -> (x * signs) (F_1 ⊗ F_2 ⊗ ...) on some of the channels, wi
 section 3) and Hadamard factors divided by the root of their size. Multiplying by the factors in turn costs
 n (f_1 + f_2 + ...) instead of n², and a matrix of size n is never built.
 
-A width of m 2^k, m odd, takes the smallest order m 2^j for which Paley's constructions over a prime field give a
-Hadamard matrix, and Sylvester's for the other powers of two: 1536 = 12 * 128, 3584 = 28 * 128, 896 = 28 * 32,
-80 = 20 * 4. Where there is none that is cheap (odd widths, 52, 92, ...) two mixings of the next smaller width that has
-one, over the first and over the last channels, mix all of them [INF]; the matrix is orthogonal as well.
+A width is a product of orders for which Paley's constructions over a prime field give a Hadamard matrix, and of
+Sylvester's for the other powers of two: 1536 = 12 * 128, 3584 = 28 * 128, 29568 = 12 * 28 * 44 * 2. Where there
+is none that is cheap (odd widths, 52, 92, ...) two mixings of the next smaller width that has one, over the first and
+over the last channels, mix all of them [INF]; the matrix is orthogonal as well.
+
+The same products serve at run time, where nothing can be fused offline (`online_factors`, `rotate_blocks`): without
+signs, as in QuaRot, and a width that has none is rotated block by block, so that the blocks of a rank are its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 LARGEST_FACTOR = 128
-"""Larger factors cost more multiplications, smaller ones more passes over memory."""
+"""Larger factors cost more multiplications, smaller ones more passes over memory. Twice that where nothing smaller
+does: 18944 = 148 * 128."""
 STRIP = 2**16
 """Entries that are float64 at one time: they stay in the cache."""
 
@@ -31,10 +36,7 @@ class Mixing:
     factors: tuple[Float[Tensor, "_ _"], ...]
 
     def __call__(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
-        x = x * self.signs
-        for factor in self.factors:  # the first digit of the index goes to the end: after all they stand as before
-            x = (x.unflatten(-1, (len(factor), -1)).transpose(-1, -2) @ factor).flatten(-2)
-        return x
+        return _kronecker(x * self.signs, self.factors)
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,47 @@ def randomized_hadamard(bands: Int[Tensor, " N"], random: torch.Generator) -> Or
     for band in range(int(bands.max()) + 1):
         channels = (bands == band).nonzero().flatten()
         width = len(channels)
-        size = next(n for n in range(width, 0, -1) if _base(n))
+        size = next(n for n in range(width, 0, -1) if orders(n) is not None)
         for part in (channels,) if size == width else (channels[:size], channels[-size:]):
             signs = torch.randint(2, (size,), generator=random).double() * 2 - 1
-            mixings.append(Mixing(slice(None) if size == len(bands) else part, signs, _factors(size)))
+            mixings.append(Mixing(slice(None) if size == len(bands) else part, signs, unit(_factors(size))))
     return Orthogonal(tuple(mixings), bands)
+
+
+Signs = tuple[Int8[Tensor, "_ _"], ...]
+"""Hadamard matrices F_1, F_2, ... of +1 and -1; they stand for their Kronecker product over the root of its size."""
+
+
+def online_factors(width: int) -> Signs:
+    """Of the largest Hadamard matrix, a product of known ones, whose size divides the width. Empty for an odd width."""
+    size = next(n for n in range(width, 0, -1) if width % n == 0 and orders(n) is not None)
+    return tuple(factor.to(torch.int8) for factor in _factors(size))
+
+
+def unit(factors: Iterable[Tensor], dtype: torch.dtype = torch.float64) -> tuple[Float[Tensor, "_ _"], ...]:
+    """Hadamard matrices as orthogonal ones."""
+    return tuple(factor.to(dtype) / math.sqrt(len(factor)) for factor in factors)
+
+
+def rotate_blocks(x: Float[Tensor, "*B I"], factors: Sequence[Float[Tensor, "_ _"]]) -> Float[Tensor, "*B I"]:
+    """x (H, H, ...), H the Kronecker product of orthogonal factors in the dtype of x, its size a divisor of I.
+
+    A transform in as many steps as there are factors, I (f_1 + f_2 + ...) multiplications for a row instead of I².
+    """
+    if not factors:
+        return x
+    return _kronecker(x.unflatten(-1, (-1, block_size(factors))), factors).flatten(-2)
+
+
+def rotate_weight(weight: Float[Tensor, "O I"], factors: Signs) -> Float[Tensor, "O I"]:
+    """W (H, H, ...), for inputs that `rotate_blocks` rotates; computed in float64 and rounded once, to W's dtype."""
+    exact = unit(factor.to(weight.device) for factor in factors)
+    return _in_strips(weight, lambda rows: rotate_blocks(rows, exact), weight.dtype) if factors else weight
+
+
+def block_size(factors: Iterable[Tensor]) -> int:
+    """Channels that a product of such factors mixes; 1 without any."""
+    return math.prod(len(factor) for factor in factors)
 
 
 def fused(
@@ -112,26 +150,32 @@ def _octaves(gain: Tensor) -> Tensor:
     return gain.double().abs().clamp_min(1e-6).log2()
 
 
+def _kronecker(x: Float[Tensor, "*B C"], factors: Iterable[Tensor]) -> Float[Tensor, "*B C"]:
+    """x (F_1 ⊗ F_2 ⊗ ...)"""
+    for factor in factors:  # the first digit of the index goes to the end: after all they stand as before
+        x = (x.unflatten(-1, (len(factor), -1)).transpose(-1, -2) @ factor).flatten(-2)
+    return x
+
+
 def _factors(width: int) -> tuple[Tensor, ...]:
-    base = _base(width)
-    matrices = [] if base == 1 else [paley(base)]
-    width //= base
-    while width > 1:
-        matrices.append(sylvester(min(width, LARGEST_FACTOR)))
-        width //= len(matrices[-1])
-    return tuple(h / math.sqrt(len(h)) for h in matrices)
+    """Hadamard matrices of +1 and -1."""
+    return tuple(paley(n) if n & (n - 1) else sylvester(n) for n in orders(width) or ())
 
 
-def _base(width: int) -> int:
-    """The smallest order, up to a power of two the width itself, that has a Hadamard matrix; 0: none that we know."""
-    order = width // (width & -width)
-    if order == 1:
-        return 1
-    while order <= min(width, LARGEST_FACTOR):
-        if has_paley(order):
-            return order
-        order *= 2
-    return 0
+@cache
+def orders(width: int) -> tuple[int, ...] | None:
+    """Of Hadamard matrices whose Kronecker product has this width, small ones first; None where we know none."""
+    if width == 1:
+        return ()
+    if width & (width - 1) == 0:
+        last = min(width, LARGEST_FACTOR)
+        return (*(orders(width // last) or ()), last)
+    for order in range(12, min(width, 2 * LARGEST_FACTOR) + 1, 4):
+        if width % order == 0 and order & (order - 1) and has_paley(order):
+            rest = orders(width // order)
+            if rest is not None:
+                return (order, *rest)
+    return None
 
 
 def sylvester(order: int) -> Float[Tensor, "N N"]:

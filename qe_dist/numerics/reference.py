@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from qe_dist.core.quantized import GroupInput, QuantizedLinear
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.grid import dequantize, round_activations
+from qe_dist.numerics.hadamard import rotate_blocks, unit
 from qe_dist.numerics.routing import choose_experts
 
 
@@ -53,7 +54,7 @@ def prepare(
     scheme: Scheme,
     modality: Int8[Tensor, " T"] | None = None,
 ) -> PreparedInput:
-    x = x.float()
+    x = rotate_blocks(x.float(), unit(part.rotation, torch.float32))
     if part.input_scale is not None:
         scale = part.input_scale.float()
         if scale.shape[0] == 1:

@@ -69,8 +69,11 @@ def padding_step(scheme: Scheme, size: int) -> int:
     return 1 if size == 1 else size * math.lcm(scheme.group_size or 1, TILE)
 
 
-def why_not(scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: Parallel, size: int) -> str | None:
-    """Why a group cannot be cut into `size` parts; None where it can. outputs: of each linear."""
+def why_not(
+    scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: Parallel, size: int, mixed: int = 1
+) -> str | None:
+    """Why a group cannot be cut into `size` parts; None where it can. outputs: of each linear. mixed: inputs that a
+    rotation at run time mixes with each other (`core.quantized.rotated_block`)."""
     if parallel == "column":
         odd = next((name for name, count in outputs.items() if count % size), None)
         return None if odd is None else f"the {outputs[odd]} outputs of {odd} do not divide over {size} ranks"
@@ -84,6 +87,11 @@ def why_not(scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: P
         return f"its {inputs} inputs do not divide over {size} ranks"
     if width % group:
         return f"the {width} inputs of a rank do not divide into groups of {group}"
+    if width % mixed:
+        return (
+            f"its rotation at run time mixes blocks of {mixed} inputs, and a rank has {width} of them; quantize for as "
+            f"many ranks, with --tensor-parallel-size {size}, or with rotation.online = false"
+        )
     if width * scheme.weight_bits % 32:
         return f"the {width} inputs of a rank do not fill whole words of 32 bits at {scheme.weight_bits} bits"
     return None

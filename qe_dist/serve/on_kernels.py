@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qe_dist.core.quantized import Factor, GroupInput
 from qe_dist.core.scheme import Scheme
+from qe_dist.numerics.hadamard import unit
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.packing import pack
 from qe_dist.serve.on_reference import Repair
@@ -22,6 +23,7 @@ class Prepared(NamedTuple):
 class Input:
     def __init__(self, part: GroupInput, scheme: Scheme, columns: int) -> None:
         self.part, self.scheme = part, scheme
+        self.rotation = unit(part.rotation, torch.float32)
         self.outliers = dynamic_outliers(scheme, columns)
         channels = part.shared_channels, part.expert_channels
         self.extracted = None if channels == (None, None) else extracted_columns(columns, *channels)
@@ -33,6 +35,8 @@ class Input:
     def prepare(self, x: Tensor, expert: Tensor | None, modality: Tensor | None) -> Prepared:
         """expert [M]: from the router; modality [M]: where scales or experts follow it."""
         part = self.part
+        if self.rotation:
+            x = ops.rotate(x.contiguous(), self.rotation)
         if expert is None and part.num_experts:
             expert = modality.int() - 1
         shared, experts = _factor(part.shared_down), _factor(part.expert_down)

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
 from qe_dist.serve import transformers_tp
-from qe_dist.serve.format import METHOD, VERSION, check_files, check_version
+from qe_dist.serve.format import METHOD, VERSIONS, check_files, check_version
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
 
@@ -31,7 +31,7 @@ class QEConfig(QuantizationConfigMixin):
         self,
         layouts: list[dict[str, Any]],
         block_layouts: list[int],
-        version: int = VERSION,
+        version: int = VERSIONS[0],
         format: str = "pack-quantized",
         **_: Any,
     ) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.quantized import rotated_block
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
 
@@ -111,7 +112,7 @@ def _why_not(
         return f"its router reads the input of {group['router_input']}, of which a rank has only a part"
     outputs = {name: linear.out_features for name, linear in linears.items()}
     inputs = next(iter(linears.values())).in_features
-    return why_not(Scheme.parse(group["scheme"]), outputs, inputs, own, size)
+    return why_not(Scheme.parse(group["scheme"]), outputs, inputs, own, size, rotated_block(group["input"]))
 
 
 @torch.no_grad()

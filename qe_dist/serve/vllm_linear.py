@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig, register
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
 
-from qe_dist.core.quantized import input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import input_from_tensors, repair_from_tensors, rotated_block
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
 from qe_dist.serve.format import METHOD, check_files, check_version
@@ -115,8 +115,8 @@ class QELinearMethod(LinearMethodBase):
     ) -> None:
         linears: Mapping[str, Shapes] = self.layout["linears"]
         outputs = {name: shapes["weight_scale"][1] for name, shapes in linears.items()}
-        row = isinstance(layer, RowParallelLinear)
-        if why := why_not(self.scheme, outputs, input_size, "row" if row else "column", layer.tp_size):
+        row, mixed = isinstance(layer, RowParallelLinear), rotated_block(self.layout["input"])
+        if why := why_not(self.scheme, outputs, input_size, "row" if row else "column", layer.tp_size, mixed):
             raise ValueError(f"{self.name}: {why}; choose another --tensor-parallel-size")
         loader = extra["weight_loader"]
         for name, (dtype, *shape) in next(iter(linears.values())).items():

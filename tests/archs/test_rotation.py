@@ -18,7 +18,7 @@ from tests.tiny import DATA, MODELS, tiny_model
 
 ARCH = archs.get("qwen2_vl")
 TINY = dict(ARCH.tiny_config())
-QUAROT, BANDED = Hadamard(octaves=0.0), Hadamard()
+QUAROT, BANDED = Hadamard(), Hadamard(octaves=2.0)
 
 
 def sized(hidden, heads, kv, section):
@@ -64,7 +64,7 @@ def model(folder, config, dtype=torch.float32):
     return SafetensorsSource(folder)
 
 
-def rotated(source, rotation=BANDED):
+def rotated(source, rotation=QUAROT):
     sites = ARCH.rotation_sites(source)
     gains = torch.stack([source.get(n).float() for n in sorted(sites.norms)])
     return RotatedSource(source, sites, rotation.bases(sites.widths, gains))
@@ -146,13 +146,13 @@ def test_what_is_quantized_is_rounded_once_and_all_else_has_the_dtype_of_the_sou
 
 @torch.no_grad()
 def test_no_channel_of_the_rotated_outlier_model_stands_out():
-    """Peak of the largest channel over that of the median channel, where a rotation reaches; down keeps its own."""
+    """Peak of the largest channel over that of the median, where an offline rotation reaches; down keeps its own."""
     source = SafetensorsSource(MODELS / "outlier")
-    before, after, banded = (peaks(s) for s in (source, rotated(source, QUAROT), rotated(source)))
+    before, after, banded = (peaks(s) for s in (source, rotated(source), rotated(source, BANDED)))
     for group in ("self_attn.qkv", "mlp.gate_up"):
         assert before[group] > 10
         assert after[group] < 2
-        assert after[group] < banded[group] < 0.6 * before[group]
+        assert after[group] < banded[group] < 0.7 * before[group]
     assert after["mlp.down"] == pytest.approx(before["mlp.down"], rel=0.01)
 
 

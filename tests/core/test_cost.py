@@ -14,8 +14,9 @@ from qe_dist.core.quantized import Factor, GroupInput, QuantizedGroup, Quantized
 from qe_dist.core.scheme import Scheme
 from qe_dist.io.checkpoint import linear_tensors
 from qe_dist.numerics.factors import store_factor
+from qe_dist.numerics.hadamard import online_factors
 
-PARTS = ("scale", "shared", "shared_channels", "experts", "expert_channels", "router", "salient")
+PARTS = ("scale", "shared", "shared_channels", "experts", "expert_channels", "router", "salient", "rotation")
 
 
 def drawn_factor(bits: int, *shape: int) -> Factor:
@@ -62,6 +63,7 @@ def group_of(
         expert_channels=plain("expert_channels", experts, 5, dtype=torch.int32),
         router=plain("router", experts, inputs),
         salient_channels=plain("salient", 4, dtype=torch.int32),
+        rotation=online_factors(inputs) if "rotation" in parts else (),
     )
     return QuantizedGroup(Scheme(bits, None, group_size), own, {f"linear{i}": linear(o) for i, o in enumerate(outputs)})
 
@@ -93,6 +95,10 @@ def counted(group: QuantizedGroup) -> Cost:
     return Cost(sum(size(t) for _, t in tensors), active, macs)
 
 
+def inputs_of(group: QuantizedGroup) -> int:
+    return next(iter(group.linears.values())).codes.shape[1]
+
+
 def repairs(group: QuantizedGroup) -> int:
     """Rows times columns of every matrix beside the codes that one token meets."""
     part, total = group.input, 0
@@ -102,6 +108,7 @@ def repairs(group: QuantizedGroup) -> int:
     if part.expert_down is not None:
         _, rank, inputs = part.expert_down.dense.shape
         total += rank * inputs
+    total += inputs_of(group) * sum(len(factor) for factor in part.rotation)
     if part.router is not None:  # the distance to every expert
         total += part.router.numel()
     for linear in group.linears.values():
@@ -147,16 +154,17 @@ def test_stored_are_the_bytes_that_the_checkpoint_has(parts: tuple[str, ...], fa
 
 
 def test_by_hand() -> None:
-    """Inputs 40, outputs 6 + 10, 3 bits (4 words a row), rank 2, 3 experts, activations of 6 bits."""
+    """Inputs 40, outputs 6 + 10, 3 bits (4 words a row), rank 2, 3 experts, activations of 6 bits, factors of a
+    rotation of order 20 and 2."""
     group = with_activations(group_of(set(PARTS), bits=3), 6, None)
     codes, scales = 16 * 4 * 4, 16 * 2
     shared, columns, salient = 2 * (2 * 40 + 16 * 2), 4 * 3 + 2 * 16 * 3, 4 * 4 + 2 * 16 * 4
     expert, own_columns, router = 2 * (2 * 40 + 16 * 2), 4 * 5 + 2 * 16 * 5, 2 * 3 * 40
-    fixed = codes + scales + 2 * 40 + shared + columns + salient + router
+    fixed = codes + scales + 2 * 40 + shared + columns + salient + router + 20 * 20 + 2 * 2
     assert cost_of(group) == Cost(
         stored=fixed + 3 * (expert + own_columns),
         active=fixed + expert + own_columns,
-        macs={"int8": 16 * 40, "a16": 2 * (2 * 40 + 16 * 2) + 16 * (3 + 5 + 4) + 3 * 40},
+        macs={"int8": 16 * 40, "a16": 2 * (2 * 40 + 16 * 2) + 16 * (3 + 5 + 4) + 3 * 40 + 40 * (20 + 2)},
     )
 
 

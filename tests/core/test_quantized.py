@@ -46,6 +46,7 @@ def full_input(factor: Callable[..., Factor], normal: Normal) -> GroupInput:
         expert_channels=torch.tensor([[0], [2], [3], [5], [6]], dtype=torch.int32),
         router=normal(3, 5, 24).bfloat16(),
         salient_channels=torch.tensor([9, 3, 0, 8], dtype=torch.int32),
+        rotation=tuple(normal(s, n, n).sign().to(torch.int8) for s, n in enumerate((4, 2, 2), 20)),
     )
 
 
@@ -79,6 +80,7 @@ def test_names_on_disk(full_input: GroupInput, full_linear: QuantizedLinear) -> 
         return {*names, *(f"{n}_scale" for n in names if full_input.shared_down.scale is not None)}
 
     plain = {"input_scale", "lr_shared_channels", "lr_expert_channels", "lr_salient_channels", "router"}
+    plain |= {"rotation_0", "rotation_1", "rotation_2"}
     assert set(input_tensors(full_input)) == with_scales("lr_shared_a", "lr_expert_a") | plain
     plain = {"bias", "lr_shared_columns", "lr_expert_columns"}
     assert set(repair_tensors(full_linear)) == with_scales("lr_shared_b", "lr_expert_b", "lr_salient_columns") | plain

@@ -119,6 +119,21 @@ def test_down_refuses(change: dict, said: str) -> None:
         ops.down(**DOWN | change)
 
 
+@pytest.mark.parametrize(
+    ("x", "factors", "said"),
+    [
+        (half(M, K), [], "factors: expected at least one, found none"),
+        (half(M, K), [torch.ones(4, 2)], r"factors\[0\]: expected contiguous float32 \[4, 4\]"),
+        (half(M, K), [torch.ones(4, 4), half(2, 2)], r"factors\[1\]: expected contiguous float32 .* found bfloat16"),
+        (half(M, K), [torch.ones(12, 12)], "x: expected a multiple of the 12 channels that the factors mix, found 256"),
+        (torch.ones(M, K).int(), [torch.ones(4, 4)], "x: expected contiguous bfloat16 or float16 or float32"),
+    ],
+)
+def test_rotate_refuses(x: torch.Tensor, factors: list[torch.Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ops.rotate(x, factors)
+
+
 def changed_weight(**change: object) -> dict:
     return {"weight": replace(LINEAR["weight"], **change)}
 

@@ -83,6 +83,12 @@ LINEAR = [
 ]  # fmt: skip
 
 
+ROTATE = [
+    {"factors": (normal(36, 4, 4, dtype=torch.float32), normal(37, 64, 64, dtype=torch.float32))},
+    {"factors": tuple(normal(38, n, n, dtype=torch.float32) for n in (2, 8, 4))},
+]
+
+
 def given_x(how: dict) -> Tensor:
     return normal(0, M, 2 * K) if how.get("gated") else X
 
@@ -101,6 +107,20 @@ def assert_same(found: object, expected: object) -> None:
 def test_quantize_is_its_reference_on_a_cpu(how: dict) -> None:
     x = given_x(how)
     assert_same(ops.quantize(x, **how), quantize_reference(x, **how))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("how", ROTATE)
+def test_rotate_multiplies_blocks_by_the_kronecker_product(how: dict, dtype: torch.dtype) -> None:
+    """In float32, rounded once to the dtype of x."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for factor in how["factors"]:
+        matrix = torch.kron(matrix, factor.double())
+    exact = X.to(dtype).double() @ torch.block_diag(*[matrix] * (K // len(matrix)))
+    found = ops.rotate(X.to(dtype), how["factors"])
+    assert found.dtype == dtype
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[dtype]
+    assert ((found.double() - exact).abs() <= rounding * exact.abs() + 1e-5 * exact.abs().max()).all()
 
 
 def test_what_quantize_does_not_change_is_x_itself() -> None:
@@ -136,7 +156,10 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("quantize", how) for how in QUANTIZE[1:]] + [("down", how) for how in DOWN] + [("linear", how) for how in LINEAR],
+    [("quantize", how) for how in QUANTIZE[1:]]
+    + [("rotate", how) for how in ROTATE]
+    + [("down", how) for how in DOWN]
+    + [("linear", how) for how in LINEAR],
 )
 @pytest.mark.parametrize("tokens", [M, 0])
 def test_ops_keep_the_rules_of_torch(name: str, how: dict, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +313,7 @@ from qe_kernels import ops
 x = torch.ones(2, 8, dtype=torch.bfloat16)
 assert ops.quantize(x, bits=8, int8=True).base.eq(127).all()
 assert ops.down(x, (x, None)).shared_z.eq(8).all()
+assert ops.rotate(x, [torch.ones(4, 4)]).eq(4).all()
 """
 
 

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe
+from qe_dist.numerics.hadamard import online_factors, rotate_blocks, unit
 from qe_dist.numerics.stats import GroupStats
 
 TOKENS = SAMPLE = 256
@@ -119,6 +121,21 @@ def test_runs_that_share_a_pass_share_their_statistics() -> None:
     alone, both = (footprint(spec, runs, SAMPLE, TOKENS, 2) for runs in ([qe], [qe, rtn]))
     assert both == alone
     assert footprint(spec, [rtn], SAMPLE, TOKENS, 2).statistics < alone.statistics
+
+
+def test_rotating_the_input_of_down_takes_its_copies_while_a_batch_passes(normal: Callable[..., Tensor]) -> None:
+    """And a copy of its weight in float32 while the block is fitted."""
+    spec, (plain, rotated) = block(1536), (load_recipe(name) for name in ("gptq-w4a8", "hadamard+gptq-w4a8"))
+    *others, down = spec.groups
+    spec = replace(spec, groups=(*others, replace(down, producers=("gate_up.0", "gate_up.1"))))
+    before, after = (footprint(spec, [recipe], SAMPLE, TOKENS, 2) for recipe in (plain, rotated))
+    x, factors = normal(0, TOKENS, 1536).bfloat16(), unit(online_factors(1536), torch.float32)
+    with Alive() as alive:
+        rotate_blocks(x.float(), factors).to(x.dtype)
+    taken = alive.most - sum(factor.nbytes for factor in factors)
+    assert taken <= after.forward - before.forward < 1.5 * taken
+    assert after.fit - before.fit == 4 * 1536 * HIDDEN
+    assert after.kept == before.kept
 
 
 def test_a_worker_keeps_statistics_of_every_block_and_fits_one() -> None:

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 
-from qe_dist import methods
+from qe_dist import archs, methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.base import Rotation
 from qe_dist.methods.rotations.hadamard import Hadamard
+from qe_dist.numerics.hadamard import block_size
 
 WIDTHS = {"stream": 96, "head": 24}
 GAINS = torch.rand(5, 96, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -39,6 +40,15 @@ def test_channels_of_unlike_gain_stay_apart_unless_all_are_to_be_mixed():
     apart, mixed = (Hadamard(octaves=o).bases(WIDTHS, gains)["stream"](eye) for o in (2.0, 0.0))
     assert (apart[3] != 0).nonzero().flatten().tolist() == [3, 70]
     assert torch.allclose(mixed.abs(), torch.full_like(mixed, 96**-0.5))
+
+
+def test_at_run_time_down_is_rotated_in_blocks_that_no_two_ranks_share():
+    groups = {g.name: g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny_config())}
+    for name, group in groups.items():
+        assert not Hadamard(online=False).at_run_time(group, ranks=1)
+        assert bool(Hadamard().at_run_time(group, ranks=1)) == (name == "mlp.down")
+    sizes = {ranks: block_size(Hadamard().at_run_time(groups["mlp.down"], ranks)) for ranks in (1, 2, 3, 4, 8)}
+    assert sizes == {1: 96, 2: 48, 3: 32, 4: 24, 8: 12}
 
 
 @pytest.mark.parametrize(

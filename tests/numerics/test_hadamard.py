@@ -12,11 +12,16 @@ from qe_dist.numerics.hadamard import (
     Mixing,
     Orthogonal,
     bands_of,
+    block_size,
     fused,
     has_paley,
+    online_factors,
     paley,
     randomized_hadamard,
+    rotate_blocks,
+    rotate_weight,
     sylvester,
+    unit,
 )
 
 QWEN = [896, 1536, 2048, 3584, 5120, 8192, 80, 96, 128]
@@ -150,6 +155,45 @@ def test_fused_rounds_once_and_in_strips_of_any_size(monkeypatch):
     assert torch.equal(fused(weight, left, right, dtype=torch.bfloat16), exact.bfloat16())
     monkeypatch.setattr(hadamard, "STRIP", 1)
     assert torch.allclose(fused(weight, left, right, dtype=torch.float64), exact, rtol=0, atol=1e-13)
+
+
+def kronecker(factors) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for factor in factors:
+        matrix = torch.kron(matrix, factor.double())
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("width", "factors"),
+    [
+        (1536, (12, 128)), (576, (12, 12, 4)), (8960, (20, 28, 16)), (18944, (148, 128)), (29568, (12, 28, 44, 2)),
+        (3712, (128,)), (29696, (8, 128)), (52, (4,)), (96, (12, 8)), (213, ()), (1, ()),
+    ],
+)  # fmt: skip
+def test_at_run_time_the_largest_product_of_known_orders_that_divides_the_width(width, factors):
+    found = online_factors(width)
+    assert tuple(len(f) for f in found) == factors
+    assert all(is_hadamard(f.double()) for f in found)
+    assert width % block_size(found) == 0
+
+
+@given(st.integers(1, 60), st.integers(1, 3), st.sampled_from([torch.float32, torch.float64]))
+def test_the_transform_is_the_product_with_the_matrix_block_by_block(width, blocks, dtype):
+    random = torch.Generator().manual_seed(width)
+    factors = online_factors(width)
+    h = kronecker(factors)
+    assert torch.equal(h @ h.T, len(h) * torch.eye(len(h), dtype=torch.float64))
+    x, weight = (torch.randn(5, blocks * width, generator=random, dtype=torch.float64) for _ in range(2))
+    matrix = torch.block_diag(*[h / len(h) ** 0.5] * (blocks * width // len(h)))
+    found = rotate_blocks(x.to(dtype), unit(factors, dtype))
+    assert found.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert torch.allclose(found.double(), x @ matrix, rtol=0, atol=tolerance * float(x.abs().max()))
+    turned = rotate_weight(weight, factors)
+    assert torch.allclose(turned, weight @ matrix, rtol=0, atol=1e-12)
+    assert torch.allclose(rotate_blocks(x, unit(factors)) @ turned.T, x @ weight.T, rtol=0, atol=1e-11)
+    assert torch.equal(rotate_weight(weight.float(), factors), rotate_weight(weight.float().double(), factors).float())
 
 
 def test_a_mixing_costs_its_factors_and_not_their_product():

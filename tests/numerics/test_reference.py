@@ -9,6 +9,7 @@ from torch import Tensor
 from qe_dist.core.quantized import Factor, GroupInput, QuantizedLinear
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.factors import store_factor
+from qe_dist.numerics.hadamard import online_factors
 from qe_dist.numerics.reference import linear_forward, prepare, route
 
 Normal = Callable[..., Tensor]
@@ -33,6 +34,11 @@ def token_output(
     """y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns + bias
     + Qa(x~)[salient] salient_columns."""
     x = token.double()
+    if part.rotation:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        for factor in part.rotation:
+            matrix = torch.kron(matrix, factor.double())
+        x = (x.view(-1, len(matrix)) @ matrix / len(matrix) ** 0.5).flatten()
     if part.input_scale is not None:
         x = x / part.input_scale.double()[modality if len(part.input_scale) > 1 else 0]
     base, y = x.clone(), torch.zeros(linear.codes.shape[0], dtype=torch.float64)
@@ -122,6 +128,7 @@ def test_all_parts_together(
         expert_channels=EXPERT_CHANNELS,
         router=router,
         salient_channels=SALIENT_CHANNELS,
+        rotation=online_factors(INPUTS),
     )
     linear = QuantizedLinear(
         **base,
@@ -137,7 +144,9 @@ def test_all_parts_together(
 
 
 @pytest.mark.parametrize("bits", [None, 6])
-@pytest.mark.parametrize("which", ["nothing", "shared factors", "shared channels", "factors", "channels", "salient"])
+@pytest.mark.parametrize(
+    "which", ["nothing", "shared factors", "shared channels", "factors", "channels", "salient", "rotation"]
+)
 def test_each_part_alone(
     normal: Normal, x: Tensor, modality: Tensor, router: Tensor, base: dict[str, Tensor], bits: int | None, which: str
 ) -> None:
@@ -156,6 +165,7 @@ def test_each_part_alone(
             {"expert_channels": EXPERT_CHANNELS, "router": router},
             {"expert_columns": normal(10, EXPERTS, OUTPUTS, 3)},
         ),
+        "rotation": ({"rotation": online_factors(INPUTS)}, {}),
         "salient": (
             {"salient_channels": SALIENT_CHANNELS},
             {"salient_columns": store_factor(normal(11, OUTPUTS, 4), 4)},

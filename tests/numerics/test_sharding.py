@@ -133,6 +133,14 @@ def test_ranks_that_chose_their_own_outlier_channels_would_add_up_to_something_e
     assert not torch.equal(*unrounded)
 
 
+def test_blocks_of_a_rotation_stay_on_one_rank() -> None:
+    why = why_not(Scheme(4, 8), {"mlp.down_proj": 576}, 1536, "row", 2, mixed=1536)
+    assert why.startswith("its rotation at run time mixes blocks of 1536 inputs, and a rank has 768 of them")
+    assert "--tensor-parallel-size 2" in why
+    assert why_not(Scheme(4, 8), {"mlp.down_proj": 576}, 1536, "row", 2, mixed=768) is None
+    assert why_not(Scheme(4, 8), {"q": 576}, 1536, "column", 2, mixed=1536) is None
+
+
 def test_what_does_not_divide_is_named() -> None:
     scheme = Scheme(4, None, 128)
     assert why_not(scheme, {"mlp.down_proj": 8192}, 29568, "row", 2) == (

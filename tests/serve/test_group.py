@@ -15,6 +15,7 @@ from torch import Tensor
 from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, input_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.factors import store_factor
+from qe_dist.numerics.hadamard import online_factors
 from qe_dist.numerics.packing import pack
 from qe_dist.numerics.sharding import cut, inputs_dim, local_channels
 from qe_dist.serve import on_kernels, on_reference
@@ -130,6 +131,17 @@ def test_a_list_of_channels_alone(ran_by: str, normal: Normal, scheme: str) -> N
     assert close(run(on_kernels, *what), run(on_reference, *what))
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a6", "w4a16g64"])
+def test_a_rotation_comes_first(ran_by: str, normal: Normal, scheme: str) -> None:
+    one, x = Scheme.parse(scheme), tokens(normal)
+    part = replace(whole_input(normal, 8), rotation=online_factors(INPUTS))
+    assert part.rotation
+    what = (one, part, branches(normal, 8), *weight(normal, one), x)
+    found, wanted = run(on_kernels, *what), run(on_reference, *what)
+    assert close(found, wanted)
+    assert not close(found, run(on_reference, one, replace(part, rotation=()), *what[2:]))
+
+
 def test_the_bare_weight(ran_by: str, normal: Normal) -> None:
     one, x = Scheme.parse("w4a16g64"), tokens(normal)
     what = (one, GroupInput(), {}, *weight(normal, one), x)
@@ -199,6 +211,7 @@ def test_torch_compile_makes_one_graph_of_groups_that_choose_for_each_other(norm
     by = on_kernels
     one, x = Scheme.parse("w4a8"), tokens(normal)
     part, repair, (words, scale) = whole_input(normal, 8), branches(normal, 8), weight(normal, one)
+    part = replace(part, rotation=online_factors(INPUTS))
     first, second = (Group(by.Input(part, one, INPUTS)) for _ in range(2))
     first.choose_for(first, part.router)
     first.choose_for(second, part.router.flip(0))

@@ -12,7 +12,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.io.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
-from tests.serve.conftest import ADAPTED
+from tests.serve.conftest import ADAPTED, ROTATED
 from tests.serve.python import python
 from tests.serve.ranks import Answers, ask
 from tests.tiny import DATA, MODELS
@@ -51,12 +51,12 @@ def cut(
 
 @pytest.mark.parametrize(
     "recipe",
-    ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6"],
+    ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6", ROTATED],
 )
 def test_two_ranks_answer_as_one(recipe: str, checkpoints: dict[str, Path], questions: list[Any], cut: Any) -> None:
     one, two = ask(load_model(checkpoints[recipe]), questions), cut[recipe]
     assert two.weights == [one.weights[0] // 2] * 2
-    if recipe.startswith("rtn"):
+    if recipe in ("rtn-w4a16g64", ROTATED):
         assert one.tokens == two.tokens
         assert all((a - b).abs().max() < FLOAT * a.abs().max() for a, b in zip(one.logits, two.logits, strict=True))
         return
@@ -129,6 +129,12 @@ def test_what_we_cannot_cut_is_refused(plan: Any) -> None:
     def own_routers(model: Any, layouts: Any) -> None:
         layouts[2]["mlp.down"]["router_input"] = "mlp.down"
 
+    def wider_blocks(model: Any, layouts: Any) -> None:
+        layouts[0]["mlp.down"]["input"] |= {"rotation_0": ["int8", 20, 20], "rotation_1": ["int8", 32, 32]}
+
+    assert plan(ROTATED, tp_size=2)["model.language_model.layers.*.mlp.down_proj"] == "qe_row"
+    with pytest.raises(ConfigError, match=r"mlp.down: its rotation at run time mixes blocks of 640 .* a rank has 320"):
+        plan(ROTATED, wider_blocks, tp_size=2)
     with pytest.raises(ConfigError, match="num_attention_heads=8 does not divide over 3 ranks; choose another tp_size"):
         plan("qe-extract-w4a6", tp_size=3)
     with pytest.raises(ConfigError, match="num_key_value_heads=4 does not divide over 8 ranks"):

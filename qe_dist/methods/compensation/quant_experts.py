@@ -57,7 +57,7 @@ class QuantExperts:
     """How often the experts are fitted anew for the tokens that the router sends to them. The paper: never."""
     router: Literal["regression", "mean_residual"] = "regression"
     """regression: least squares on the measured errors of the sample. mean_residual: mean|residual| of each
-    input channel, as in the paper; only where the router reads the group's own input."""
+    input channel, as in the paper; only where the router reads the group's own input, not rotated at run time."""
     refine_epochs: int = 0
     """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
 
@@ -166,7 +166,7 @@ class QuantExperts:
 
     def _router(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Tensor:
         stats, group = problem.stats, problem.problem.group
-        if self.router == "regression" or group.router_input != group.name:
+        if self.router == "regression" or group.router_input != group.name or problem.problem.rotation:
             return regress_errors(stats.sample.router_x, expert_errors(problem, c))
         rows = [mean_residual(left - up @ down) for up, down in zip(c.expert_up, c.expert_down, strict=True)]
         router = torch.stack(rows)

@@ -1,14 +1,18 @@
-"""Randomized Hadamard rotation of residual stream and attention heads, as far as it can be fused offline.
+"""Randomized Hadamard rotation of residual stream and attention heads, fused offline, and of down's input at run time.
 
 QuaRot (arXiv 2404.00456, section 4; methods.md section 6): the norms' gains move into the linears behind them, the
 stream is rotated in every tensor that writes or reads it (also the vision merger's output), and the values of each head
 between v and o. One head's matrix serves all heads and blocks, so heads that share a key and value stay together.
+Nothing in front of down can take a rotation (SwiGLU multiplies channel by channel): its input is multiplied by a
+Hadamard matrix at run time, and its weight by the same offline.
 
-Departures: no online Hadamards, so the inputs of down (SwiGLU multiplies channel by channel) and q and k (RoPE turns
-pairs of channels) stay as they are. The head's matrix has random signs too [INF]. Embeddings, head and merger are
-rotated in float64 and stored in the source's dtype. Bands are ours: a channel whose gain is 50 times the others' is 50
-times as large in every linear that takes the gain in, and a rotation would smear that, with its rounding error, over
-all weights. So only channels of about the same gain are mixed, and what their gains have in common stays in the norm.
+Departures: o's input is mixed within heads alone, not across them at run time, too (nor does SpinQuant, arXiv
+2405.16406); q and k are not rotated behind RoPE, which is for a quantized cache. The head's matrix has random signs too
+[INF]. Where the width of down's input, or what a tensor-parallel rank has of it, is no product of known orders, blocks
+of the largest that divides it are rotated each by itself. Embeddings, head and merger are rotated in float64 and stored
+in the source's dtype. Bands are ours, and off by default: a channel whose gain is 50 times the others' is 50 times as
+large in every linear that takes the gain in, and a rotation smears that, with its rounding error, over all weights. In
+bands only channels of about the same gain are mixed, and what their gains have in common stays in the norm.
 """
 
 from collections.abc import Mapping
@@ -20,7 +24,8 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
-from qe_dist.numerics.hadamard import Orthogonal, bands_of, randomized_hadamard
+from qe_dist.core.spec import InputGroup
+from qe_dist.numerics.hadamard import Orthogonal, Signs, bands_of, online_factors, randomized_hadamard
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ class Hadamard:
 
     seed: int = 0
     """Of the random signs."""
-    octaves: float = 2.0
+    octaves: float = 0.0
     """How far the norm gains of channels that are mixed may be apart. 0: any, as in the paper."""
+    online: bool = True
+    """Whether down's input is rotated at run time. Stock engines cannot do that."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
@@ -44,6 +51,12 @@ class Hadamard:
         if self.octaves:
             bands["stream"] = bands_of(gains, self.octaves)
         return {space: randomized_hadamard(b, random) for space, b in bands.items()}
+
+    def at_run_time(self, group: InputGroup, ranks: int) -> Signs:
+        """Of inputs that are made channel by channel: of down."""
+        is_cut = group.linears[0].split == "row" and group.in_features % ranks == 0
+        width = group.in_features // ranks if is_cut else group.in_features
+        return online_factors(width) if self.online and group.producers else ()
 
 
 METHOD = Hadamard

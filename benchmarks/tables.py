@@ -10,7 +10,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +19,9 @@ import schedule
 from qe_pipelines import entries
 from qe_pipelines.demo import HEADER, Case, cells
 from qe_pipelines.entries import Entry, front
+
+from qe_dist.methods.recipes import SCHEMES as FORMATS
+from qe_dist.methods.recipes import arithmetics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,10 +90,16 @@ Seeds = dict[str, list[Entry]]
 def measured(result: dict[str, Any], model: str) -> dict[str, Seeds]:
     """By number format, the recipes of league.json or ablation.json in their order."""
     found: dict[str, Seeds] = defaultdict(lambda: defaultdict(list))
+    known = {field.name for field in fields(Entry)}
     for one in result["models"].get(model, {}).get("entries", []):
-        entry = Entry(**{k: v for k, v in one.items() if k != "seed"})
+        entry = Entry(**{k: v for k, v in one.items() if k in known})
         found[entry.scheme][entry.recipe].append(entry)
     return found
+
+
+def executed(result: dict[str, Any], model: str) -> dict[str, str]:
+    """By recipe, what its product executed when it was measured."""
+    return {one["recipe"]: one["arithmetic"] for one in result["models"][model]["entries"]}
 
 
 def averaged(seeds: Iterable[Sequence[Entry]]) -> list[Entry]:
@@ -111,21 +120,22 @@ def by_kind(kinds: dict[str, Any]) -> str:
 
 def league_header(full: dict[str, Any]) -> tuple[str, ...]:
     names = "/".join(name for name, kind in full["kinds"].items() if "accuracy" in kind)
-    return (*entries.HEADER[:5], names, *entries.HEADER[5:7], "KL of the seeds", *entries.HEADER[7:])
+    recipe, *sizes = entries.HEADER[:5]
+    return (recipe, "product", *sizes, names, *entries.HEADER[5:7], "KL of the seeds", *entries.HEADER[7:])
 
 
-def league_rows(seeds: Seeds, full: dict[str, Any]) -> list[tuple[str, ...]]:
+def league_rows(seeds: Seeds, full: dict[str, Any], product: dict[str, str]) -> list[tuple[str, ...]]:
     """What is left of the model; a recipe is bold where no other one is as good for as few stored bytes."""
     means = averaged(seeds.values())
     losses = {recipe: [e.kl for e in own] for recipe, own in seeds.items()}
     best = {e.recipe for e in front(means, "bits")}
     exact = (f"{full['accuracy']:.1%}", by_kind(full["kinds"]), f"{full['perplexity']:.3f}")
-    rows = [("full precision", "16.00", "16.00", "1.000", *exact, "0.00000", "", "", "")]
+    rows = [("full precision", "a16", "16.00", "16.00", "1.000", *exact, "0.00000", "", "", "")]
     for entry in means:
         name, *numbers = entries.cells(entry, means)
         spread = "-".join(f"{kl:.5f}" for kl in (min(losses[name]), max(losses[name])))
         shown = f"**{name}**" if name in best else name
-        rows.append((shown, *numbers[:4], by_kind(entry.kinds), *numbers[4:6], spread, *numbers[6:]))
+        rows.append((shown, product[name], *numbers[:4], by_kind(entry.kinds), *numbers[4:6], spread, *numbers[6:]))
     return rows
 
 
@@ -146,7 +156,7 @@ def league(result: dict[str, Any], model: str, scheme: str) -> str:
     ordered = {e.recipe: found[e.recipe] for e in sorted(averaged(found.values()), key=lambda e: e.kl)}
     full, picture = result["models"][model]["full"], f"{model}-{scheme}.png"
     plot = f"\n![{model} model, {scheme}: stored bits against KL](league/{picture})\n"
-    table = markdown(league_header(full), league_rows(ordered, full))
+    table = markdown(league_header(full), league_rows(ordered, full, executed(result, model)))
     return f"\n{table}{fallen_back(ordered)}{plot}" + source(result, "league")
 
 
@@ -172,7 +182,8 @@ def ablation(result: dict[str, Any], model: str) -> str:
         return NOT_MEASURED
     full = result["models"][model]["full"]
     tables = (
-        f"\n{scheme}:\n\n{markdown(league_header(full), league_rows(seeds, full))}{fallen_back(seeds)}"
+        f"\n{scheme}:\n\n{markdown(league_header(full), league_rows(seeds, full, executed(result, model)))}"
+        f"{fallen_back(seeds)}"
         for scheme, seeds in found.items()
     )
     return "".join(tables) + source(result, "ablation")
@@ -538,7 +549,14 @@ def exports(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "exports")
 
 
-TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
+def arithmetic() -> str:
+    """Of every whole recipe, as `qe-dist compare --list` has it."""
+    rows = [(", ".join(f"`{name}`" for name in recipes), *row) for row, recipes in arithmetics().items()]
+    return "\n" + markdown(("whole recipes", *(f"`{scheme}`" for scheme in FORMATS)), rows)
+
+
+TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
+    "arithmetic": (None, arithmetic, ()),
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
     "pipeline": ("pipeline", pipeline, ()),
@@ -578,6 +596,8 @@ TABLES: dict[str, tuple[str, Callable[..., str], tuple[str, ...]]] = {
 def rendered(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         file, render, arguments = TABLES[match["name"]]
+        if file is None:  # of the code, not of a result
+            return match[1] + render(*arguments) + "\n" + match[4]
         path = RESULTS / f"{file}.json"
         if not path.exists():
             return match[0]

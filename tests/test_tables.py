@@ -36,7 +36,8 @@ ENVIRONMENT = {"command": "league.py", "commit": "abc", "date": "today", "machin
 
 def entry(recipe: str, seed: int, kl: float, bits: float = 4.0, active: float = 4.0, **others: Any) -> dict[str, Any]:
     measured = {
-        "seed": seed, "recipe": recipe, "scheme": "w4a6", "bits": bits, "active_bits": active, "macs": 1.0,
+        "seed": seed, "recipe": recipe, "scheme": "w4a6", "arithmetic": "int8", "bits": bits, "active_bits": active,
+        "macs": 1.0,
         "accuracy": 0.5 + 0.1 * seed, "perplexity": 2.0, "kl": kl, "fit_seconds": 3.0 + seed, "fallbacks": 0,
         "kinds": {"color": {"accuracy": 0.25 * seed, "kl": kl}, "text": {"perplexity": 2.0, "kl": kl}},
     }  # fmt: skip
@@ -68,12 +69,13 @@ def test_the_league_is_sorted_by_the_mean_over_the_seeds(tables):
     assert all(len(row) == len(header) for row in (full, *rows))
     best = dict(zip(header, rows[0], strict=True))
     assert best == {
-        "recipe": "**big-w4a6**", "bits/weight": "5.00", "active bits": "4.00", "multiplications": "1.000",
+        "recipe": "**big-w4a6**", "product": "int8", "bits/weight": "5.00", "active bits": "4.00",
+        "multiplications": "1.000",
         "accuracy": "55.0%", "color": "12", "perplexity": "2.000", "KL": "0.00200",
         "KL of the seeds": "0.00100-0.00300", "fit s": "3.5", "wins at": "bytes, active bytes, multiplications",
     }  # fmt: skip
     assert [row[-1] for row in rows[1:]] == ["bytes", ""]
-    assert full[:1] + full[4:8] == ["full precision", "90.0%", "100", "1.250", "0.00000"]
+    assert full[:1] + full[5:9] == ["full precision", "90.0%", "100", "1.250", "0.00000"]
     assert "Groups with a fall-back, of the worst seed: lost-w4a6 2." in text
     assert "(league/outlier-w4a6.png)" in text
     assert "w4a4" not in text

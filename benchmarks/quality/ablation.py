@@ -46,7 +46,10 @@ def main(
                 for row in rows
             ]
             fit(runs)
-            entries = [{"seed": 0, **vars(entry)} for entry in measure(runs, *encoded)]
+            entries = [
+                {"seed": 0, "arithmetic": run.recipe.scheme.arithmetic, **vars(entry)}
+                for run, entry in zip(runs, measure(runs, *encoded), strict=True)
+            ]
         found[model] = {"full": full, "entries": entries}
         write_result(RESULTS / "ablation.json", {"seeds": [0], "models": found})
 

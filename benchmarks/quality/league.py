@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,13 +43,14 @@ ANYWHERE = (
 )  # fmt: skip
 WITH_ACTIVATIONS = (
     "smoothquant", "smoothquant+gptq", "hadamard+gptq", "hadamard+smoothquant+gptq", "smoothquant+gptq+qera@0.25f4",
-    "smoothquant+gptq+qera@0.9f4", "qe-extract", "kept",
+    "smoothquant+gptq+qera@0.9f4", "qe-extract", "outliers",
 )  # fmt: skip
-KEPT = "gptq-{}k64"
+OUTLIERS = "gptq-{}k64"
 """Ours without any adapter: not a byte more than GPTQ."""
+ENTRY = {field.name for field in fields(Entry)}
 CONTENDERS = {
     "gptq", "awq+gptq", "smoothquant+gptq", "hadamard+smoothquant+gptq", "gptq+qera@0.9f4",
-    "smoothquant+gptq+qera@0.9f4", "kept", "qe", "qe@0.9",
+    "smoothquant+gptq+qera@0.9f4", "outliers", "qe", "qe@0.9",
 }  # fmt: skip
 """Those that are best at some size; they are fitted to every calibration set, the others to the bundled one."""
 
@@ -58,7 +59,7 @@ def names_of(scheme: str, seed: int) -> list[str]:
     """The league's recipes of a number format."""
     methods = ANYWHERE + (WITH_ACTIVATIONS if scheme in BOTH else ("hadamard+gptq",))
     methods = [m for m in methods if seed == 0 or m in CONTENDERS]
-    return [KEPT.format(scheme) if m == "kept" else _named(m, scheme) for m in methods]
+    return [OUTLIERS.format(scheme) if m == "outliers" else _named(m, scheme) for m in methods]
 
 
 def _named(method: str, scheme: str) -> str:
@@ -89,11 +90,15 @@ def main(
                 runs = [RunConfig(folder, load_recipe(n), calibration, output / n, workers) for n in names]
                 fit(runs)
                 others = [e for e in found.get(model, {"entries": []})["entries"] if e["seed"] != seed]
-                entries = [*others, *({"seed": seed, **vars(e)} for e in measure(runs, *encoded))]
+                measured = zip(runs, measure(runs, *encoded), strict=True)
+                entries = [
+                    *others,
+                    *({"seed": seed, "arithmetic": r.recipe.scheme.arithmetic, **vars(e)} for r, e in measured),
+                ]
                 shutil.rmtree(output)
                 found[model] = {"full": full, "entries": entries}
                 write_result(result, {"seeds": sorted({e["seed"] for e in entries}), "models": found})
-                draw(model, [Entry(**{k: v for k, v in e.items() if k != "seed"}) for e in entries])
+                draw(model, [Entry(**{k: v for k, v in e.items() if k in ENTRY}) for e in entries])
 
 
 def calibration_set(seed: int, folder: Path) -> Path:

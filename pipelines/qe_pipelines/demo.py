@@ -44,6 +44,8 @@ class Case:
     model: str
     bits: str
     method: str
+    arithmetic: str
+    """What its product executes."""
     bits_per_weight: float
     accuracy: float
     perplexity: float
@@ -99,10 +101,10 @@ def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
     ]
     fit(runs)
     full = evaluate(load_model(model), arch, examples).summary()
-    cases = [Case(model.name, "bf16", "full precision", 16.0, full["accuracy"], _of_stories(full), 0.0)]
-    for (bits, method, _), entry in zip(names, measure(runs, arch, examples), strict=True):
+    cases = [Case(model.name, "bf16", "full precision", "a16", 16.0, full["accuracy"], _of_stories(full), 0.0)]
+    for (bits, method, _), run, entry in zip(names, runs, measure(runs, arch, examples), strict=True):
         numbers = (entry.bits, entry.accuracy, _of_stories(vars(entry)), entry.kl)
-        cases.append(Case(model.name, bits, METHODS[method], *numbers))
+        cases.append(Case(model.name, bits, METHODS[method], run.recipe.scheme.arithmetic, *numbers))
     return cases
 
 
@@ -120,7 +122,7 @@ def recovered(case: Case, cases: list[Case]) -> dict[str, float]:
     return shares
 
 
-HEADER = ("bits", "method", "bits/weight", "accuracy", "perplexity", "KL", "KL won", "accuracy won")
+HEADER = ("bits", "method", "product", "bits/weight", "accuracy", "perplexity", "KL", "KL won", "accuracy won")
 
 
 def cells(case: Case, cases: list[Case]) -> tuple[str, ...]:
@@ -128,7 +130,7 @@ def cells(case: Case, cases: list[Case]) -> tuple[str, ...]:
     shares = {} if case.bits == "bf16" or case.method == METHODS["rtn"] else recovered(case, cases)
     won = (f"{shares[k]:.0%}" if k in shares else "" for k in ("kl", "accuracy"))
     numbers = (f"{case.bits_per_weight:.2f}", f"{case.accuracy:.1%}", f"{case.perplexity:.3f}", f"{case.kl:.4f}")
-    return (case.bits, case.method, *numbers, *won)
+    return (case.bits, case.method, case.arithmetic, *numbers, *won)
 
 
 def table_of(cases: list[Case]) -> Table:

@@ -4,8 +4,9 @@ Weights use the grid of compressed-tensors: codes -2^(b-1) .. 2^(b-1)-1, scale =
 Activations use the grid of integer tensor cores: codes -q .. q with q = 2^(b-1)-1, one scale per token.
 """
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
@@ -41,15 +42,29 @@ def round_activations(x: Float[Tensor, "T I"], scheme: Scheme) -> Float[Tensor, 
         return x
     if scheme.dynamic_outliers is None:
         return _to_token_grid(x, scheme.act_bits)
-    largest = x.abs().topk(capped(x.shape[1], scheme.dynamic_outliers), dim=1).indices
-    rounded = _to_token_grid(x.scatter(1, largest, 0.0), scheme.act_bits)
-    return rounded.scatter(1, largest, x.gather(1, largest))
+    largest = _largest(x.abs(), capped(x.shape[1], scheme.dynamic_outliers))
+    return torch.where(largest, x, _to_token_grid(x.masked_fill(largest, 0.0), scheme.act_bits))
+
+
+def _largest(magnitude: Float[Tensor, "T I"], count: int) -> Bool[Tensor, "T I"]:
+    """Of every token, its `count` largest channels. On a CPU they are those above a threshold, which NumPy finds eight
+    times as fast as `topk` finds the channels; where several channels are equal to it, `topk` chooses among them."""
+    if magnitude.is_cuda:
+        return torch.zeros_like(magnitude, dtype=torch.bool).scatter(1, magnitude.topk(count, dim=1).indices, True)
+    position = magnitude.shape[1] - count
+    threshold = torch.from_numpy(np.partition(magnitude.numpy(), position, axis=1)[:, position])
+    chosen = magnitude >= threshold[:, None]
+    tied = (chosen.sum(dim=1) > count).nonzero().squeeze(1)
+    if len(tied):
+        exact = magnitude[tied].topk(count, dim=1).indices
+        chosen[tied] = torch.zeros_like(chosen[tied]).scatter(1, exact, True)
+    return chosen
 
 
 def _to_token_grid(x: Tensor, bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
     scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp_min(torch.finfo(x.dtype).tiny)
-    return torch.round(x / scale).clamp(-top, top) * scale
+    return torch.div(x, scale).round_().clamp_(-top, top).mul_(scale)
 
 
 def _grouped(weight: Tensor, group_size: int | None) -> Tensor:

@@ -29,9 +29,12 @@ class PreparedInput:
     shared: Float[Tensor, "T R"] | None
     shared_channels: Float[Tensor, "T C"] | None
     experts: Float[Tensor, "T ER"] | None
-    """x~ A of all experts side by side, zero but for the token's own."""
+    """x~ A of the token's own expert."""
     expert_channels: Float[Tensor, "T EC"] | None
+    """Those that the token's own expert extracts."""
     salient: Float[Tensor, "T S"] | None
+    members: tuple[Int[Tensor, " _"], ...] = ()
+    """The tokens of each expert: it is applied to these alone."""
 
 
 def route(
@@ -64,23 +67,23 @@ def prepare(
             x = x / scale[modality.long()]
     base = x
     shared = shared_channels = experts = expert_channels = None
+    members: tuple[Tensor, ...] = ()
     if part.shared_down is not None:
         shared = x @ part.shared_down.dense.T
     if part.shared_channels is not None:
         shared_channels = _pick(x, part.shared_channels.long())
         base = _without(base, part.shared_channels.long().expand(len(x), -1))
     if expert is not None:
-        own = (expert[:, None] == torch.arange(part.num_experts, device=expert.device)).to(x)
+        members = tuple((expert == e).nonzero().squeeze(1) for e in range(part.num_experts))
         if part.expert_down is not None:
             down = part.expert_down.dense
-            experts = _keep_own(x @ down.flatten(0, 1).T, own)
+            experts = _add_own(x.new_zeros(len(x), down.shape[1]), x, down, members)
         if part.expert_channels is not None:
-            channels = part.expert_channels.long()
-            expert_channels = _keep_own(_pick(x, channels.flatten()), own)
-            base = torch.where(expert[:, None] < 0, base, _without(base, channels[expert]))
+            channels = part.expert_channels.long()[expert]
+            expert_channels = pad(x, (0, 1)).gather(1, channels)
+            base = torch.where(expert[:, None] < 0, base, _without(base, channels))
     base = round_activations(base, scheme)
-    salient = None if part.salient_channels is None else _pick(base, part.salient_channels.long())
-    return PreparedInput(base, shared, shared_channels, experts, expert_channels, salient)
+    return PreparedInput(base, shared, shared_channels, experts, expert_channels, salient, members)
 
 
 def _pick(x: Tensor, channels: Tensor) -> Tensor:
@@ -93,10 +96,11 @@ def _without(x: Tensor, channels: Tensor) -> Tensor:
     return pad(x, (0, 1)).scatter(1, channels, 0.0)[:, :-1]
 
 
-def _keep_own(z: Tensor, own: Tensor) -> Tensor:
-    """[T, E*R], one-hot or zero [T, E] -> the same with the other experts' columns zero."""
-    tokens, experts = own.shape
-    return (z.view(tokens, experts, -1) * own[..., None]).flatten(1)
+def _add_own(y: Tensor, x: Tensor, matrices: Tensor, members: tuple[Tensor, ...]) -> Tensor:
+    """Adds to y [T, O] each token of x [T, I] times the matrix [O, I] of its own expert, in place."""
+    for matrix, own in zip(matrices, members, strict=True):
+        y.index_add_(0, own, x[own] @ matrix.T)
+    return y
 
 
 def linear_forward(
@@ -105,15 +109,15 @@ def linear_forward(
     """float32, whatever the precision of the input. weight: the linear's codes times its scale, where they are kept."""
     y = x.base @ (dequantize(linear.codes, linear.scale) if weight is None else weight).T
     if linear.shared_up is not None:
-        y = y + x.shared @ linear.shared_up.dense.T
+        y.addmm_(x.shared, linear.shared_up.dense.T)
     if linear.shared_columns is not None:
-        y = y + x.shared_channels @ linear.shared_columns.float().T
+        y.addmm_(x.shared_channels, linear.shared_columns.float().T)
     if linear.expert_up is not None:
-        y = y + x.experts @ linear.expert_up.dense.transpose(1, 2).flatten(0, 1)
+        _add_own(y, x.experts, linear.expert_up.dense, x.members)
     if linear.expert_columns is not None:
-        y = y + x.expert_channels @ linear.expert_columns.float().transpose(1, 2).flatten(0, 1)
+        _add_own(y, x.expert_channels, linear.expert_columns.float(), x.members)
     if linear.salient_columns is not None:
-        y = y + x.salient @ linear.salient_columns.dense.T
+        y.addmm_(x.salient, linear.salient_columns.dense.T)
     if linear.bias is not None:
-        y = y + linear.bias.float()
+        y += linear.bias.float()
     return y

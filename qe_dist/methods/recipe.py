@@ -14,6 +14,7 @@ from qe_dist.core.quantized import QuantizedGroup, all_finite
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Granularity
 from qe_dist.methods.base import (
+    NO_COLUMNS,
     Budget,
     Choosy,
     Codes,
@@ -26,11 +27,12 @@ from qe_dist.methods.base import (
     Shares,
     TakesOver,
     Transform,
+    energy,
 )
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
-from qe_dist.numerics.factors import row_scale_bits
+from qe_dist.numerics.factors import row_scale_bits, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
@@ -98,10 +100,18 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
         moved = self.transform.fit(problem)
+        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
+        if self.budget.extra_bits is None or not exempt.numel():
+            return self._drafted(problem, moved, exempt)
+        # Bytes may buy less than whole columns take: no more of them than ranks, and none where that leaves less.
+        carried = exempt[: self.budget.rank_for(moved.num_outputs, moved.group.in_features)]
+        tried = [self._drafted(problem, moved, columns) for columns in (carried, NO_COLUMNS)]
+        return min(tried, key=lambda draft: draft.left)
+
+    def _drafted(self, problem: GroupProblem, moved: GroupProblem, exempt: Tensor) -> "Draft":
         weights = moved.weights
         if isinstance(self.compensation, TakesOver):
             weights = self.compensation.left_to_round(moved, self.budget)
-        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
         if exempt.numel():
             weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = self._rounded(weights, moved.stats)
@@ -179,6 +189,18 @@ class Draft:
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
+
+    @property
+    def left(self) -> float:
+        """Squared error of the outputs that the codes and the shared part of the repair leave, both as they are stored.
+        By the Gram matrix; what rounding the activations adds is not counted."""
+        bits, error, c = self.repair.budget.factor_bits, self.repair.stacked, self.correction.with_even_ranks()
+        if c.shared_channels is not None:
+            error = error.index_fill(1, c.shared_channels, 0.0)
+        if c.shared_up is not None and c.shared_up.numel():
+            up, down = (store_factor(factor, bits).dense.to(error) for factor in (c.shared_up, c.shared_down))
+            error = error - up @ down
+        return float(energy(error, self.repair.stats.total_gram.to(error)).sum())
 
     @property
     def ask(self) -> "Ask | None":

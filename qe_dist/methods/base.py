@@ -195,6 +195,15 @@ class Quantizer(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A quantizer that cannot afford every layer."""
+
+    def check_layer(self, name: str, inputs: int) -> None:
+        """Raises ConfigError that names the layer, its inputs and the way out. Before anything is computed."""
+        ...
+
+
+@runtime_checkable
 class Compensation(Protocol):
     """Repairs the error of rounding within a budget."""
 

@@ -14,6 +14,7 @@ from qe_pipelines.evaluate import evaluate
 from qe_pipelines.export import export
 from qe_pipelines.progress import log
 from qe_pipelines.quantize import quantize
+from qe_pipelines.sensitivity import sensitivity
 from qe_pipelines.serve import serve
 from qe_pipelines.status import status
 from qe_pipelines.submit import submit
@@ -29,6 +30,7 @@ app.command()(verify)
 app.command(context_settings={"allow_extra_args": True})(serve)
 app.command()(status)
 app.command()(export)
+app.command()(sensitivity)
 
 
 @app.callback()

@@ -13,7 +13,7 @@ from qe_dist.core.batch import held_out_below
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
 from qe_dist.flow.config import RunConfig, needs_of
-from qe_dist.methods.base import Shares
+from qe_dist.methods.base import Bounded, Shares
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.lowrank import capped
@@ -223,6 +223,8 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
                     f"group size {size} does not divide the {group.in_features} inputs of "
                     f"{block.prefix}{group.name}; choose one that does, or none (per output channel)"
                 )
+            if isinstance(run.recipe.quantizer, Bounded):
+                run.recipe.quantizer.check_layer(f"{block.prefix}{group.name}", group.in_features)
 
 
 def _check_budget(model: ModelSpec, run: RunConfig) -> None:

@@ -150,7 +150,7 @@ class ErrorProblem:
         """What each direction of an adapter with orthonormal `up` takes off the error, relative to the output."""
         gram = self.stats.total_gram.to(down.dtype)
         weight = torch.cat(list((self.whole or self.problem).weights.values()))
-        return _energy(down, gram) / _energy(weight, gram).sum().clamp_min(torch.finfo(down.dtype).tiny)
+        return energy(down, gram) / energy(weight, gram).sum().clamp_min(torch.finfo(down.dtype).tiny)
 
     @property
     def stacked(self) -> Float[Tensor, "O I"]:
@@ -169,7 +169,7 @@ class ErrorProblem:
         return self.stacked + weight * (scale[modality] / scale[TEXT] - 1).to(weight)
 
 
-def _energy(rows: Tensor, gram: Tensor) -> Tensor:
+def energy(rows: Float[Tensor, "R I"], gram: Float[Tensor, "I I"]) -> Float[Tensor, " R"]:
     """Of what each row makes of the inputs. [R]"""
     with tensor_cores():
         return (rows @ gram).mul_(rows).sum(dim=1)
@@ -242,12 +242,22 @@ class Quantizer(Protocol):
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """A quantizer that cannot afford every layer."""
+
+    def check_layer(self, name: str, inputs: int) -> None:
+        """Raises ConfigError that names the layer, its inputs and the way out. Before anything is computed."""
+        ...
+
+
+@runtime_checkable
 class Compensation(Protocol):
     """Repairs the error of rounding within a budget."""
 
     def needs(self) -> Needs: ...
     def exempt(self, problem: GroupProblem) -> Int[Tensor, " C"]:
-        """Columns it carries itself, which are rounded as zero."""
+        """Columns it carries itself, which are rounded as zero; those that gain most first, for a byte budget may be
+        too small for all of them, or for any."""
         ...
 
     def fit(self, problem: ErrorProblem) -> Correction: ...

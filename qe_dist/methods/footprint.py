@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qe_dist.core.spec import BlockSpec, InputGroup
-from qe_dist.methods.base import SPREAD
+from qe_dist.methods.base import SPREAD, Shares
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.gram import PANEL
@@ -117,7 +117,9 @@ def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
         searching += gram + 3 * whole + 9 * sample_tokens * (outputs + width) + experts * rank * (outputs + width)
     weighing = gram + 3 * whole
     measuring = 2 * linear + sample_tokens * (6 * width + 3 * outputs)
-    return FLOAT * max(rounding, searching, weighing, measuring)
+    budgeted = recipe.budget.extra_bits is not None and not isinstance(recipe.compensation, Shares)
+    tried = 2 * whole if budgeted else 0  # a draft with exempted columns, while that without them is made
+    return FLOAT * (tried + max(rounding, searching, weighing, measuring))
 
 
 def _most_rank(group: InputGroup, recipe: Recipe) -> int:

@@ -29,11 +29,12 @@ from qe_dist.methods.base import (
     Shares,
     TakesOver,
     Transform,
+    energy,
 )
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
-from qe_dist.numerics.factors import row_scale_bits
+from qe_dist.numerics.factors import row_scale_bits, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
@@ -115,17 +116,28 @@ class Recipe:
         whole = self.transform.fit(problem)
         lists = Lists(NO_COLUMNS) if self.channels is None else self.channels.choose(whole)
         moved = whole.without(lists.shared)  # what a list carries is neither rounded nor repaired
-        weights = moved.weights
         budget = self.budget.less(lists.bits(moved.num_outputs), moved)
+        before = Draft(problem, ErrorProblem(moved, {}, budget, whole=whole), {}, lists)
+        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
+        if budget.extra_bits is None or not exempt.numel():
+            return self._drafted(before, exempt)
+        # Bytes may buy less than whole columns take: no more of them than ranks, and none where that leaves less.
+        carried = exempt[: budget.rank_for(moved.num_outputs, moved.group.in_features)]
+        tried = [self._drafted(before, columns) for columns in (carried, NO_COLUMNS)]
+        return min(tried, key=lambda draft: draft.left)
+
+    def _drafted(self, before: "Draft", exempt: Tensor) -> "Draft":
+        """With codes and, unless it waits for a grant, a repair. exempt: the columns that are rounded as zero."""
+        moved, budget = before.repair.problem, before.repair.budget
+        weights = moved.weights
         if isinstance(self.compensation, TakesOver):
             weights = self.compensation.left_to_round(moved, budget)
-        exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
         if exempt.numel():
             weights = {n: w.index_fill(1, exempt, 0.0) for n, w in weights.items()}
         codes = self._rounded(weights, moved.stats)
         errors = {n: w - dequantize(codes[n].codes, codes[n].scale, w.dtype) for n, w in moved.weights.items()}
-        repair = ErrorProblem(moved, errors, budget, whole=whole)
-        draft = Draft(problem, repair, codes, lists)
+        repair = replace(before.repair, errors=errors)
+        draft = replace(before, repair=repair, codes=codes)
         if self.budget.extra_bits is not None and isinstance(self.compensation, Shares):
             return replace(draft, gains=self.compensation.gains(repair))
         return replace(draft, correction=self._repaired(repair))
@@ -199,6 +211,18 @@ class Draft:
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
     fallbacks: tuple[str, ...] = ()
+
+    @property
+    def left(self) -> float:
+        """Squared error of the outputs that the codes and the shared part of the repair leave, both as they are stored.
+        By the Gram matrix; what rounding the activations adds is not counted."""
+        bits, error, c = self.repair.budget.factor_bits, self.repair.stacked, self.correction.with_even_ranks()
+        if c.shared_channels is not None:
+            error = error.index_fill(1, c.shared_channels, 0.0)
+        if c.shared_up is not None and c.shared_up.numel():
+            up, down = (store_factor(factor, bits).dense.to(error) for factor in (c.shared_up, c.shared_down))
+            error = error - up @ down
+        return float(energy(error, self.repair.stats.total_gram.to(error)).sum())
 
     @property
     def ask(self) -> "Ask | None":

@@ -83,6 +83,7 @@ def prepare(
             expert_channels = pad(x, (0, 1)).gather(1, channels)
             base = torch.where(expert[:, None] < 0, base, _without(base, channels))
     base = round_activations(base, scheme)
+    salient = None if part.salient_channels is None else _pick(base, part.salient_channels.long())
     return PreparedInput(base, shared, shared_channels, experts, expert_channels, salient, members)
 
 

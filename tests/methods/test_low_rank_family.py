@@ -1,6 +1,7 @@
 """LQER, L2QER, QERA and ASER against an SVD in float64, and the orderings that their papers report."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,51 @@ def test_aser_carries_the_columns_that_it_exempts(smoothed_aser: Recipe, x: Tens
     assert group.report.fallbacks == ()
     assert not any(linear.codes[:, exempt].any() for linear in group.linears.values())
     assert group.report.error < 0.2 < group.report.rounding_error
+
+
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+@pytest.mark.parametrize("extra_bits", [0.05, 0.6, 1.0, 2.0, 4.0])
+def test_under_a_byte_budget_exempting_never_does_harm(
+    smoothed_aser: Recipe, x: Tensor, problem_for: Build, extra_bits: float, factor_bits: int
+) -> None:
+    """No more columns than ranks, and none where whole columns are too much for these."""
+    aser = replace(smoothed_aser, scheme=Scheme(4), budget=Budget(extra_bits=extra_bits, factor_bits=factor_bits))
+    problem = problem_for(aser, x)
+    fitted, without = aser.fit(problem), replace(aser, compensation=QERA()).fit(problem)
+    assert fitted.report.error <= without.report.error * (1 + 1e-3)
+    rank = 0 if fitted.input.shared_down is None else len(fitted.input.shared_down.dense)
+    codes = torch.cat([linear.codes for linear in fitted.linears.values()])
+    exempt = aser.compensation.exempt(problem)
+    assert int((codes[:, exempt] == 0).all(dim=0).sum()) <= rank
+
+
+def test_a_large_byte_budget_carries_the_columns(smoothed_aser: Recipe, x: Tensor, problem_for: Build) -> None:
+    problem = problem_for(smoothed_aser, x)
+    exempt = smoothed_aser.compensation.exempt(problem)
+    large, small = (replace(smoothed_aser, budget=Budget(extra_bits=b)).fit(problem) for b in (4.0, 0.05))
+    assert not any(linear.codes[:, exempt].any() for linear in large.linears.values())
+    assert all(linear.codes[:, exempt].any() for linear in small.linears.values())
+
+
+@pytest.mark.parametrize(("scheme", "top"), [("w4a6", 31), ("w4a8", 127)])
+def test_the_error_of_aser_is_that_of_the_papers_formulas(x: Tensor, problem_for: Build, scheme: str, top: int) -> None:
+    """Outliers by mean|x| mean|W|, m = mean|x| / its least, Q(W_s), and the whitened SVD of all that is missing."""
+    transform, budget = OutlierSmoothing(k=64, rank_by="mean"), Budget(rank=96)
+    recipe = Recipe(Scheme.parse(scheme), transform, RoundToNearest(), ASER(k=64), budget)
+    problem = problem_for(recipe, x)
+    tokens = x.double()
+    weight = torch.cat(list(problem.weights.values())).double()
+    mean = tokens.abs().mean(dim=0)
+    outliers = (mean * weight.abs().mean(dim=0)).argsort(descending=True)[:4]
+    m = torch.ones(WIDTH).double().index_copy(0, outliers, mean[outliers] / mean[outliers].min()).bfloat16().double()
+    smooth, exact = tokens / m, tokens @ weight.T
+    left = (weight * m).index_fill(1, outliers, 0.0)
+    step = (left.abs().amax(dim=1, keepdim=True) / 7.5).bfloat16().double()
+    rounded = torch.round(left / step).clamp(-8, 7) * step
+    repair = by_svd(weight * m - rounded, torch.linalg.cholesky(smooth.T @ smooth), rank=6)
+    grid = smooth.abs().amax(dim=1, keepdim=True) / top
+    y = torch.round(smooth / grid) * grid @ rounded.T + smooth @ repair.T
+    assert recipe.fit(problem).report.error == pytest.approx(float((y - exact).norm() / exact.norm()), rel=1e-3)
 
 
 def test_how_often_a_channel_matters_is_counted_only_where_it_is_asked() -> None:

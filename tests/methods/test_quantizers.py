@@ -16,6 +16,7 @@ from qe_dist.methods.base import Budget, GroupProblem, Quantizer
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.quantizers.gptq import GPTQ
+from qe_dist.methods.quantizers.obq import OBQ
 from qe_dist.methods.quantizers.rtn import RoundToNearest
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import recipe_from
@@ -23,6 +24,7 @@ from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.clipping import clipped_scale
 from qe_dist.numerics.gptq import gptq
 from qe_dist.numerics.grid import round_to_grid
+from qe_dist.numerics.obq import obq
 
 WIDTH = 96
 SCHEMES = ["w4a16", "w3a16g32"]
@@ -72,13 +74,33 @@ def test_options_reach_the_numerics(scheme: str, x: Tensor, problem_for: Build, 
     assert same((found.codes, found.scale), (round_to_grid(weight, wanted_scale, bits), wanted_scale))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_obq_is_that_of_the_numerics_and_gptq_above_its_width(
+    scheme: str, x: Tensor, problem_for: Build, same: Same
+) -> None:
+    parsed = Scheme.parse(scheme)
+    problem = problem_for(recipe_with(OBQ()), x)
+    weight, gram = problem.weights["up"], problem.stats.total_gram
+    narrow, wide = (OBQ(widest=w, above="gptq").fit(weight, problem.stats, parsed) for w in (x.shape[1], 8))
+    assert same((narrow.codes, narrow.scale), obq(weight, gram, parsed.weight_bits, parsed.group_size))
+    assert same((wide.codes, wide.scale), gptq(weight, gram, parsed.weight_bits, parsed.group_size, act_order=True))
+
+
+def test_a_layer_too_wide_for_obq_is_refused_by_name() -> None:
+    OBQ(widest=8).check_layer("layers.0.mlp.down", 8)
+    OBQ(widest=8, above="gptq").check_layer("layers.0.mlp.down", 9)
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.down has 9 inputs, and obq takes 8 at most.*above"):
+        OBQ(widest=8).check_layer("layers.0.mlp.down", 9)
+
+
 def test_only_what_looks_at_inputs_asks_for_their_gram_matrix() -> None:
     assert not RoundToNearest().needs().gram
     assert RoundToNearest(clip=True).needs().gram
     assert GPTQ().needs().gram
+    assert OBQ().needs().gram
 
 
-@pytest.mark.parametrize("quantizer", [RoundToNearest(clip=True), GPTQ(), GPTQ(clip=True, act_order=False)])
+@pytest.mark.parametrize("quantizer", [RoundToNearest(clip=True), GPTQ(), GPTQ(clip=True, act_order=False), OBQ()])
 def test_columns_that_a_compensation_carries_are_rounded_as_zero(
     quantizer: Quantizer, x: Tensor, problem_for: Build
 ) -> None:
@@ -92,7 +114,7 @@ def test_columns_that_a_compensation_carries_are_rounded_as_zero(
         assert not linear.codes[:, exempt].any()
 
 
-@pytest.mark.parametrize("quantizer", [RoundToNearest(clip=True), GPTQ(clip=True)])
+@pytest.mark.parametrize("quantizer", [RoundToNearest(clip=True), GPTQ(clip=True), OBQ()])
 def test_a_poisoned_gram_matrix_ends_in_plain_rounding(
     quantizer: Quantizer, x: Tensor, problem_for: Build, same: Same
 ) -> None:

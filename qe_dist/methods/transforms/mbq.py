@@ -3,10 +3,12 @@
 loss = (sum over text of |error| + rho * sum over images of |error|) / tokens, rho = mean|dLoss/dy| of image tokens
 over that of text tokens (methods.md section 5.1).
 
-Departures: MBQ measures rho for every block with a backward pass of the whole model. Here no process ever holds the
-model, so rho is one number for all groups, `image_weight`; `benchmarks/quality/sensitivity.py` measures it on models
-that fit. All text tokens count, where MBQ leaves out those of the prompt: the token sample does not know them apart.
-The error is that of the group's own outputs, as in `awq.py`.
+rho is the recipe's `image_weight`. `qe-dist sensitivity` measures it with a backward pass of the whole model, where
+that fits into memory: an explicit step, for no process of the pipeline holds a model.
+
+Departures: one rho for all groups, the median over blocks; MBQ has one for attention and one for the MLP of each block,
+but none below that median. All text tokens count, where MBQ leaves out those of the prompt: the token sample does not
+know them apart. The error is that of the group's own outputs, as in `awq.py`.
 """
 
 from dataclasses import dataclass
@@ -27,8 +29,8 @@ class MBQ(ScaleSearch):
     """Searches how much range should move into the weight, by mean absolute error balanced between modalities."""
 
     image_weight: float = 0.1
-    """rho. Published for Qwen2.5-VL: 0.126 (3B) and 0.110 (7B). On the bundled models, with some eight tokens to an
-    image, image tokens count more instead (benchmarks/results/sensitivity.json)."""
+    """rho. The default is for models too large to measure it: 0.126 (3B) and 0.110 (7B) were published for Qwen2.5-VL.
+    Measure it where you can (`qe-dist sensitivity`): the bundled models have 1.3 and 2.8."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,34 @@
+"""`qe-dist sensitivity`: by how much MBQ should weigh image tokens, measured on a model that fits into memory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qe_pipelines.evaluate import encode
+from qe_pipelines.progress import set_up_logging
+
+
+def sensitivity(
+    model: Annotated[Path, typer.Argument(help="model in full precision")],
+    data: Annotated[Path, typer.Option(help="JSON-lines file of samples with images and answers")],
+) -> None:
+    """Measure on MODEL how much an image token counts beside a text token, for the transform mbq of a recipe.
+
+    A backward pass for each sample: the model is held in float32, in this process alone.
+    """
+    set_up_logging(None)
+    from qe_dist.flow.sensitivity import check_memory
+    from qe_dist.flow.sensitivity import sensitivity as measure
+    from qe_dist.serve.loading import load_model
+
+    arch, examples = encode(model, data)
+    check_memory(2 * sum(path.stat().st_size for path in model.glob("*.safetensors")))
+    found = measure(load_model(model).float(), arch, examples)
+    table = Table("output of", "image / text", "image / answer", title="mean |dLoss/dy|")
+    for row in zip(found.places, found.image_to_text, found.image_to_answer, strict=True):
+        table.add_row(row[0], *(f"{ratio:.2f}" for ratio in row[1:]))
+    Console().print(table)
+    typer.echo(f'transform = {{ name = "mbq", image_weight = {found.image_weight:.3g} }}')

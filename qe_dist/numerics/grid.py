@@ -52,7 +52,7 @@ def _largest(magnitude: Float[Tensor, "T I"], count: int) -> Bool[Tensor, "T I"]
     if magnitude.is_cuda:
         return torch.zeros_like(magnitude, dtype=torch.bool).scatter(1, magnitude.topk(count, dim=1).indices, True)
     position = magnitude.shape[1] - count
-    threshold = torch.from_numpy(np.partition(magnitude.numpy(), position, axis=1)[:, position])
+    threshold = torch.from_numpy(np.partition(magnitude.detach().numpy(), position, axis=1)[:, position])
     chosen = magnitude >= threshold[:, None]
     tied = (chosen.sum(dim=1) > count).nonzero().squeeze(1)
     if len(tied):

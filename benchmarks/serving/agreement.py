@@ -21,7 +21,7 @@ from qe_dist.flow import local  # noqa: E402
 from qe_dist.flow.config import RunConfig  # noqa: E402
 from qe_dist.methods.recipes import load_recipe  # noqa: E402
 from tests.vllm.generate import Answers, Job, generate  # noqa: E402
-from tests.vllm.questions import DATA, MODEL, QUESTIONS, RECIPES, STORIES, prompts  # noqa: E402
+from tests.vllm.questions import DATA, MODEL, ONE_RANK, QUESTIONS, RECIPES, STORIES, prompts  # noqa: E402
 from tests.vllm.twin import Twin, accuracy  # noqa: E402
 
 
@@ -29,6 +29,8 @@ def row(checkpoint: Path, given: dict[int, Answers]) -> dict[str, Any]:
     """By ranks: equal answers, the mean and the largest difference of a token's log-probability, and accuracy."""
     asked, twin, found = prompts(), Twin(checkpoint), {}
     for ranks, answers in given.items():
+        if ranks > 1 and checkpoint.name == ONE_RANK:
+            continue
         mine = answers[checkpoint.name]
         same, off = twin.compare(asked, mine)
         found[str(ranks)] = {

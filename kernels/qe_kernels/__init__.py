@@ -6,9 +6,10 @@ calls of `ops`: rotate, quantize, down, route, linear. docs/kernels.md describes
 
 from qe_kernels import ops
 from qe_kernels.down import Down
+from qe_kernels.extraction import extracted_columns
 from qe_kernels.layout import Order, Weight, order_for, pack_weight, unpack_weight
 from qe_kernels.linear import Branch
-from qe_kernels.quantize import Activations, extracted_columns
+from qe_kernels.quantize import Activations
 
 __all__ = [
     "Activations",

@@ -18,22 +18,26 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="model or quantized checkpoint")],
     data: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
     reference: Annotated[Path | None, typer.Option(help="model to measure the KL divergence from")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="block by block, for models that do not fit into memory; needs disk")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with the numbers of every sample")] = False,
 ) -> None:
     """Measure MODEL on questions with known answers and on plain text, with 95 % intervals over the samples."""
     set_up_logging(None)
     from qe_dist.flow.encoded import check_comparable
-    from qe_dist.flow.evaluate import evaluate as quality
-    from qe_dist.flow.evaluate import save_reference
+    from qe_dist.flow.evaluate import measure, save_states
     from qe_dist.flow.quality import too_few
-    from qe_dist.serve.loading import load_model
 
     arch, examples = encode(model, data)
     if reference is not None:
         check_comparable(examples, reference)
-    with tempfile.TemporaryDirectory(prefix="qe-dist-eval-") as folder:
-        full = None if reference is None else save_reference(load_model(reference), arch, examples, Path(folder))
-        found = quality(load_model(model), arch, examples, full)
+    opened = streamed if stream else loaded
+    with tempfile.TemporaryDirectory(prefix="qe-dist-eval-") as temporary:
+        work, full = Path(temporary), None
+        if reference is not None:
+            full = save_states(opened(reference, arch, work / "between"), examples, work / "reference")
+        found = measure(opened(model, arch, work / "between"), examples, full)
     result = found.summary()
     if as_json:
         typer.echo(json.dumps({**result, "scores": found.columns()}, indent=1))
@@ -42,6 +46,29 @@ def evaluate(
     console.print(table_of(result))
     if note := too_few(result["samples"]):
         console.print(note, highlight=False, soft_wrap=True)
+
+
+def loaded(folder: Path, arch: Any, _: Path) -> Any:
+    """The whole model, as transformers runs it."""
+    from qe_dist.flow.evaluate import WholeModel
+    from qe_dist.flow.memory import check_memory
+    from qe_dist.serve.loading import load_model
+
+    check_memory(folder)
+    return WholeModel(load_model(folder), arch)
+
+
+def streamed(folder: Path, arch: Any, work: Path) -> Any:
+    """Its blocks one after the other; what is between them lies in `work`."""
+    import torch
+
+    from qe_dist.flow.stream import StreamedModel
+    from qe_dist.serve.blocks import open_blocks
+
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    source, blocks = open_blocks(folder, arch, device, dtype)
+    return StreamedModel(arch, source, blocks, work, device, dtype)
 
 
 def encode(folder: Path, data: Path) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """What an architecture file provides. Modules come from transformers, empty, and are filled from the source."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,10 @@ from qe_dist.core.rotation import RotationSites
 from qe_dist.core.sample import Example, Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, ModelSpec
+
+RunBlock = Callable[[Batch], Tensor]
+"""A block with its weights: hidden states after it, [B, L, D]."""
+BlockLoader = Callable[[], RunBlock]
 
 
 @runtime_checkable
@@ -60,6 +64,18 @@ class Arch(Protocol):
 
     def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> Prelude: ...
 
+    def empty_block(self, config: Mapping[str, Any], index: int) -> nn.Module:
+        """One decoder block on the meta device."""
+        ...
+
+    def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
+        """What stands between the last block and the head."""
+        ...
+
+    def head(self, source: WeightSource) -> str:
+        """Name of the tensor that is the head; that of the embeddings where they are tied."""
+        ...
+
     def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
         """One decoder block with its weights. Peak memory: the block."""
         ...
@@ -91,8 +107,9 @@ def fill(
     disk_name: Mapping[str, str],
     device: str,
     dtype: torch.dtype,
+    packed: Collection[str] = (),
 ) -> nn.Module:
-    """Gives a module on the meta device its weights, by name, and freezes it."""
+    """Gives a module on the meta device its weights, by name, and freezes it. packed: those that stay as on disk."""
     weights = {}
     for name, parameter in module.named_parameters():
         tensor = source.get(disk_name[name])
@@ -101,6 +118,6 @@ def fill(
                 f"{source.folder}: {disk_name[name]} has shape {tuple(tensor.shape)}, "
                 f"config.json asks for {tuple(parameter.shape)}"
             )
-        weights[name] = tensor.to(device=device, dtype=dtype)
+        weights[name] = tensor.to(device=device, dtype=tensor.dtype if name in packed else dtype)
     module.load_state_dict(weights, strict=False, assign=True)
     return module.requires_grad_(False).eval().to(device)

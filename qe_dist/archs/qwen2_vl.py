@@ -159,20 +159,31 @@ class Qwen2VL:
     def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> _Prelude:
         return _Prelude(self, source, device, dtype)
 
-    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
+    def empty_block(self, config: Mapping[str, Any], index: int) -> nn.Module:
         from accelerate import init_empty_weights
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
-        config = self.hf_config(source.config).text_config
-        config._attn_implementation = "sdpa"
+        text = self.hf_config(config).text_config
+        text._attn_implementation = "sdpa"
         with init_empty_weights():
-            module = Qwen2VLDecoderLayer(config, spec.index)
+            return Qwen2VLDecoderLayer(text, index)
+
+    def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
+        norm = self.empty_block(source.config, 0).input_layernorm  # of the same kind and width
+        return fill(norm, source, {"weight": self.disk_name("language_model.norm.weight", source)}, device, dtype)
+
+    def head(self, source: WeightSource) -> str:
+        own = "lm_head.weight"
+        return own if own in source.names() else self.disk_name("language_model.embed_tokens.weight", source)
+
+    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
+        module = self.empty_block(source.config, spec.index)
         disk = {n: spec.prefix + n for n, _ in module.named_parameters()}
         return fill(module, source, disk, device, dtype)
 
     @torch.no_grad()
     def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
-        where = next(block.parameters())
+        where = block.get_parameter(_NORMS[0])  # a quantized block begins with packed integers
         cos, sin = (batch.context[k].to(where) for k in ("cos", "sin"))
         out = block(batch.hidden.to(where), position_embeddings=(cos, sin), use_cache=False)
         return out[0] if isinstance(out, tuple) else out

@@ -3,17 +3,34 @@
 import math
 from pathlib import Path
 
+import psutil
+import torch
 from safetensors import safe_open
+
+from qe_dist.core.errors import ConfigError
+
+GIB = 2**30
 
 PROCESS_BYTES = 640 * 2**20
 """Python with torch and transformers, before it has loaded anything."""
-BOUND_BYTES = 2**30
+BOUND_BYTES = GIB
 """What evaluation adds to a model: a batch's hidden states, logits of some tokens, and a slice of each head."""
 
 
 def evaluation_bytes(folder: Path, device: str) -> int:
     """At most, of the host: the loaded model (unpacked, in float32 on a CPU) and what evaluating it adds."""
     return PROCESS_BYTES + BOUND_BYTES + (model_bytes(folder) if device == "cpu" else stored_bytes(folder))
+
+
+def check_memory(folder: Path) -> None:
+    """ConfigError where this process could not evaluate the model without the system killing it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    needed, free = evaluation_bytes(folder, device), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"to evaluate {folder} takes a process of {needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free; end "
+            "what else runs here, or evaluate block by block with --stream"
+        )
 
 
 def stored_bytes(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from qe_dist.core.errors import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+PACKED_DTYPES = DTYPES | {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
+"""Of a quantized checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,24 @@ def header_end(start: bytes) -> int:
     return 8 + int.from_bytes(start[:8], "little")
 
 
-def parse_header(shown: str, shard: str, header: bytes, size: int) -> dict[str, Stored]:
+def parse_header(
+    shown: str, shard: str, header: bytes, size: int, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, Stored]:
     """All tensors of a shard by name.
 
-    shown: how messages name the shard. header: its JSON. size: bytes of the whole file.
+    shown: how messages name the shard. header: its JSON. size: bytes of the whole file. dtypes: that it may have.
     Raises CheckpointError where the header is damaged, does not fit the file, or names a tensor of another dtype.
     """
     start = 8 + len(header)
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         for name, entry in entries.items():
-            if entry["dtype"] not in DTYPES:
+            if entry["dtype"] not in dtypes:
                 raise CheckpointError(
-                    f"{shown}: {name} has dtype {entry['dtype']}, expected one of {tuple(DTYPES)}; "
+                    f"{shown}: {name} has dtype {entry['dtype']}, expected one of {tuple(dtypes)}; "
                     "only full-precision models can be quantized"
                 )
-        stored = {name: _stored(shard, start, entry) for name, entry in entries.items()}
+        stored = {name: _stored(shard, start, entry, dtypes) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise unreadable(shown, "its header is damaged") from None
     for name, one in stored.items():
@@ -69,8 +74,8 @@ def unreadable(shown: str, reason: object) -> CheckpointError:
     return CheckpointError(f"{shown} cannot be read as safetensors ({reason}); it may be truncated, copy it again")
 
 
-def _stored(shard: str, start: int, entry: dict) -> Stored:
+def _stored(shard: str, start: int, entry: dict, dtypes: Mapping[str, torch.dtype]) -> Stored:
     begin, end = entry["data_offsets"]
     if not 0 <= begin <= end:
         raise ValueError("offsets")
-    return Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), Span(shard, start + begin, start + end))
+    return Stored(dtypes[entry["dtype"]], tuple(entry["shape"]), Span(shard, start + begin, start + end))

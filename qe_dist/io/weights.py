@@ -12,7 +12,7 @@ from torch import Tensor
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.source import WeightSource
 from qe_dist.io.files import open_files
-from qe_dist.io.shards import Span, Stored, header_end, parse_header
+from qe_dist.io.shards import DTYPES, PACKED_DTYPES, Span, Stored, header_end, parse_header
 
 INDEX = "model.safetensors.index.json"
 HEADER_GUESS = 64 * 1024
@@ -26,10 +26,10 @@ SAMPLED_BYTES = 1024
 class SafetensorsSource:
     """A Hugging Face model directory, on disk or behind a URL. Opening it reads headers only; `get` holds one tensor.
 
-    folder: where its config, tokenizer and processor lie on this machine.
+    folder: where its config, tokenizer and processor lie on this machine. packed: whether it may be quantized.
     """
 
-    def __init__(self, model: Path | str) -> None:
+    def __init__(self, model: Path | str, packed: bool = False) -> None:
         self._files = open_files(model)
         self.folder = self._files.folder
         self.config = self._read_json("config.json")
@@ -40,7 +40,9 @@ class SafetensorsSource:
         self._headers = self._read_headers(shards)
         self._stored: dict[str, Stored] = {}
         for shard, header in self._headers.items():
-            self._stored |= parse_header(self._files.shown(shard), shard, header, self._size(shard))
+            self._stored |= parse_header(
+                self._files.shown(shard), shard, header, self._size(shard), PACKED_DTYPES if packed else DTYPES
+            )
         missing = sorted(set(weight_map) - set(self._stored))
         if missing:
             raise CheckpointError(

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LOGIT_BYTES = 2**27
-"""Of one matrix of logits; at most three live at a time."""
+LOGIT_BYTES = 2**26
+"""Of one matrix of logits; there are three at a time."""
 SLICE_BYTES = 2**26
 """Of the rows of a head that are in float32 at a time."""
 
@@ -59,40 +59,49 @@ def score_tokens(
     """Scores of the tokens `wanted`, predicted from hidden states behind the last norm, in float32.
 
     reference: the other model's hidden states at the same places, and its head, of the same vocabulary.
-    Peak memory: four times LOGIT_BYTES, and a slice of each head. ValueError where the vocabularies differ.
+    Peak memory: three times LOGIT_BYTES, and a slice of each head. ValueError where the vocabularies differ.
     """
     if reference is not None and reference[1].vocabulary != head.vocabulary:
         raise ValueError(f"the vocabularies have {head.vocabulary} and {reference[1].vocabulary} tokens")
-    size = max(1, LOGIT_BYTES // (4 * head.vocabulary))
+    if not len(hidden):
+        raise ValueError("there is no token to score")
+    size = min(len(hidden), max(1, LOGIT_BYTES // (4 * head.vocabulary)))
+    memory = torch.empty(2 if reference is None else 3, size, head.vocabulary, device=hidden.device)
     parts = []
     for i in range(0, len(hidden), size):
         here = slice(i, i + size)
-        other = None if reference is None else _log_probabilities(reference[0][here], reference[1])
-        parts.append(_scores(_log_probabilities(hidden[here], head), wanted[here], other))
-    if not parts:
-        raise ValueError("there is no token to score")
+        other = None if reference is None else (reference[0][here].float(), reference[1])
+        parts.append(_scores(hidden[here].float(), head, wanted[here], other, memory))
     columns = zip(*((part.nll, part.right, part.kl, part.agrees) for part in parts), strict=True)
     return TokenScores(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
-def _log_probabilities(hidden: Tensor, head: Head) -> Float[Tensor, "T V"]:
-    hidden = hidden.float()
-    logits = hidden.new_empty((len(hidden), head.vocabulary))
+def _scores(
+    hidden: Tensor, head: Head, wanted: Tensor, reference: tuple[Tensor, Head] | None, memory: Float[Tensor, "N C V"]
+) -> TokenScores:
+    """Of at most C tokens. With logits a of the reference and b of the model, each less its greatest, KL is
+    sum p (a - b) - log sum exp a + log sum exp b, where p is softmax(a); memory is used again and again."""
+    scratch, mine, *others = memory[:, : len(hidden)]
+    best = _logits(hidden, head, mine)
+    total = torch.exp(mine, out=scratch).sum(dim=1).log()
+    nll, right = total - mine.gather(1, wanted[:, None]).squeeze(1), best == wanted
+    if reference is None:
+        return TokenScores(nll, right)
+    theirs = others[0]
+    agrees = _logits(*reference, theirs) == best
+    weights = torch.exp(theirs, out=scratch)
+    sums = weights.sum(dim=1)
+    apart = theirs.sub_(mine).sub_((sums.log() - total)[:, None])
+    return TokenScores(nll, right, apart.mul_(weights).sum(dim=1) / sums, agrees)
+
+
+def _logits(hidden: Float[Tensor, "T D"], head: Head, out: Float[Tensor, "T V"]) -> Int[Tensor, " T"]:
+    """Writes the logits of every token less the greatest of them. Returns which one that is."""
     begin = 0
     for rows in head.slices():
         end = begin + len(rows)
-        logits[:, begin:end] = hidden @ rows.to(hidden).T
+        torch.mm(hidden, rows.to(hidden).T, out=out[:, begin:end])
         begin = end
-    return logits.sub_(logits.logsumexp(dim=1, keepdim=True))
-
-
-def _scores(mine: Float[Tensor, "T V"], wanted: Int[Tensor, " T"], other: Float[Tensor, "T V"] | None) -> TokenScores:
-    """Overwrites both log-probabilities."""
-    best = mine.argmax(dim=1)
-    nll, right = -mine.gather(1, wanted[:, None]).squeeze(1), best == wanted
-    if other is None:
-        return TokenScores(nll, right)
-    agrees = other.argmax(dim=1) == best
-    difference = mine.neg_().add_(other)
-    kl = other.exp_().mul_(difference).sum(dim=1)
-    return TokenScores(nll, right, kl, agrees)
+    greatest, best = out.max(dim=1, keepdim=True)
+    out.sub_(greatest)
+    return best.squeeze(1)

@@ -5,6 +5,8 @@ while the call runs. Right in `generate` too: every decoding step is a call with
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,15 @@ class TokenModality:
                 f"input_ids or mm_token_type_ids tell of {self._current.numel()} tokens, the model works on {len(rows)}"
             )
         return self._current.flatten().to(rows.device)
+
+    @contextmanager
+    def during(self, modality: Tensor) -> Iterator[None]:
+        """While a block runs by itself on tokens of this modality; padding counts as text."""
+        self._current = modality.clamp(min=TEXT)
+        try:
+            yield
+        finally:
+            self._current = None
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments

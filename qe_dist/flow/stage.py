@@ -250,5 +250,6 @@ class _Block:
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
         if group.router_input == group.name:  # what it reads is sampled, whatever its router read in the statistics
-            stats = replace(stats, sample=replace(stats.sample, router_x=stats.sample.x))
+            sample, held_out = (replace(t, router_x=t.x) for t in (stats.sample, stats.held_out))
+            stats = replace(stats, sample=sample, held_out=held_out)
         return GroupProblem(group, weights, stats, scheme, seed)

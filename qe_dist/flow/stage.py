@@ -213,7 +213,7 @@ class _Block:
 
     def view(self, run: RunConfig) -> BlockSpec:
         """The block's groups as this run's recipe wants them."""
-        return self.views[run.recipe_for(self.spec.index).granularity]
+        return run.recipe_for(self.spec.index).view(self.spec)
 
     def _catcher(self, name: str):
         inputs = self.inputs  # not self, which holds the module: nothing but the garbage collector would free them
@@ -260,4 +260,11 @@ class _Block:
         weights, stats = self.weights(group), self.stats[group.name]
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
-        return GroupProblem(group, weights, stats, scheme, seed, rotation=self.rotation_of(group))
+        rotation = self.rotation_of(group)
+        if group.router_input == group.name:  # what it reads is sampled, whatever its router read in the statistics
+            back = tuple(factor.T for factor in unit(rotation, torch.float32))  # routers read what is not rotated yet
+            sample, held_out = (
+                replace(t, router_x=rotate_blocks(t.x.float(), back).to(t.x)) for t in (stats.sample, stats.held_out)
+            )
+            stats = replace(stats, sample=sample, held_out=held_out)
+        return GroupProblem(group, weights, stats, scheme, seed, rotation=rotation)

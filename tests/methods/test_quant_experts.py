@@ -34,7 +34,7 @@ Problem = Callable[..., GroupProblem]
 
 def recipe_of(compensation: Any = PLAIN, scheme: str = "w4a6", *, rank: int = 128, factor_bits: int = 16) -> Recipe:
     """Rank 128 is 16 of 192, half of it for the shared expert: as many as there are exempted columns."""
-    budget = Budget(rank=rank, factor_bits=factor_bits)
+    budget = Budget(rank=rank, factor_bits=factor_bits, capped=True)
     return Recipe(Scheme.parse(scheme), NoTransform(), RoundToNearest(), compensation, budget)
 
 
@@ -125,6 +125,13 @@ def test_the_shared_expert_has_half_the_rank_and_each_routed_one_the_other(fitte
         "gate": (KINDS, 48, 8),
         "up": (KINDS, 32, 8),
     }
+
+
+def test_a_rank_by_ratio_is_halved_as_well(problem: GroupProblem) -> None:
+    """Half of 80 outputs are 40."""
+    group = replace(recipe_of(), budget=Budget(ratio=0.5)).fit(problem)
+    assert group.input.shared_down.values.shape == (20, WIDTH)
+    assert group.input.expert_down.values.shape == (KINDS, 20, WIDTH)
 
 
 def test_the_experts_are_the_kinds_of_tokens(errors: Tensor, tokens: Any) -> None:
@@ -312,7 +319,7 @@ def test_without_exempted_columns_the_codes_are_those_of_the_whole_weight(proble
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_routed_experts_start_from_the_shared_one_as_it_is_stored(left_to_repair: ErrorProblem, bits: int) -> None:
-    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits))).shared_down
+    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits, capped=True))).shared_down
     assert torch.equal(store_factor(down, bits).dense, down)
 
 

@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.spec import RouterInput
 from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
 from qe_dist.numerics.affinity import (
     assign_tokens,
@@ -58,6 +60,9 @@ class QuantExperts:
     router: Literal["regression", "mean_residual"] = "regression"
     """regression: least squares on the measured errors of the sample. mean_residual: mean|residual| of each
     input channel, as in the paper; only where the router reads the group's own input, not rotated at run time."""
+    router_input: RouterInput = "sublayer"
+    """What the routers of o and down read. sublayer: the input of their sublayer, which every tensor-parallel rank has
+    in full. own: the tensor that they multiply, as in the paper; such a checkpoint runs on one rank only."""
     refine_epochs: int = 0
     """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
 
@@ -70,6 +75,8 @@ class QuantExperts:
         if self.router not in ("regression", "mean_residual"):
             raise ConfigError(f"compensation.router must be regression or mean_residual, found {self.router!r}")
 
+        if self.router_input not in ("sublayer", "own"):
+            raise ConfigError(f"compensation.router_input must be sublayer or own, found {self.router_input!r}")
         if self.extract and not self.exempt_columns:
             raise ConfigError("compensation.extract carries columns beside the codes; set exempt_columns = true")
         if self.extract and self.refine_epochs:
@@ -126,7 +133,7 @@ class QuantExperts:
 
     def _rank(self, problem: ErrorProblem) -> int:
         """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
-        if problem.budget.rank is not None:
+        if problem.budget.extra_bits is None:
             return max(1, problem.rank // 2)
         outputs, inputs = problem.stacked.shape
         experts, stats = self.num_experts, problem.stats
@@ -143,9 +150,13 @@ class QuantExperts:
         _, routed = split_channels(stats.frequency(self.k), k, self.num_experts * k)
         occurs = top_channels(stats.sample.x.float(), stats.importance, k)
         seen = routed[occurs[:, routed].any(dim=0)]
-        labels = cluster_channels(occurs[:, seen], self.num_experts, seed)
+        labels = self.clusters(occurs[:, seen], seed)
         owner = assign_tokens(occurs[:, seen], labels, self.num_experts)
         return owner, occurs.index_fill(1, shared, False)
+
+    def clusters(self, occurs: Bool[Tensor, "T C"], seed: int) -> Int[Tensor, " C"]:
+        """The expert of every routed channel. occurs: where a channel is important for a sampled token."""
+        return cluster_channels(occurs, self.num_experts, seed)
 
     def _own_channels(self, owner: Tensor, occurs: Tensor, shared: Tensor) -> Tensor:
         """As many channels as are shared: those most often important for the tokens of each expert. [E, k]"""

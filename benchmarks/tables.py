@@ -9,8 +9,8 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,8 +33,6 @@ DOCUMENTS = (
 )  # fmt: skip
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-MODELS = ("plain", "outlier")
-SCHEMES = ("w4a16", "w3a16", "w4a8", "w4a6", "w4a4")
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -85,130 +83,49 @@ def training(result: dict[str, Any]) -> str:
     return "\n" + markdown(("model", *first), rows) + source(result, "models")
 
 
-Seeds = dict[str, list[Entry]]
-"""Of each recipe, what was measured with every calibration set."""
-
-
-def measured(result: dict[str, Any], model: str) -> dict[str, Seeds]:
-    """By number format, the recipes of league.json or ablation.json in their order."""
-    found: dict[str, Seeds] = defaultdict(lambda: defaultdict(list))
-    known = {field.name for field in fields(Entry)}
-    for one in result["models"].get(model, {}).get("entries", []):
-        entry = Entry(**{k: v for k, v in one.items() if k in known})
-        found[entry.scheme][entry.recipe].append(entry)
-    return found
-
-
-def executed(result: dict[str, Any], model: str) -> dict[str, str]:
-    """By recipe, what its product executed when it was measured."""
-    return {one["recipe"]: one["arithmetic"] for one in result["models"][model]["entries"]}
-
-
-def averaged(seeds: Iterable[Sequence[Entry]]) -> list[Entry]:
-    """One entry for each recipe, all its numbers means over the seeds."""
-    return [replace(own[0], **_mean([vars(e) for e in own])) for own in seeds]
-
-
-def _mean(values: Sequence[Any]) -> Any:
-    """Of numbers, or of tables of numbers, whatever else there is as in the first."""
-    if isinstance(values[0], dict):
-        return {key: _mean([v[key] for v in values]) for key in values[0]}
-    return mean(values) if isinstance(values[0], int | float) else values[0]
-
-
-def by_kind(kinds: dict[str, Any]) -> str:
-    return "/".join(f"{100 * k['accuracy']:.0f}" for k in kinds.values() if "accuracy" in k)
-
-
-def league_header(full: dict[str, Any]) -> tuple[str, ...]:
-    names = "/".join(name for name, kind in full["kinds"].items() if "accuracy" in kind)
-    recipe, *sizes = entries.HEADER[:5]
-    return (recipe, "product", *sizes, names, *entries.HEADER[5:7], "KL of the seeds", *entries.HEADER[7:])
-
-
-def league_rows(seeds: Seeds, full: dict[str, Any], product: dict[str, str]) -> list[tuple[str, ...]]:
-    """What is left of the model; a recipe is bold where no other one is as good for as few stored bytes."""
-    means = averaged(seeds.values())
-    losses = {recipe: [e.kl for e in own] for recipe, own in seeds.items()}
-    best = {e.recipe for e in front(means, "bits")}
-    exact = (f"{full['accuracy']:.1%}", by_kind(full["kinds"]), f"{full['perplexity']:.3f}")
-    rows = [("full precision", "a16", "16.00", "16.00", "1.000", *exact, "0.00000", "", "", "")]
-    for entry in means:
-        name, *numbers = entries.cells(entry, means)
-        spread = "-".join(f"{kl:.5f}" for kl in (min(losses[name]), max(losses[name])))
-        shown = f"**{name}**" if name in best else name
-        rows.append((shown, product[name], *numbers[:4], by_kind(entry.kinds), *numbers[4:6], spread, *numbers[6:]))
-    return rows
-
-
-def fallen_back(seeds: Seeds) -> str:
-    """Groups that a recipe could not fit are part of its result."""
-    found = {recipe: max(e.fallbacks for e in own) for recipe, own in seeds.items()}
-    told = ", ".join(f"{recipe} {count}" for recipe, count in found.items() if count)
-    return f"\nGroups with a fall-back, of the worst seed: {told}.\n" if told else ""
-
-
 NOT_MEASURED = "\nNot measured yet.\n"
+LEAGUE = (
+    "recipe", "format", "bits/weight", "bits read", "MiB", "KL, 95 %", "less that of the control, 95 %", "control",
+    "agreement", "perplexity",
+)  # fmt: skip
 
 
-def league(result: dict[str, Any], model: str, scheme: str) -> str:
-    found = measured(result, model).get(scheme)
-    if not found:
+def entries_of(result: dict[str, Any], model: str, kind: str) -> list[Entry]:
+    """Of league.json: what was measured on development or test data."""
+    known = {field.name for field in fields(Entry)}
+    rows = result["models"].get(model, {}).get(kind, [])
+    return [Entry(**{name: value for name, value in row.items() if name in known}) for row in rows]
+
+
+def league(result: dict[str, Any], model: str) -> str:
+    """Test data, grouped by what the product executes; a recipe is bold where no other one of its group is as good for
+    as few stored bits. The last columns: exact match and KL by modality where there are images, and KL on development
+    data."""
+    reported = entries_of(result, model, "test")
+    if not reported:
         return NOT_MEASURED
-    ordered = {e.recipe: found[e.recipe] for e in sorted(averaged(found.values()), key=lambda e: e.kl)}
-    full, picture = result["models"][model]["full"], f"{model}-{scheme}.png"
-    plot = f"\n![{model} model, {scheme}: stored bits against KL](league/{picture})\n"
-    table = markdown(league_header(full), league_rows(ordered, full, executed(result, model)))
-    return f"\n{table}{fallen_back(ordered)}{plot}" + source(result, "league")
+    choices = {entry.recipe: f"{entry.kl:.4f}" for entry in entries_of(result, model, "development")}
+    with_images = any(entry.accuracy is not None for entry in reported)
+    header = (*LEAGUE, *(("exact match", "KL after images", "KL of text") if with_images else ()), "KL, development")
+    tables = []
+    for arithmetic in sorted({entry.arithmetic for entry in reported}):
+        own = sorted((e for e in reported if e.arithmetic == arithmetic), key=lambda e: e.kl)
+        best = {entry.recipe for entry in front(own, "bits")}
+        rows = [(*league_row(e, reported, e.recipe in best, with_images), choices.get(e.recipe, "")) for e in own]
+        tables.append(f"\nProduct in {arithmetic}:\n\n{markdown(header, rows)}")
+    return "".join(tables) + source(result, "league")
 
 
-def winners(result: dict[str, Any]) -> str:
-    """The steps of the lines in the plots: what wins from this size on."""
-    rows = []
-    for model in MODELS:
-        for scheme, seeds in measured(result, model).items():
-            means = averaged(seeds.values())
-            steps = (
-                "; ".join(f"{getattr(e, size):.{digits}f} {e.recipe} ({e.kl:.5f})" for e in front(means, size))
-                for size, digits in (("bits", 2), ("active_bits", 2), ("macs", 3))
-            )
-            rows.append((model, scheme, *steps))
-    header = ("model", "format", "from so many stored bits", "active bits", "multiplications")
-    return "\n" + markdown(header, rows) + source(result, "league")
-
-
-def ablation(result: dict[str, Any], model: str) -> str:
-    """In the order of the file: each row differs from another one in one choice."""
-    found = measured(result, model)
-    if not found:
-        return NOT_MEASURED
-    full = result["models"][model]["full"]
-    tables = (
-        f"\n{scheme}:\n\n{markdown(league_header(full), league_rows(seeds, full, executed(result, model)))}"
-        f"{fallen_back(seeds)}"
-        for scheme, seeds in found.items()
-    )
-    return "".join(tables) + source(result, "ablation")
-
-
-def peers(result: dict[str, Any], model: str) -> str:
-    header = ("side", "recipe", "bits/weight", "accuracy", "perplexity", "KL", "seconds", "CPU seconds", "peak MiB")
-    full = result["full_precision"][model]
-    rows = [
-        ("", "full precision", "16.00", f"{full['accuracy']:.1%}", f"{full['perplexity']:.3f}", "0.00000", *[""] * 3)
-    ]
-    for row in (r for r in result["rows"] if r["model"] == model):
-        quality = row["quality"]
-        rows.append((
-            row["side"], row["recipe"], f"{row['bits_per_weight']:.2f}", f"{quality['accuracy']:.1%}",
-            f"{quality['perplexity']:.3f}", f"{quality['kl']:.5f}", f"{sum(row['seconds'].values()):.1f}",
-            f"{sum(row['cpu_seconds'].values()):.1f}", f"{row['peak_mib']:.0f}",
-        ))  # fmt: skip
-    versions = {k: v for r in result["rows"] if r["side"] != "qe_dist" for k, v in r["versions"].items()}
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"\nThe {model} model, {result['threads']} thread; the peer has {told}.\n\n" + (
-        markdown(header, rows) + source(result, "peers")
-    )
+def league_row(entry: Entry, reported: list[Entry], bold: bool, with_images: bool) -> tuple[str, ...]:
+    agreement, spread, gap, control = entries.paired(entry, reported)
+    row = (
+        f"**{entry.recipe}**" if bold else entry.recipe, entry.scheme, f"{entry.bits:.2f}", f"{entry.active_bits:.2f}",
+        f"{entry.mib:.0f}", f"{entry.kl:.4f} {spread}".strip(), gap, control, agreement, f"{entry.perplexity:.2f}",
+    )  # fmt: skip
+    if not with_images:
+        return row
+    by_modality = (f"{entry.modalities[name]['kl']:.4f}" for name in ("image", "text"))
+    return (*row, "" if entry.accuracy is None else f"{entry.accuracy:.1%}", *by_modality)
 
 
 def gptq_peer(result: dict[str, Any]) -> str:
@@ -659,16 +576,14 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "agreement": ("agreement", agreement, ()),
     "serving load": ("serving_load", serving_load, ()),
     "exports": ("exports", exports, ()),
-    "league winners": ("league", winners, ()),
+    "league lm": ("league", league, ("lm",)),
+    "league vlm": ("league", league, ("vlm",)),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),
     "experts lm": ("experts", experts, ("lm",)),
     "experts vlm": ("experts", experts, ("vlm",)),
     "experts channels": ("experts_channels", channel_overlap, ()),
     "permutation": ("permutation", permutation, ()),
-    **{f"league {m} {s}": ("league", league, (m, s)) for m in MODELS for s in SCHEMES},
-    **{f"ablation {m}": ("ablation", ablation, (m,)) for m in MODELS},
-    **{f"peers {m}": ("peers", peers, (m,)) for m in MODELS},
 }
 
 

@@ -20,7 +20,7 @@ def test_tables_are_what_the_results_say():
 
 
 def test_every_table_has_its_result():
-    for name in ("demo", "pipeline", "channels", "models", "peers", "gptq_peer", "sensitivity", "league", "ablation"):
+    for name in ("demo", "pipeline", "channels", "models", "gptq_peer", "sensitivity", "league"):
         assert (ROOT / "benchmarks" / "results" / f"{name}.json").exists()
 
 
@@ -30,30 +30,33 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("tables")
 
 
-FULL = {"accuracy": 0.9, "perplexity": 1.25, "kinds": {"color": {"accuracy": 1.0}, "text": {"perplexity": 1.25}}}
 ENVIRONMENT = {"command": "league.py", "commit": "abc", "date": "today", "machine": "one", "versions": {"torch": "2"}}
+SAMPLES = 12
 
 
-def entry(recipe: str, seed: int, kl: float, bits: float = 4.0, active: float = 4.0, **others: Any) -> dict[str, Any]:
+def entry(recipe: str, kl: float, bits: float = 4.0, **others: Any) -> dict[str, Any]:
+    """With the same KL of every sample, so that intervals are points."""
+    scores = {
+        "index": list(range(SAMPLES)), "kind": ["text"] * SAMPLES, "modality": ["text"] * SAMPLES,
+        "tokens": [2] * SAMPLES, "exact": [False] * SAMPLES, "nll": [1.0] * SAMPLES, "kl": [2 * kl] * SAMPLES,
+        "agreed": [1] * SAMPLES,
+    }  # fmt: skip
     measured = {
-        "seed": seed, "recipe": recipe, "scheme": "w4a6", "arithmetic": "int8", "bits": bits, "active_bits": active,
-        "macs": 1.0,
-        "accuracy": 0.5 + 0.1 * seed, "perplexity": 2.0, "kl": kl, "fit_seconds": 3.0 + seed, "fallbacks": 0,
-        "kinds": {"color": {"accuracy": 0.25 * seed, "kl": kl}, "text": {"perplexity": 2.0, "kl": kl}},
+        "recipe": recipe, "scheme": "w4a6", "bits": bits, "active_bits": bits, "macs": 1.0, "accuracy": None,
+        "perplexity": 2.0, "kl": kl, "fit_seconds": 3.0, "fallbacks": 0, "kinds": {}, "arithmetic": "int8",
+        "agreement": 0.5, "mib": 90.0, "intervals": {"kl": [kl, kl]}, "scores": scores,
+        "modalities": {"text": {"kl": kl}, "image": {"kl": 2 * kl}},
     }  # fmt: skip
     return measured | others
 
 
-ENTRIES = [
-    entry("big-w4a6", 0, 0.001, bits=5.0),
-    entry("small-w4a6", 0, 0.02, active=4.5),
-    entry("lost-w4a6", 0, 0.01, bits=4.5, active=4.5, fallbacks=2),
-    entry("big-w4a6", 1, 0.003, bits=5.0),
-    entry("small-w4a6", 1, 0.04, active=4.5),
-    entry("lost-w4a6", 1, 0.07, bits=4.5, active=4.5),
-    entry("big-w4a4", 0, 0.5, scheme="w4a4"),
+TEST = [
+    entry("lost-w4a6", 0.3, bits=4.5),
+    entry("good-w4a6", 0.1, bits=4.5),
+    entry("small-w4a6", 0.2),
+    entry("gptq-w4a16g64", 0.05, scheme="w4a16", arithmetic="a16", control=True),
 ]
-RESULT = {"environment": ENVIRONMENT, "models": {"outlier": {"full": FULL, "entries": ENTRIES}}}
+RESULT = {"environment": ENVIRONMENT, "models": {"lm": {"test": TEST, "development": [entry("good-w4a6", 0.15)]}}}
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -62,79 +65,38 @@ def rows_of(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
 
-def test_the_league_is_sorted_by_the_mean_over_the_seeds(tables):
-    text = tables.league(RESULT, "outlier", "w4a6")
-    header, full, *rows = rows_of(text)
-    assert [row[0] for row in rows] == ["**big-w4a6**", "**small-w4a6**", "lost-w4a6"]
-    assert all(len(row) == len(header) for row in (full, *rows))
-    best = dict(zip(header, rows[0], strict=True))
+def test_the_league_is_grouped_by_arithmetic_and_sorted_by_loss(tables):
+    text = tables.league(RESULT, "lm")
+    a16, int8 = (rows_of(part) for part in text.split("Product in int8:"))
+    assert [row[0] for row in a16[1:]] == ["**gptq-w4a16g64**"]
+    assert [row[0] for row in int8[1:]] == ["**good-w4a6**", "**small-w4a6**", "lost-w4a6"]
+    best = dict(zip(*int8[:2], strict=True))
     assert best == {
-        "recipe": "**big-w4a6**", "product": "int8", "bits/weight": "5.00", "active bits": "4.00",
-        "multiplications": "1.000",
-        "accuracy": "55.0%", "color": "12", "perplexity": "2.000", "KL": "0.00200",
-        "KL of the seeds": "0.00100-0.00300", "fit s": "3.5", "wins at": "bytes, active bytes, multiplications",
+        "recipe": "**good-w4a6**", "format": "w4a6", "bits/weight": "4.50", "bits read": "4.50", "MiB": "90",
+        "KL, 95 %": "0.1000 [0.10000, 0.10000]",
+        "less that of the control, 95 %": "+0.05000 [+0.05000, +0.05000]", "control": "gptq-w4a16g64",
+        "agreement": "50.0%", "perplexity": "2.00", "KL, development": "0.1500",
     }  # fmt: skip
-    assert [row[-1] for row in rows[1:]] == ["bytes", ""]
-    assert full[:1] + full[5:9] == ["full precision", "90.0%", "100", "1.250", "0.00000"]
-    assert "Groups with a fall-back, of the worst seed: lost-w4a6 2." in text
-    assert "(league/outlier-w4a6.png)" in text
-    assert "w4a4" not in text
 
 
-def test_winners_are_the_steps_of_the_plots(tables):
-    _, w4a6, w4a4 = rows_of(tables.winners(RESULT))
-    assert w4a6 == [
-        "outlier", "w4a6", "4.00 small-w4a6 (0.03000); 5.00 big-w4a6 (0.00200)", "4.00 big-w4a6 (0.00200)",
-        "1.000 big-w4a6 (0.00200)",
-    ]  # fmt: skip
-    assert w4a4[:3] == ["outlier", "w4a4", "4.00 big-w4a4 (0.50000)"]
-
-
-def test_an_ablation_keeps_its_order(tables):
-    result = {"environment": ENVIRONMENT, "models": {"outlier": {"full": FULL, "entries": ENTRIES[:3]}}}
-    assert [row[0] for row in rows_of(tables.ablation(result, "outlier"))[2:]] == [
-        "**big-w4a6**", "**small-w4a6**", "**lost-w4a6**",
-    ]  # fmt: skip
+def test_where_there_are_images_the_league_tells_modalities_apart(tables):
+    rows = [entry("good-w4a6", 0.1, accuracy=0.75)]
+    header, row = rows_of(tables.league({"environment": ENVIRONMENT, "models": {"vlm": {"test": rows}}}, "vlm"))
+    assert header[-4:] == ["exact match", "KL after images", "KL of text", "KL, development"]
+    assert row[-4:] == ["75.0%", "0.2000", "0.1000", ""]
 
 
 def test_what_was_not_measured_is_said(tables):
-    for text in (
-        tables.league(RESULT, "plain", "w4a6"),
-        tables.league(RESULT, "outlier", "w3a16"),
-        tables.ablation(RESULT, "plain"),
-    ):
-        assert text.strip() == "Not measured yet."
+    assert tables.league(RESULT, "vlm").strip() == "Not measured yet."
 
 
 def test_a_table_without_a_result_stays_as_it_is(tables, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    text = "<!-- table: league outlier w4a6 -->\nas it was\n<!-- end -->\n"
+    text = "<!-- table: league lm -->\nas it was\n<!-- end -->\n"
     assert tables.rendered(text) == text
     (tmp_path / "league.json").write_text(json.dumps(RESULT))
-    assert "**big-w4a6**" in tables.rendered(text)
+    assert "**good-w4a6**" in tables.rendered(text)
     assert tables.rendered(tables.rendered(text)) == tables.rendered(text)
-
-
-def test_both_sides_of_the_peer_are_a_row_each(tables):
-    quality = {"accuracy": 0.5, "perplexity": 2.0, "kl": 0.25}
-    row = {
-        "model": "plain", "recipe": "rtn", "bits_per_weight": 4.125, "peak_mib": 512.4, "quality": quality,
-        "seconds": {"load": 1.0, "oneshot": 2.0}, "cpu_seconds": {"load": 0.5},
-    }  # fmt: skip
-    theirs, ours = ({**row, "side": side, "versions": {side: "1"}} for side in ("llm-compressor", "qe_dist"))
-    other = {**theirs, "model": "outlier"}
-    result = {
-        "environment": ENVIRONMENT,
-        "threads": 1,
-        "full_precision": {"plain": FULL},
-        "rows": [theirs, ours, other],
-    }
-    text = tables.peers(result, "plain")
-    _, full, first, second = rows_of(text)
-    assert full[:5] == ["", "full precision", "16.00", "90.0%", "1.250"]
-    assert first == ["llm-compressor", "rtn", "4.12", "50.0%", "2.000", "0.25000", "3.0", "0.5", "512"]
-    assert second[0] == "qe_dist"
-    assert "the peer has llm-compressor 1." in text
 
 
 def test_gptq_beside_the_peers(tables):

@@ -33,18 +33,13 @@ class Entry:
     """What its product executes: `a16` or `int8`."""
     control: bool = False
     """Whether others must beat it to be worth anything: weights alone in 4 bits, or plain GPTQ at W4A8 int8."""
+    mib: float = 0.0
+    """All files of the checkpoint."""
     agreement: float | None = None
     intervals: Mapping[str, Any] = field(default_factory=dict)
     modalities: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
     """Every sample's numbers, by column (`flow.quality.SampleScore`)."""
-
-
-def arithmetic_of(written: str) -> str:
-    """What the product of a number format executes."""
-    from qe_dist.core.scheme import Scheme
-
-    return Scheme.parse(written).arithmetic
 
 
 def scheme_of(written: str) -> str:
@@ -58,7 +53,9 @@ def scheme_of(written: str) -> str:
 
 def is_control(recipe: Mapping[str, Any]) -> bool:
     """Of a recipe as the manifest describes it."""
-    scheme, arithmetic = scheme_of(recipe["scheme"]), arithmetic_of(recipe["scheme"])
+    from qe_dist.core.scheme import Scheme
+
+    scheme, arithmetic = scheme_of(recipe["scheme"]), Scheme.parse(recipe["scheme"]).arithmetic
     plain = recipe["quantizer"]["name"] == "gptq" and recipe["compensation"]["name"] == "none"
     return scheme == "w4a16" or (scheme == "w4a8" and arithmetic == "int8" and plain)
 

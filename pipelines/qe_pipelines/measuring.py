@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qe_pipelines.entries import Entry, arithmetic_of, is_control, scheme_of
+from qe_pipelines.entries import Entry, is_control, scheme_of
 
 GIB = 2**30
 
@@ -101,8 +101,9 @@ def _measured(checkpoint: Path, arch: Any, examples: Any, reference: Path) -> En
         kinds=quality["kinds"],
         fit_seconds=sum(store.block_report(block["index"])["fit_seconds"] for block in manifest["blocks"]),
         fallbacks=len(manifest["fallbacks"]),
-        arithmetic=arithmetic_of(manifest["recipe"]["scheme"]),
+        arithmetic=manifest["arithmetic"],
         control=is_control(manifest["recipe"]),
+        mib=manifest["checkpoint_bytes"] / 2**20,
         agreement=quality["agreement"],
         intervals=quality["intervals"],
         modalities=quality["modalities"],

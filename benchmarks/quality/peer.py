@@ -2,10 +2,10 @@
 
     .venv-peer/bin/python benchmarks/quality/peer.py MODEL OUTPUT --recipe smoothquant-gptq-w4a8 --calibration FILE
 
-A recipe is a method (METHODS) and a number format. Weights are symmetric, in groups of 128 where activations stay in
-16 bits, else per output channel with symmetric dynamic activations per token. Only the decoder's linears are
-quantized. FILE holds tokenized samples (`peers.py` writes it): without torchvision, the transformers that
-llm-compressor asks for has no image processor.
+A recipe is a method (METHODS) and a number format, as gptq-w4a8g64. Weights are symmetric, in groups of that size;
+without one, in groups of 128 where activations stay in 16 bits, else per output channel. Activations are symmetric and
+dynamic, per token. Only the decoder's linears are quantized. FILE holds tokenized samples (`peers.py` writes it):
+without torchvision, the transformers that llm-compressor asks for has no image processor.
 """
 
 import contextlib
@@ -48,15 +48,14 @@ METHODS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
 
 
 def modifiers(recipe: str) -> list[Any]:
-    match = re.fullmatch(r"(?P<method>[a-z-]+)-w(?P<w>\d+)a(?P<a>\d+)", recipe)
+    match = re.fullmatch(r"(?P<method>[a-z-]+)-w(?P<w>\d+)a(?P<a>\d+)(g(?P<g>\d+))?", recipe)
     if match is None or match["method"] not in METHODS:
-        raise SystemExit(f"recipe {recipe!r} is not METHOD-wXaY with a method of {', '.join(METHODS)}")
+        raise SystemExit(f"recipe {recipe!r} is not METHOD-wXaY[gZ] with a method of {', '.join(METHODS)}")
     weights: dict[str, Any] = {"num_bits": int(match["w"]), "scale_dtype": "torch.bfloat16"}
+    size = match["g"] or ("128" if match["a"] == "16" else None)
+    weights |= {"strategy": "group", "group_size": int(size)} if size else {"strategy": "channel"}
     activations = None
-    if match["a"] == "16":
-        weights |= {"strategy": "group", "group_size": 128}
-    else:
-        weights |= {"strategy": "channel"}
+    if match["a"] != "16":
         activations = {"num_bits": int(match["a"]), "strategy": "token", "dynamic": True, "observer": None}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return METHODS[match["method"]]({"config_groups": {"decoder": group}, "ignore": IGNORED})

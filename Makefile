@@ -7,7 +7,7 @@ TESTS ?= not (gpu or slow or vllm)
 VLLM_TESTS ?= vllm
 BIN := .venv/bin
 READY := .venv/.ready
-PEER := .venv-peer/.ready
+PEERS := .venv-peer/.ready .venv-autoround/.ready
 VLLM := .venv-vllm/.ready
 REAL := .venv/.real
 
@@ -37,9 +37,9 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python benchmarks/pipeline.py
 
-# llm-compressor, which benchmarks/quality/peers.py compares with. It wants another transformers than
-# we do, so it lives in an environment of its own.
-peer: $(PEER)
+# llm-compressor and AutoRound, which benchmarks/quality/{peers,real_peers}.py compare with. Each wants another
+# transformers than we do, and llm-compressor an older AutoRound, so each lives in an environment of its own.
+peer: $(PEERS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
@@ -66,11 +66,11 @@ $(REAL): models/real/requirements.lock $(READY)
 	    exit 2; }; done
 	@touch $@
 
-$(PEER): benchmarks/quality/requirements-peer.lock
-	@echo "setting up .venv-peer (minutes the first time: torch is large)"
-	@$(PYTHON) -m venv .venv-peer
-	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+.venv-%/.ready: benchmarks/quality/requirements-%.lock
+	@echo "setting up .venv-$* (minutes the first time: torch is large)"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 # torchvision's wheel declares its operators for CUDA alone; sitecustomize.py makes it importable beside a CPU build.

@@ -1,12 +1,13 @@
 """AutoRound in one process, measured, in a virtual environment of its own (`make peer`); imports nothing of ours.
 
-    .venv-autoround/bin/python benchmarks/quality/autoround_peer.py MODEL OUTPUT --recipe w4a16g64-200 --calibration FILE
+    .venv-autoround/bin/python benchmarks/quality/autoround_peer.py MODEL OUTPUT --recipe w4a16g64-200 \\
+        --calibration FILE
 
-A recipe is a number format and the number of steps of a block; 200 is AutoRound's default, like everything else that is
-not said here. Weights are symmetric, in groups. MODEL is a Llama: of a Qwen2-VL, AutoRound takes another path, which
-wants a processor. FILE holds tokenized samples (`peers.py` writes it); AutoRound wants all of one length, so each is cut
-to LENGTH. Weights alone are written in AutoRound's own format, and with activations as rounded values, which is all that
-AutoRound has for them; `dense.py` reads both.
+A recipe is a number format and the number of steps of a block; 200 is AutoRound's default, as is all that is not said
+here, but for torch.compile, which on a CPU takes longer than it saves. Weights are symmetric, in groups. MODEL is a
+Llama: of a Qwen2-VL, AutoRound takes another path, which wants a processor. FILE holds tokenized samples (`peers.py`
+writes it); AutoRound wants all of one length, so each is cut to LENGTH. Weights alone are written in AutoRound's own
+format, and with activations as rounded values, which is all that AutoRound has for them; `dense.py` reads both.
 """
 
 import re
@@ -59,7 +60,7 @@ def main() -> None:
         count = sum(len(batch["input_ids"]) for batch in data)
         rounder = AutoRound(
             model, tokenizer, scheme=form, dataset=data, seqlen=LENGTH, nsamples=count, batch_size=BATCH, iters=steps,
-            device_map="cpu",
+            device_map="cpu", enable_torch_compile=False,
         )  # fmt: skip
         rounder.quantize_and_save(str(asked.output), format="auto_round" if form["act_bits"] == 16 else "fake")
     cost.print(form["bits"] + 16 / form["group_size"], ("auto-round", "torch", "transformers"))

@@ -96,21 +96,23 @@ class Bench:
         command = [python, HERE / script, self.model, output, "--recipe", recipe, "--calibration", calibration]
         cost = measured([*command, "--threads", str(self.threads)], self.threads, side == "qe_dist")
         model = load_model(output)
-        quality = evaluate(model, self.arch, self.examples, self.reference).summary()
         if side == "llm-compressor" and not recipe.endswith("a16"):
-            self._check_that_activations_are_quantized(model, recipe)
+            check_that_activations_are_quantized(model, self.arch, self.examples, recipe)
+        quality = evaluate(model, self.arch, self.examples, self.reference).summary()
         self.rows.append({"model": self.model.name, "side": side, "recipe": recipe, **cost, "quality": quality})
 
-    @torch.no_grad()
-    def _check_that_activations_are_quantized(self, model: Any, recipe: str) -> None:
-        """A loader that leaves them alone would flatter the peer, and nothing else would show it."""
-        from compressed_tensors.quantization import disable_quantization
 
-        inputs = self.arch.model_inputs(self.examples[:1], pad=0)
-        quantized = model(**inputs, use_cache=False).logits
-        model.apply(disable_quantization)
-        if torch.equal(quantized, model(**inputs, use_cache=False).logits):
-            sys.exit(f"{recipe}: the loaded checkpoint does not quantize activations")
+@torch.no_grad()
+def check_that_activations_are_quantized(model: Any, arch: Any, examples: Any, recipe: str) -> None:
+    """A loader that leaves them alone would flatter the peer, and nothing else would show it."""
+    from compressed_tensors.quantization import disable_quantization, enable_quantization
+
+    inputs = arch.model_inputs(examples[:1], pad=0)
+    quantized = model(**inputs, use_cache=False).logits
+    model.apply(disable_quantization)
+    if torch.equal(quantized, model(**inputs, use_cache=False).logits):
+        sys.exit(f"{recipe}: the loaded checkpoint does not quantize activations")
+    model.apply(enable_quantization)
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

@@ -28,7 +28,6 @@ from qe_cluster.launch import cluster_address, ray_cluster
 from qe_cluster.metrics import Metrics
 from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
-from qe_dist.core.spec import view_of
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
@@ -263,7 +262,7 @@ class _Call:
 
     def _group(self, job: FitJob) -> Any:
         recipe = self.ready.runs[job.run].recipe_for(job.block)
-        return view_of(self.ready.model.blocks[job.block], recipe.granularity).group(job.group)
+        return recipe.view(self.ready.model.blocks[job.block]).group(job.group)
 
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
         """The blocks of one worker, one after the other, each published as it finishes."""

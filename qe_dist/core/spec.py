@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Granularity = Literal["group", "linear"]
+RouterInput = Literal["sublayer", "own"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,16 @@ class ModelSpec:
     """Tensors outside the blocks, which the checkpoint takes over as they are."""
 
 
-def view_of(block: BlockSpec, granularity: Granularity) -> BlockSpec:
+def view_of(block: BlockSpec, granularity: Granularity, router_input: RouterInput = "sublayer") -> BlockSpec:
     """The block with its groups as a recipe wants them."""
-    return per_linear(block) if granularity == "linear" else block
+    if granularity == "linear":
+        return per_linear(block)
+    return on_own_input(block) if router_input == "own" else block
+
+
+def on_own_input(block: BlockSpec) -> BlockSpec:
+    """The block with groups that route on the tensor that they read, row-parallel ones too."""
+    return replace(block, groups=tuple(replace(g, router_input=g.name) for g in block.groups))
 
 
 def per_linear(block: BlockSpec) -> BlockSpec:

@@ -11,8 +11,9 @@ from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import rotated_block
 from qe_dist.core.scheme import Scheme
-from qe_dist.core.spec import InputGroup, LinearSpec, ModelSpec, view_of
+from qe_dist.core.spec import InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
+from qe_dist.methods.base import RoutesTokens
 from qe_dist.numerics.sharding import why_not
 
 SIZES = (1, 2, 4, 8)
@@ -36,6 +37,8 @@ def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
         for name, group in layout.items():
             problems += _together(name, group["linears"], of_model)
             problems += _by_modality(name, group["input"])
+            if "router" in group["input"]:
+                problems += _routed(name, layout_linears(layout[group["router_input"]], of_model), size)
             linears, mixed = layout_linears(group, of_model), rotated_block(group["input"])
             problems += _cut(name, linears, Scheme.parse(group["scheme"]), size, mixed)
     return tuple(dict.fromkeys(problems))
@@ -61,8 +64,11 @@ def check_serving(model: ModelSpec, run: RunConfig, config: Mapping[str, Any]) -
     problems = [*_vision(arch.vision_heads(config), size)]
     if recipe.by_modality:
         problems.append(f"the recipe {BY_MODALITY}")
-    for group in view_of(model.blocks[0], recipe.granularity).groups:
+    view = recipe.view(model.blocks[0])
+    for group in view.groups:
         problems += _together(group.name, [x.name for x in group.linears], arch.groups(config))
+        if isinstance(recipe.compensation, RoutesTokens):
+            problems += _routed(group.name, view.group(group.router_input).linears, size)
         problems += _cut(group.name, group.linears, recipe.scheme, size, mixed=1)  # blocks are made to fit
     if problems:
         raise ConfigError(
@@ -99,6 +105,12 @@ def _by_modality(name: str, inputs: Mapping[str, Any]) -> Iterator[str]:
     own_scales = inputs.get("input_scale", ("", 1))[1] > 1
     if own_scales or ("router" not in inputs and {"lr_expert_a", "lr_expert_channels"} & inputs.keys()):
         yield f"{name}: {BY_MODALITY}"
+
+
+def _routed(name: str, read: tuple[LinearSpec, ...], size: int) -> Iterator[str]:
+    """read: linears of the group whose input the router reads."""
+    if size > 1 and read[0].split == "row":
+        yield f"{name}: its router reads the input of {read[0].name}, of which a rank has only a part"
 
 
 def _cut(name: str, linears: tuple[LinearSpec, ...], scheme: Scheme, size: int, mixed: int) -> Iterator[str]:

@@ -213,7 +213,7 @@ class _Block:
 
     def view(self, run: RunConfig) -> BlockSpec:
         """The block's groups as this run's recipe wants them."""
-        return self.views[run.recipe_for(self.spec.index).granularity]
+        return run.recipe_for(self.spec.index).view(self.spec)
 
     def _catcher(self, name: str):
         inputs = self.inputs  # not self, which holds the module: nothing but the garbage collector would free them
@@ -260,4 +260,6 @@ class _Block:
         weights, stats = self.weights(group), self.stats[group.name]
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
+        if group.router_input == group.name:  # what it reads is sampled, whatever its router read in the statistics
+            stats = replace(stats, sample=replace(stats.sample, router_x=stats.sample.x))
         return GroupProblem(group, weights, stats, scheme, seed, rotation=self.rotation_of(group))

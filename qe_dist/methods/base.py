@@ -13,7 +13,7 @@ from qe_dist.core.determinism import tensor_cores
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
-from qe_dist.core.spec import InputGroup
+from qe_dist.core.spec import InputGroup, RouterInput
 from qe_dist.numerics.factors import FACTOR_BITS, column_bits, even_rank, rank_within
 from qe_dist.numerics.hadamard import Orthogonal, Signs
 from qe_dist.numerics.lowrank import capped
@@ -81,6 +81,9 @@ class Budget:
     factor_bits: int = 16
     ratio: float | None = None
     """Rank as a share of the smaller dimension of a group's stacked weights, at least LEAST_RANK (MASQuant's code)."""
+    capped: bool = False
+    """Whether a layer narrower than any published one gets the same share of its width instead of the whole rank
+    (`numerics.lowrank.capped`), as named recipes have it. A rank that a user asks for is taken as it is."""
 
     def __post_init__(self) -> None:
         if sum(size is not None for size in (self.rank, self.extra_bits, self.ratio)) != 1:
@@ -91,13 +94,15 @@ class Budget:
             raise ConfigError(f"budget.extra_bits must be positive and finite, found {self.extra_bits}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ConfigError(f"budget.ratio must lie in 0..1 and be more than 0, found {self.ratio}")
+        if self.capped and self.rank is None:
+            raise ConfigError("budget.capped is for a rank; other budgets are in proportion to a layer as they are")
         if self.factor_bits not in FACTOR_BITS:
             raise ConfigError(f"budget.factor_bits must be 4, 8 or 16, found {self.factor_bits}")
 
     def rank_for(self, outputs: int, width: int) -> int:
-        """The rank that one adapter [outputs, width] may have (see `capped` for narrow layers)."""
+        """The rank that one adapter [outputs, width] may have."""
         if self.rank is not None:
-            return capped(width, self.rank)
+            return capped(width, self.rank) if self.capped else min(self.rank, outputs, width)
         if self.ratio is not None:
             return min(max(LEAST_RANK, int(self.ratio * min(outputs, width))), outputs, width)
         assert self.extra_bits is not None
@@ -270,6 +275,15 @@ class Shares(Protocol):
     def gains(self, problem: ErrorProblem) -> Float[Tensor, " R"]:
         """What each direction takes off the error, relative to the output, in descending order."""
         ...
+
+
+@runtime_checkable
+class RoutesTokens(Protocol):
+    """A compensation whose expert a router chooses for each token."""
+
+    router_input: RouterInput
+    """sublayer: a group behind a row-parallel cut routes on the input of its sublayer, which every rank has. own: every
+    group routes on the tensor that it reads, of which a rank has only a part there."""
 
 
 @runtime_checkable

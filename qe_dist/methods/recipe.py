@@ -12,7 +12,7 @@ from torch import Tensor
 from qe_dist.core.errors import ConfigError, NumericalError
 from qe_dist.core.quantized import QuantizedGroup, all_finite
 from qe_dist.core.scheme import Scheme
-from qe_dist.core.spec import Granularity
+from qe_dist.core.spec import BlockSpec, Granularity, view_of
 from qe_dist.methods.base import (
     NO_COLUMNS,
     Budget,
@@ -26,6 +26,7 @@ from qe_dist.methods.base import (
     Lists,
     Quantizer,
     Rotation,
+    RoutesTokens,
     Shares,
     TakesOver,
     Transform,
@@ -79,6 +80,11 @@ class Recipe:
     def list_bits(self) -> float:
         """Stored bits of lists of channels, per weight of a wide layer."""
         return 0.0 if self.channels is None else self.channels.bits_per_weight()
+
+    def view(self, block: BlockSpec) -> BlockSpec:
+        """The block with its groups as they are fitted."""
+        routed = isinstance(self.compensation, RoutesTokens)
+        return view_of(block, self.granularity, self.compensation.router_input if routed else "sublayer")
 
     def needs(self) -> Needs:
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()

@@ -38,7 +38,7 @@ from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.methods.transforms.smoothquant import SmoothQuant
 
-RANK_64 = Budget(rank=64)
+RANK_64 = Budget(rank=64, capped=True)
 
 
 def _recipe(scheme: str, transform: Transform, compensation: Compensation, budget: Budget = RANK_64) -> Recipe:
@@ -65,12 +65,12 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "qera-approx": lambda s: _recipe(s, NoTransform(), QERA("diagonal")),
     "qera": lambda s: _recipe(s, NoTransform(), QERA("exact")),
     "aser": lambda s: _recipe(s, OutlierSmoothing(rank_by="mean"), ASER()),
-    "serq": lambda s: _recipe(s, SmoothQuant(alpha=1.0), Salient(), Budget(rank=128, factor_bits=4)),
+    "serq": lambda s: _recipe(s, SmoothQuant(alpha=1.0), Salient(), Budget(rank=128, factor_bits=4, capped=True)),
     "awq": lambda s: _recipe(s, AWQ(), NoCompensation()),
     "mbq": lambda s: _recipe(s, MBQ(), NoCompensation()),
     "masquant": lambda s: _recipe(s, MASQuant(), CrossModal(), Budget(ratio=0.05)),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
-    "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), Budget(rank=64, factor_bits=8)),
+    "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), replace(RANK_64, factor_bits=8)),
     "qe": lambda s: Recipe(_with_outliers(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
@@ -158,7 +158,7 @@ def recipe_from(content: Mapping[str, Any]) -> Recipe:
     for axis, name in (("channels", "lists"), ("rotation", "hadamard")):
         if axis in content:
             members[axis] = _member(axis, content[axis], name)
-    budget = _build(Budget, "budget", content.get("budget", {"rank": 64}))
+    budget = _build(Budget, "budget", content.get("budget", vars(RANK_64)))
     return Recipe(Scheme.parse(str(content["scheme"])), **members, budget=budget, granularity=granularity)
 
 

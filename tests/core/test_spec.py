@@ -2,7 +2,7 @@
 
 import pytest
 
-from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, per_linear
+from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, on_own_input, per_linear
 
 
 @pytest.fixture
@@ -34,3 +34,11 @@ def test_per_linear_gives_every_linear_a_group_that_routes_on_its_own_input(bloc
     assert [group.producers for group in split.groups] == [(), (), ("mlp.up",)]
     assert split.num_weights == block.num_weights
     assert (split.index, split.prefix, split.others) == (block.index, block.prefix, block.others)
+
+
+def test_on_own_input_changes_nothing_but_what_routers_read(block: BlockSpec) -> None:
+    own = on_own_input(block)
+    assert [own.router_width(group) for group in own.groups] == [64, 96]
+    assert [(g.name, g.linears, g.producers) for g in own.groups] == [
+        (g.name, g.linears, g.producers) for g in block.groups
+    ]

@@ -95,6 +95,28 @@ def test_group_and_linear_granularity_and_integer_factors_and_extraction_load(ru
         assert evaluate(load(one.output), arch, examples, full).summary()["kl"] < 0.5
 
 
+def test_routers_on_their_own_input_share_the_pass_with_others_and_are_what_they_are_alone(run):
+    """The router of down is as wide as what down reads, and the loaded model routes on it."""
+    from qe_dist.methods.recipes import recipe_from
+
+    def routing_on(router_input, folder):
+        compensation = {"name": "quant_experts", "num_experts": 3, "router_input": router_input}
+        recipe = recipe_from({"scheme": "w4a8", "compensation": compensation})
+        return replace(run, recipe=recipe, output=run.output / folder)
+
+    own, sublayer, alone = routing_on("own", "own"), routing_on("sublayer", "sublayer"), routing_on("own", "alone")
+    quantize(sublayer, own)
+    quantize(alone)
+    arch, examples = encoded(run.model)
+    full = predictions(load(run.model), arch, examples)
+    for one, width in ((own, 96), (sublayer, 64)):
+        quantized = load(one.output)
+        assert quantized.get_decoder().layers[0].mlp.down_input.router.shape == (3, width)
+        assert evaluate(quantized, arch, examples, full).summary()["kl"] < 0.5
+    assert files(own.output)["block-00001.safetensors"] == files(alone.output)["block-00001.safetensors"]
+    assert read_manifest(own.output)["blocks"][1]["groups"]["mlp.down"]["error"] < 1
+
+
 def test_the_report_of_a_group_is_what_its_module_does(run):
     """The error that the manifest states, measured again with the loaded modules on the model's own inputs."""
     quantize(run)

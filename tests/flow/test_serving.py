@@ -30,6 +30,9 @@ LARGE = {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads":
 SMALL = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
 
 
+OWN = {"name": "quant_experts", "num_experts": 2, "router_input": "own"}
+
+
 def published(size, scheme, **changes):
     """config.json of a checkpoint of Qwen2-VL 72B or 7B, quantized in groups without a repair."""
     config = {"model_type": "qwen2_vl", "vision_config": {"num_heads": 16}} | size | changes
@@ -126,11 +129,12 @@ def runs(tmp_path_factory):
         for name, recipe in (
             ("masquant", load_recipe("masquant-w4a6")),
             ("linear", recipe_from({"scheme": "w4a8", "granularity": "linear"})),
+            ("own", recipe_from({"scheme": "w4a8", "compensation": OWN})),
         )
     }
     quantize(*(made[name] for name in RECIPES))
     quantize(made["masquant"])
-    quantize(made["linear"])
+    quantize(made["linear"], made["own"])
     return made
 
 
@@ -234,6 +238,20 @@ def test_a_run_for_more_ranks_than_can_serve_it_is_refused_before_any_work(runs,
 def test_recipes_by_linear_are_refused_for_more_ranks(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"self_attn\.q_proj: fitted by itself"):
         quantize(replace(runs["linear"], output=tmp_path / "out", tensor_parallel_size=2))
+
+
+def test_a_router_that_reads_what_a_rank_has_in_part_is_served_by_one_rank_alone(runs, tmp_path):
+    config = Checkpoint.open(runs["own"].output).config
+    said = "{}: its router reads the input of {}, of which a rank has only a part"
+    assert serving_problems(config, 1) == ()
+    assert serving_problems(config, 2) == (
+        said.format("self_attn.o", "self_attn.o_proj"),
+        said.format("mlp.down", "mlp.down_proj"),
+    )
+    with pytest.raises(
+        ConfigError, match=r"could not be served: self_attn\.o: its router reads the input of self_attn"
+    ):
+        quantize(replace(runs["own"], output=tmp_path / "out", tensor_parallel_size=2))
 
 
 def test_recipes_by_modality_are_refused_for_more_ranks(runs, tmp_path):

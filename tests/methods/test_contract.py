@@ -51,7 +51,7 @@ Same = Callable[[Any, Any], bool]
 
 def recipe_of(combination: tuple[str, ...], scheme: str = "w4a6") -> Recipe:
     members = {axis: methods.get(axis, name)() for axis, name in zip(methods.AXES, combination, strict=True)}
-    return Recipe(Scheme.parse(scheme), **members, budget=Budget(rank=64))
+    return Recipe(Scheme.parse(scheme), **members, budget=Budget(rank=64, capped=True))
 
 
 def is_possible(combination: tuple[str, ...]) -> bool:
@@ -415,7 +415,9 @@ def test_an_extracted_channel_is_exact_whatever_else_repairs_it(
         router=normal(7, 3, WIDTH),
     )
     recipe = replace(
-        recipe_of(PLAIN, "w4a4"), compensation=Given(correction), budget=Budget(rank=1, factor_bits=factor_bits)
+        recipe_of(PLAIN, "w4a4"),
+        compensation=Given(correction),
+        budget=Budget(rank=1, factor_bits=factor_bits, capped=True),
     )
     problem = problem_for(recipe, x)
     group = recipe.fit(problem)
@@ -465,8 +467,8 @@ def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem
 def test_4_bit_factors_take_any_rank(name: str, rank: int, x: Tensor, problem_for: Problem) -> None:
     """An odd one too (7 and 4 of 96 channels; Quant Experts halve them): what is missing to an even one is zeros."""
     recipe = recipe_of((*PLAIN[:2], name), "w4a16")
-    narrow = replace(recipe, budget=Budget(rank=rank, factor_bits=4)).fit(problem_for(recipe, x))
-    wide = replace(recipe, budget=Budget(rank=rank, factor_bits=8)).fit(problem_for(recipe, x))
+    narrow = replace(recipe, budget=Budget(rank=rank, factor_bits=4, capped=True)).fit(problem_for(recipe, x))
+    wide = replace(recipe, budget=Budget(rank=rank, factor_bits=8, capped=True)).fit(problem_for(recipe, x))
     assert narrow.report.fallbacks == ()
     assert narrow.report.bytes <= wide.report.bytes
     assert narrow.report.error <= wide.report.rounding_error

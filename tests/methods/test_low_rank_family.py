@@ -48,7 +48,7 @@ def rounded(x: Tensor, problem_for: Build) -> ErrorProblem:
     for name, weight in problem.weights.items():
         codes = RoundToNearest().fit(weight, problem.stats, problem.scheme)
         errors[name] = weight - dequantize(codes.codes, codes.scale)
-    return ErrorProblem(problem, errors, Budget(rank=96))
+    return ErrorProblem(problem, errors, Budget(rank=96, capped=True))
 
 
 def repair_of(compensation: Compensation, problem: ErrorProblem) -> Tensor:
@@ -118,7 +118,7 @@ def test_uncorrelated_channels_need_no_more_than_their_sizes(normal: Normal, pro
     loud = normal(4, TOKENS, WIDTH) * torch.logspace(-1, 1, WIDTH)
     problem = problem_for(Recipe(Scheme(3), NoTransform(), RoundToNearest(), QERA()), loud)
     flat = torch.cat(list(problem.weights.values())).double()
-    problem = ErrorProblem(problem, problem.weights, Budget(rank=96))
+    problem = ErrorProblem(problem, problem.weights, Budget(rank=96, capped=True))
     exact, diagonal = (lost(flat, repair_of(QERA(metric=m), problem), loud) for m in ("exact", "diagonal"))
     assert exact <= diagonal < 1.05 * exact
 
@@ -129,7 +129,7 @@ def test_lqer_needs_no_gram_matrix() -> None:
 
 def test_a_channel_that_is_never_used_is_no_trouble(normal: Normal, x: Tensor, problem_for: Build) -> None:
     silent = x.index_fill(1, torch.tensor([4, 5]), 0.0)
-    recipe = Recipe(Scheme(3), NoTransform(), RoundToNearest(), LQER(), Budget(rank=96))
+    recipe = Recipe(Scheme(3), NoTransform(), RoundToNearest(), LQER(), Budget(rank=96, capped=True))
     group = recipe.fit(problem_for(recipe, silent))
     assert group.report.fallbacks == ()
     assert group.report.error < group.report.rounding_error
@@ -139,7 +139,7 @@ def test_a_channel_that_is_never_used_is_no_trouble(normal: Normal, x: Tensor, p
 def smoothed_aser(request: pytest.FixtureRequest) -> Recipe:
     """64 of 1536 channels is 4 of 96."""
     transform, aser = OutlierSmoothing(k=64, rank_by=request.param), ASER(k=64, rank_by=request.param)
-    return Recipe(Scheme(4, 6), transform, RoundToNearest(), aser, Budget(rank=96))
+    return Recipe(Scheme(4, 6), transform, RoundToNearest(), aser, Budget(rank=96, capped=True))
 
 
 def test_aser_exempts_the_channels_of_the_largest_means(x: Tensor, problem_for: Build) -> None:

@@ -192,7 +192,7 @@ def test_with_full_rank_images_get_the_full_precision_function(
 def test_the_repair_is_that_of_theorem_2(problem: GroupProblem, x: Tensor, rank: int, seed: int) -> None:
     """Against the paper's construction: T = (P Lambda^1/2)^T, SVD(T dW) = U S V, L1 = T^-1 U_r, L2 = S_r V_r."""
     left = after_rounding(problem, UNTRAINED)
-    left = replace(left, budget=Budget(rank=rank * 16))  # 16 of 1536 channels is one of 96
+    left = replace(left, budget=Budget(rank=rank * 16, capped=True))  # 16 of 1536 channels is one of 96
     correction = CrossModal().fit(left)
     assert correction.expert_down.shape == (1, rank, WIDTH)
     error = left.error_of(IMAGE).double()
@@ -245,7 +245,7 @@ def test_theorem_1_what_the_weaker_modality_pays_for_one_scale(
 
 
 def test_the_repair_makes_up_for_the_broken_function(problem_for: Problem, x: Tensor) -> None:
-    group = recipe_of(scheme="w4a16", budget=Budget(rank=256)).fit(problem_for(recipe_of(), x))
+    group = recipe_of(scheme="w4a16", budget=Budget(rank=256, capped=True)).fit(problem_for(recipe_of(), x))
     none = replace(recipe_of(scheme="w4a16"), compensation=NothingForImages())
     broken = none.fit(problem_for(recipe_of(), x))
     assert broken.report.error_by_modality["image"] > 0.3

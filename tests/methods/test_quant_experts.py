@@ -34,7 +34,7 @@ Problem = Callable[..., GroupProblem]
 
 def recipe_of(compensation: Any = PLAIN, scheme: str = "w4a6", *, rank: int = 128, factor_bits: int = 16) -> Recipe:
     """Rank 128 is 16 of 192, half of it for the shared expert: as many as there are exempted columns."""
-    budget = Budget(rank=rank, factor_bits=factor_bits)
+    budget = Budget(rank=rank, factor_bits=factor_bits, capped=True)
     return Recipe(Scheme.parse(scheme), NoTransform(), RoundToNearest(), compensation, budget)
 
 
@@ -312,7 +312,7 @@ def test_without_exempted_columns_the_codes_are_those_of_the_whole_weight(proble
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_routed_experts_start_from_the_shared_one_as_it_is_stored(left_to_repair: ErrorProblem, bits: int) -> None:
-    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits))).shared_down
+    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits, capped=True))).shared_down
     assert torch.equal(store_factor(down, bits).dense, down)
 
 

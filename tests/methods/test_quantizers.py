@@ -41,7 +41,11 @@ def x(planted: Callable[..., Any], normal: Callable[..., Tensor]) -> Tensor:
 
 def recipe_with(quantizer: Quantizer, scheme: str = "w4a16", compensation: Any = None) -> Recipe:
     return Recipe(
-        Scheme.parse(scheme), NoTransform(), quantizer, compensation or NoCompensation(), budget=Budget(rank=64)
+        Scheme.parse(scheme),
+        NoTransform(),
+        quantizer,
+        compensation or NoCompensation(),
+        budget=Budget(rank=64, capped=True),
     )
 
 

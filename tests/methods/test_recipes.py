@@ -51,7 +51,7 @@ def test_quant_experts_are_those_of_the_paper() -> None:
     assert recipe.scheme == Scheme(4, 6)
     assert recipe.transform == OutlierSmoothing(k=32)
     assert recipe.compensation == QuantExperts(k=32, num_experts=8)
-    assert recipe.budget == Budget(rank=64)
+    assert recipe.budget == Budget(rank=64, capped=True)
     assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)
 
 
@@ -150,6 +150,8 @@ def test_unknown_words_are_refused_by_name(content: Mapping[str, Any], named: st
         ({"scheme": "w4a8g100"}, "group size"),
         ({"scheme": "w4a8", "budget": {"rank": 8, "factor_bits": 6}}, "budget.factor_bits"),
         ({"scheme": "w4a8", "budget": {"rank": 0}}, "budget.rank"),
+        ({"scheme": "w4a8", "budget": {"extra_bits": 1.0, "capped": True}}, "budget.capped is for a rank"),
+        ({"scheme": "w4a8", "compensation": QE | {"router_input": "both"}}, "router_input must be sublayer or own"),
         ({"scheme": "w4a8", "budget": {"extra_bits": -1.0}}, "budget.extra_bits"),
         ({"scheme": "w4a8", "budget": {"extra_bits": float("inf")}}, "budget.extra_bits"),
         ({"scheme": "w4a8", "budget": {"extra_bits": float("nan")}}, "budget.extra_bits"),
@@ -228,7 +230,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 def test_what_is_described_cannot_change_the_recipe() -> None:
     recipe = replace(RECIPES["qera-w4a8"], compensation=QERA())
     recipe.describe()["budget"]["rank"] = 1
-    assert recipe.budget == Budget(rank=64)
+    assert recipe.budget == Budget(rank=64, capped=True)
 
 
 def test_a_name_is_parts_and_a_number_format_and_a_budget() -> None:
@@ -254,3 +256,10 @@ def test_a_name_is_parts_and_a_number_format_and_a_budget() -> None:
 def test_a_name_that_means_nothing_is_refused_with_the_reason(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_recipe(name)
+
+
+def test_a_rank_that_a_user_asks_for_is_taken_as_it_is_and_that_of_a_name_shrinks_on_narrow_layers() -> None:
+    """576 is the width of SmolLM2-135M; 1536 that of the narrowest model of the Quant Experts paper."""
+    asked, named = recipe_from({"scheme": "w4a8", "budget": {"rank": 64}}).budget, load_recipe("qera-w4a8").budget
+    assert [asked.rank_for(4096, width) for width in (32, 576, 1536, 8192)] == [32, 64, 64, 64]
+    assert [named.rank_for(4096, width) for width in (32, 576, 1536, 8192)] == [1, 24, 64, 64]

@@ -31,7 +31,7 @@ def recipe_of(
     compensation: Any = SERQ, scheme: str = "w4a4", transform: Any = FLAT, *, rank: int = 128, factor_bits: int = 4
 ) -> Recipe:
     """128 of 1536 channels are 16 of 192."""
-    budget = Budget(rank=rank, factor_bits=factor_bits)
+    budget = Budget(rank=rank, factor_bits=factor_bits, capped=True)
     return Recipe(Scheme.parse(scheme), transform, RoundToNearest(), compensation, budget)
 
 
@@ -61,7 +61,7 @@ def error_of(recipe: Recipe, problem: GroupProblem) -> float:
 def test_the_recipe_is_that_of_the_paper() -> None:
     recipe = load_recipe("serq-w4a4")
     assert (recipe.transform, recipe.compensation) == (FLAT, Salient(share=1.0))
-    assert recipe.budget == Budget(rank=128, factor_bits=4)
+    assert recipe.budget == Budget(rank=128, factor_bits=4, capped=True)
 
 
 def test_flattened_channels_are_all_as_loud(problem: GroupProblem) -> None:

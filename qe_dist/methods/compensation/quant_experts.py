@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.spec import RouterInput
 from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
 from qe_dist.numerics.affinity import (
     assign_tokens,
@@ -58,6 +59,9 @@ class QuantExperts:
     router: Literal["regression", "mean_residual"] = "regression"
     """regression: least squares on the measured errors of the sample. mean_residual: mean|residual| of each
     input channel, as in the paper; only where the router reads the group's own input, not rotated at run time."""
+    router_input: RouterInput = "sublayer"
+    """What the routers of o and down read. sublayer: the input of their sublayer, which every tensor-parallel rank has
+    in full. own: the tensor that they multiply, as in the paper; such a checkpoint runs on one rank only."""
     refine_epochs: int = 0
     """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
 
@@ -70,6 +74,8 @@ class QuantExperts:
         if self.router not in ("regression", "mean_residual"):
             raise ConfigError(f"compensation.router must be regression or mean_residual, found {self.router!r}")
 
+        if self.router_input not in ("sublayer", "own"):
+            raise ConfigError(f"compensation.router_input must be sublayer or own, found {self.router_input!r}")
         if self.extract and not self.exempt_columns:
             raise ConfigError("compensation.extract carries columns beside the codes; set exempt_columns = true")
         if self.extract and self.refine_epochs:

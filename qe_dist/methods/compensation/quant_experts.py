@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
@@ -149,9 +150,13 @@ class QuantExperts:
         _, routed = split_channels(stats.frequency(self.k), k, self.num_experts * k)
         occurs = top_channels(stats.sample.x.float(), stats.importance, k)
         seen = routed[occurs[:, routed].any(dim=0)]
-        labels = cluster_channels(occurs[:, seen], self.num_experts, seed)
+        labels = self.clusters(occurs[:, seen], seed)
         owner = assign_tokens(occurs[:, seen], labels, self.num_experts)
         return owner, occurs.index_fill(1, shared, False)
+
+    def clusters(self, occurs: Bool[Tensor, "T C"], seed: int) -> Int[Tensor, " C"]:
+        """The expert of every routed channel. occurs: where a channel is important for a sampled token."""
+        return cluster_channels(occurs, self.num_experts, seed)
 
     def _own_channels(self, owner: Tensor, occurs: Tensor, shared: Tensor) -> Tensor:
         """As many channels as are shared: those most often important for the tokens of each expert. [E, k]"""

@@ -28,7 +28,7 @@ from qe_pipelines.results import environment
 from torch import Tensor
 
 from qe_dist.core.batch import IMAGE
-from qe_dist.core.cost import Cost, cost_of
+from qe_dist.core.cost import cost_of
 from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import BlockSpec
@@ -168,7 +168,9 @@ class Walk:
     row: Row
     hidden: dict[str, list[Tensor]]
     """Of each set's batches, before the next block."""
-    cost: Cost = field(default_factory=lambda: Cost(0, 0, 0))
+    stored: int = 0
+    active: int = 0
+    macs: int = 0
     errors: dict[str, list[float]] = field(default_factory=dict)
     """Of each group on held-out tokens, relative to the output, by block."""
     ranks: set[int] = field(default_factory=set)
@@ -224,8 +226,9 @@ class Fitted:
             weight = self.weights.setdefault(codes, Weight.of(group))
             self.known[key] = (group, weight, len(draft.fallbacks))
         group, weight, fallbacks = self.known[key]
-        cost = cost_of(group, 0)
-        walk.cost = Cost(*(a + b for a, b in zip(vars(walk.cost).values(), vars(cost).values(), strict=True)))
+        cost = cost_of(group)
+        walk.stored, walk.active = walk.stored + cost.stored, walk.active + cost.active
+        walk.macs += sum(cost.macs.values())
         walk.fallbacks += fallbacks
         if group.input.shared_down is not None:
             walk.ranks.add(group.input.shared_down.shape[0])
@@ -263,9 +266,9 @@ def _results(model: Prepared, walks: Sequence[Walk], parts: Mapping[str, Part]) 
         yield {
             **vars(walk.row),
             "ranks": sorted(walk.ranks),
-            "stored_bits": round(8 * walk.cost.stored / weights, 4),
-            "active_bits": round(8 * walk.cost.active / weights, 4),
-            "macs": round(walk.cost.macs / weights, 4),
+            "stored_bits": round(8 * walk.stored / weights, 4),
+            "active_bits": round(8 * walk.active / weights, 4),
+            "macs": round(walk.macs / weights, 4),
             "held_out_error": walk.errors,
             "fallbacks": walk.fallbacks,
             "cpu_seconds": {k: round(v, 1) for k, v in walk.seconds.items()},

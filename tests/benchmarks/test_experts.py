@@ -122,4 +122,4 @@ def test_rows_are_told_apart_and_those_of_a_bundle_can_be_walked_together() -> N
 def test_ranks_are_those_of_the_name_on_narrow_layers_too(name: str) -> None:
     recipe = next(row for row in ROWS if row.name == name).recipe(RoundToNearest())
     said = [int(word) for word in name.split() if word.isdigit()]
-    assert recipe.budget.rank_at(576) == (said[0] if said else 64)
+    assert recipe.budget.rank_for(4096, 576) == (said[0] if said else 64)

@@ -16,12 +16,14 @@ from statistics import mean
 from typing import Any
 
 import schedule
+import torch
 from qe_pipelines import entries
 from qe_pipelines.demo import HEADER, Case, cells
 from qe_pipelines.entries import Entry, front
 
 from qe_dist.methods.recipes import SCHEMES as FORMATS
 from qe_dist.methods.recipes import arithmetics
+from qe_dist.numerics.intervals import interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -246,6 +248,80 @@ def permutation(result: dict[str, Any]) -> str:
         (c["group"], str(c["tokens"]), *(f"{c[n]:.1f}" for n in names), f"{c['share']:.2%}") for c in result["cases"]
     ]
     return "\n" + markdown(header, rows) + source(result, "permutation")
+
+
+def experts(result: dict[str, Any], model: str) -> str:
+    """Rows of the experts experiment by number format, with paired intervals against the best adapter of rank 64."""
+    found = result["models"].get(model)
+    if found is None:
+        return NOT_MEASURED
+    formats: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in found["rows"]:
+        formats[row["scheme"], row["quantizer"], str(row["factor_bits"])].append(row)
+    return "".join(_experts_of(rows, found["sets"]) for rows in formats.values()) + source(result, "experts")
+
+
+ONE_ADAPTER = ("lqer 64", "qera 64", "aser 64", "shared 64")
+
+
+def _experts_of(rows: list[dict[str, Any]], sets: dict[str, Any]) -> str:
+    """The base is chosen on the development set, and compared with on the test set."""
+    kl = {(r["name"], r["seed"], n): sum(r["sets"][n]["kl"]) / sum(sets[n]["tokens"]) for r in rows for n in sets}
+    adapters = [r for r in rows if r["name"] in ONE_ADAPTER and r["seed"] == 0]
+    base = min(adapters, key=lambda r: kl[r["name"], 0, "development"], default=None)
+    samples, tokens = len(sets["test"]["tokens"]), torch.tensor(sets["test"]["tokens"], dtype=torch.float64)
+    lines = []
+    for row in sorted(rows, key=lambda r: kl[r["name"], r["seed"], "test"]):
+        own, seed = row["sets"]["test"], f", seed {row['seed']}" if row["seed"] else ""
+        against = "" if row is base or base is None else _against(own["kl"], base["sets"]["test"]["kl"], tokens)
+        lines.append((
+            f"**{row['name']}**" if row is base else row["name"] + seed, f"{row['stored_bits']:.2f}",
+            f"{row['active_bits']:.2f}", f"{kl[row['name'], row['seed'], 'development']:.4f}",
+            f"{kl[row['name'], row['seed'], 'test']:.4f}", against, f"{sum(own['agrees']) / float(tokens.sum()):.1%}",
+            _layer_error(row, base),
+        ))  # fmt: skip
+    one = rows[0]
+    title = f"{one['scheme']}, {one['quantizer'].upper()}, factors of {one['factor_bits']} bits; {samples} test samples"
+    header = ("repair", "stored bits", "active bits", "KL, development", "KL, test", "against the adapter in bold")
+    return f"\n{title}:\n\n" + markdown((*header, "top-1 agreement", "layer error"), lines)
+
+
+def _against(own: list[float], base: list[float], tokens: torch.Tensor) -> str:
+    """How much larger the KL is, with its 95 % interval."""
+    mine, other = torch.tensor(own, dtype=torch.float64), torch.tensor(base, dtype=torch.float64)
+    size = float(other.sum() / tokens.sum())
+    found = interval(mine, tokens, other)
+    spread = "" if found is None else f" [{found[0] / size:+.1%}, {found[1] / size:+.1%}]"
+    return f"{float((mine - other).sum() / other.sum()):+.1%}{spread}"
+
+
+def _layer_error(row: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """Mean over all groups of all blocks, over that of the base."""
+    if base is None:
+        return ""
+    pairs = [
+        pair
+        for name, errors in row["held_out_error"].items()
+        for pair in zip(errors, base["held_out_error"][name], strict=True)
+    ]
+    return f"{mean(own / other for own, other in pairs):.3f}"
+
+
+def channel_overlap(result: dict[str, Any]) -> str:
+    """Means over the blocks."""
+    names = ("k", "width", "always", "shared_share", "with_routed_share", "next_token", "any_token")
+    pairs = {"text_with_image": "text with image", "same_shared": "C_s of text and of images in common"}
+    rows = []
+    for model, found in result["models"].items():
+        for group in dict.fromkeys(one["group"] for one in found["groups"]):
+            own = [one for one in found["groups"] if one["group"] == group]
+            shares = [f"{mean(one[n] for one in own):.2f}" for n in names[3:]]
+            others = [f"{mean(one[n] for one in own):.2f}" if n in own[0] else "" for n in pairs]
+            counts = [f"{mean(one[n] for one in own):.0f}" for n in names[:3]]
+            rows.append((model, group, *counts, *shares, *others))
+    header = ("model", "input of", "k", "channels", "important for most tokens", "share of C_s", "of C_s and C_r",
+              "shared with the next token", "with any token", *pairs.values())  # fmt: skip
+    return "\n" + markdown(header, rows) + source(result, "experts_channels")
 
 
 def sharing(result: dict[str, Any]) -> str:
@@ -586,6 +662,9 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "league winners": ("league", winners, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),
+    "experts lm": ("experts", experts, ("lm",)),
+    "experts vlm": ("experts", experts, ("vlm",)),
+    "experts channels": ("experts_channels", channel_overlap, ()),
     "permutation": ("permutation", permutation, ()),
     **{f"league {m} {s}": ("league", league, (m, s)) for m in MODELS for s in SCHEMES},
     **{f"ablation {m}": ("ablation", ablation, (m,)) for m in MODELS},

@@ -127,6 +127,13 @@ def test_the_shared_expert_has_half_the_rank_and_each_routed_one_the_other(fitte
     }
 
 
+def test_a_rank_by_ratio_is_halved_as_well(problem: GroupProblem) -> None:
+    """Half of 80 outputs are 40."""
+    group = replace(recipe_of(), budget=Budget(ratio=0.5)).fit(problem)
+    assert group.input.shared_down.values.shape == (20, WIDTH)
+    assert group.input.expert_down.values.shape == (KINDS, 20, WIDTH)
+
+
 def test_the_experts_are_the_kinds_of_tokens(errors: Tensor, tokens: Any) -> None:
     """Most tokens of a kind are best served by one expert, and no two kinds by the same."""
     best = errors.argmin(dim=1)

@@ -133,7 +133,7 @@ class QuantExperts:
 
     def _rank(self, problem: ErrorProblem) -> int:
         """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
-        if problem.budget.rank is not None:
+        if problem.budget.extra_bits is None:
             return max(1, problem.rank // 2)
         outputs, inputs = problem.stacked.shape
         experts, stats = self.num_experts, problem.stats

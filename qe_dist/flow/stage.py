@@ -33,7 +33,7 @@ from qe_dist.io.spool import Spool, Spooled
 from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.recipe import Ask, Draft
 from qe_dist.numerics.hadamard import Signs, rotate_blocks, rotate_weight, unit
-from qe_dist.numerics.stats import GroupStats
+from qe_dist.numerics.stats import GroupStats, TokenSample
 
 
 class Stage:
@@ -260,11 +260,13 @@ class _Block:
         weights, stats = self.weights(group), self.stats[group.name]
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
-        rotation = self.rotation_of(group)
         if group.router_input == group.name:  # what it reads is sampled, whatever its router read in the statistics
-            back = tuple(factor.T for factor in unit(rotation, torch.float32))  # routers read what is not rotated yet
-            sample, held_out = (
-                replace(t, router_x=rotate_blocks(t.x.float(), back).to(t.x)) for t in (stats.sample, stats.held_out)
-            )
+            sample, held_out = (_routed_on_own(t, self.rotation_of(group)) for t in (stats.sample, stats.held_out))
             stats = replace(stats, sample=sample, held_out=held_out)
-        return GroupProblem(group, weights, stats, scheme, seed, rotation=rotation)
+        return GroupProblem(group, weights, stats, scheme, seed, rotation=self.rotation_of(group))
+
+
+def _routed_on_own(tokens: TokenSample, rotation: Signs) -> TokenSample:
+    """With routers that read what the group reads, before anything is rotated."""
+    back = tuple(factor.T for factor in rotation)
+    return replace(tokens, router_x=rotate_weight(tokens.x, back))

@@ -21,16 +21,16 @@ def measure(runs: Sequence[Any], arch: Any, examples: Any) -> list[Entry]:
     model, device = runs[0].model, runs[0].device
     folder = Path(tempfile.mkdtemp(prefix=".reference-", dir=runs[0].output.parent))
     try:
-        _finished([(_reference, (model, arch, examples, folder), model, evaluation_bytes(model, device))], device)
+        finished([(_reference, (model, arch, examples, folder), model, evaluation_bytes(model, device))], device)
         tasks = [
             (_measured, (r.output, arch, examples, folder), r.output, evaluation_bytes(r.output, device)) for r in runs
         ]
-        return _finished(tasks, device)
+        return finished(tasks, device)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: str) -> list[Any]:
+def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: str) -> list[Any]:
     """Results of function, arguments, what it measures, and bytes. Ray starts as many at a time as fit into the memory
     of the nodes. One that is killed ends the command: it would be killed again."""
     import ray

@@ -10,9 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qe_cluster import launch
 from qe_pipelines import main
-from qe_pipelines.entries import HEADER, Entry, cells, front, scheme_of, table_of
+from qe_pipelines.entries import (
+    HEADER,
+    PAIRED,
+    Entry,
+    by_arithmetic,
+    cells,
+    control_of,
+    front,
+    is_control,
+    paired,
+    scheme_of,
+    table_of,
+)
+from qe_pipelines.measuring import GIB, finished
 
 from qe_dist import methods
+from qe_dist.core.errors import ConfigError
+from qe_dist.flow.quality import Quality, SampleScore
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.methods.recipes import METHODS, SCHEMES, load_recipe
 from tests.tiny import calibration, tiny_model
@@ -282,3 +297,56 @@ def test_a_row_says_at_what_a_recipe_wins() -> None:
 @pytest.mark.parametrize(("written", "scheme"), [("w4a6k64", "w4a6"), ("w3a16g128", "w3a16"), ("w4a16", "w4a16")])
 def test_formats_are_compared_by_their_bits(written: str, scheme: str) -> None:
     assert scheme_of(written) == scheme
+
+
+# -- against which control
+
+
+def scored(recipe: str, bits: float, level: float, **other: Any) -> Entry:
+    """With samples whose KL is about `level` for every token."""
+    scores = [
+        SampleScore(i, "text", "text", 20 + i, False, 40.0, level * (20 + i) * (1 + 0.02 * (i % 5)), 9)
+        for i in range(30)
+    ]
+    found = Quality(scores)
+    told = {"scores": found.columns(), "intervals": found.summary()["intervals"], "agreement": 0.5} | other
+    return entry(recipe, bits, bits, 1.0, found.summary()["kl"], **told)
+
+
+def test_tables_are_of_one_arithmetic_and_show_every_control_below() -> None:
+    control = scored("gptq-w4a16g64", 4.25, 0.18, scheme="w4a16", arithmetic="a16", control=True)
+    small = scored("gptq-w4a8", 4.02, 0.3, scheme="w4a8", arithmetic="int8", control=True)
+    mine = scored("qe-w4a8", 4.27, 0.15, scheme="w4a8", arithmetic="int8")
+    hidden = scored("gptq-w4a8k64", 4.02, 0.2, scheme="w4a8", arithmetic="a16")
+    entries = [small, mine, control, hidden]
+    tables = dict(by_arithmetic(entries))
+    assert {title: [e.recipe for e in own] for title, own in tables.items()} == {
+        "w4a16-a16": ["gptq-w4a16g64"],
+        "w4a8-a16": ["gptq-w4a8k64"],
+        "w4a8-int8": ["qe-w4a8", "gptq-w4a8"],
+    }
+    shown = table_of("w4a8-int8", tables["w4a8-int8"], entries)
+    assert list(shown.columns[0].cells) == ["qe-w4a8", "gptq-w4a8", "gptq-w4a16g64"]
+    # the best control that is not larger, with an interval that is off zero
+    assert control_of(mine, entries) is control
+    assert control_of(hidden, entries) is small
+    assert control_of(small, entries) is None
+    row = dict(zip(PAIRED, paired(mine, entries), strict=True))
+    assert row["control"] == "gptq-w4a16g64"
+    gap, low, high = (float(word.strip("[],")) for word in row["KL less that of the control, 95 %"].split())
+    assert low <= gap <= high < 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "control"),
+    [("gptq-w4a16g64", True), ("qe-w4a16", True), ("gptq-w4a8", True), ("gptq-w4a8g64", True), ("gptq-w4a8k64", False),
+     ("gptq-w4a6", False), ("rtn-w4a8", False), ("qe-w4a8", False), ("gptq-w3a16", False)],
+)  # fmt: skip
+def test_controls_are_weights_alone_in_four_bits_and_plain_gptq_at_w4a8(recipe: str, control: bool) -> None:
+    assert is_control(load_recipe(recipe).describe()) is control
+
+
+def test_a_task_that_no_node_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"memory": 2.0 * GIB}}])
+    with pytest.raises(ConfigError, match=r"to evaluate big takes a process of 3.0 GiB.*2.0 GiB"):
+        finished([(print, (), Path("big"), 3 * GIB)], "cpu")

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,9 +28,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
-    """One JSON file: the environment, then the numbers."""
+    """One JSON file: the environment, then the numbers; a plain list is one line, or every sample would take its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    text = json.dumps({"environment": environment(), **content}, indent=1)
+    text = re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", lambda plain: f"[{re.sub(r',\n\s*', ', ', plain[1])}]", text)
+    path.write_text(text + "\n")
 
 
 def _version(name: str) -> str | None:

@@ -28,11 +28,15 @@ def environment() -> dict[str, Any]:
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
-    """One JSON file: the environment, then the numbers; a plain list is one line, or every sample would take its own."""
+    """One JSON file: the environment, then the numbers. A plain list is one line, for samples are many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(), **content}, indent=1)
-    text = re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", lambda plain: f"[{re.sub(r',\n\s*', ', ', plain[1])}]", text)
+    text = re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", _on_one_line, text)
     path.write_text(text + "\n")
+
+
+def _on_one_line(plain: re.Match[str]) -> str:
+    return "[" + re.sub(r",\n\s*", ", ", plain[1]) + "]"
 
 
 def _version(name: str) -> str | None:

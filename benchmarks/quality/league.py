@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 REAL, RESULT, PLOTS = ROOT / "real", ROOT / "benchmarks" / "results" / "league.json", ROOT / "docs" / "league"
 DATA = {"lm": "text-{}.jsonl", "vlm": "{}.jsonl"}
 SETS = ("development", "test")
-AT_ONCE = 4
+AT_ONCE = 8
 """Rows that are measured before the result is written."""
 
 CONTROLS = ("rtn-w4a16g64", "gptq-w4a16g64", "gptq-w4a16g32", "gptq-w4a8g64")

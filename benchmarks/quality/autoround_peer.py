@@ -63,6 +63,10 @@ def main() -> None:
             device_map="cpu", enable_torch_compile=False,
         )  # fmt: skip
         rounder.quantize_and_save(str(asked.output), format="auto_round" if form["act_bits"] == 16 else "fake")
+    for config in list(asked.output.glob("*/config.json")):  # it chooses a name for the folder inside
+        for path in config.parent.iterdir():
+            path.rename(asked.output / path.name)
+        config.parent.rmdir()
     cost.print(form["bits"] + 16 / form["group_size"], ("auto-round", "torch", "transformers"))
 
 

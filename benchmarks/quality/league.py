@@ -3,7 +3,7 @@
     python benchmarks/quality/league.py lm         writes benchmarks/results/league.json and docs/league/*.png
     python benchmarks/quality/league.py vlm
 
-Checkpoints stay in real/league, and every row is written as soon as it is measured: the same command goes on where an
+Checkpoints stay in runs/league, and every row is written as soon as it is measured: the same command goes on where an
 earlier one stopped. One pass of statistics serves all recipes that rotate alike.
 """
 
@@ -54,7 +54,7 @@ def main(
     folder, result = REAL / model, _read()
     data = {name: REAL / "data" / DATA[model].format(name) for name in ("calibration", *SETS)}
     runs = {
-        name: RunConfig(folder, load_recipe(name), data["calibration"], REAL / "league" / model / name, workers)
+        name: RunConfig(folder, load_recipe(name), data["calibration"], ROOT / "runs" / "league" / model / name, workers)
         for name in names
     }
     with ray_cluster(None, workers):

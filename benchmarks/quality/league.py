@@ -46,6 +46,7 @@ def main(
     model: Annotated[str, typer.Argument(help="lm or vlm, of the folder real/")],
     recipes: Annotated[str, typer.Option(help="comma-separated; default: all rows")] = "",
     sets: Annotated[str, typer.Option(help="of the data: development, test or both")] = ",".join(SETS),
+    first: Annotated[int | None, typer.Option(help="so many samples of each set; default: all")] = None,
     workers: Annotated[int, typer.Option(help="Ray workers")] = 2,
 ) -> None:
     """Fits and measures the rows that the result does not hold yet."""
@@ -63,10 +64,19 @@ def main(
             rows = result.setdefault(model, {}).setdefault(kind, [])
             missing = [run for name, run in runs.items() if name not in {row["recipe"] for row in rows}]
             for part in (missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)):
-                rows += [asdict(entry) for entry in measure(part, *encode(folder, data[kind]))]
+                rows += [asdict(entry) for entry in measure(part, *encode(folder, beginning(data[kind], first)))]
                 write_result(RESULT, {"models": result})
     if "test" in sets:
         draw(model, [Entry(**row) for row in result[model]["test"]])
+
+
+def beginning(data: Path, count: int | None) -> Path:
+    """The first samples of a file, beside it; kinds take turns in it, so these are a fair share."""
+    if count is None:
+        return data
+    part = data.with_name(f"{data.stem}-first-{count}.jsonl")
+    part.write_text("".join(data.read_text().splitlines(keepends=True)[:count]))
+    return part
 
 
 def _read() -> dict[str, Any]:

@@ -52,12 +52,9 @@ def main(
     """Fits and measures the rows that the result does not hold yet."""
     set_up_logging(None)
     names = [part for part in recipes.split(",") if part] or list(ROWS[model])
-    folder, result = REAL / model, _read()
+    folder, output, result = REAL / model, ROOT / "runs" / "league" / model, _read()
     data = {name: REAL / "data" / DATA[model].format(name) for name in ("calibration", *SETS)}
-    runs = {
-        name: RunConfig(folder, load_recipe(name), data["calibration"], ROOT / "runs" / "league" / model / name, workers)
-        for name in names
-    }
+    runs = {name: RunConfig(folder, load_recipe(name), data["calibration"], output / name, workers) for name in names}
     with ray_cluster(None, workers):
         fit(list(runs.values()))
         for kind in sets.split(","):

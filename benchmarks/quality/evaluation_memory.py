@@ -28,7 +28,7 @@ from qe_dist.serve.loading import load_model
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 VOCABULARY, WIDTH = 152_064, 512
-TEXT_WORDS = 160
+TEXT_WORDS = 80
 SAMPLES = (8, 32)
 MIB = 2**20
 

@@ -54,7 +54,9 @@ def main(
     folder, result = REAL / model, _read()
     data = {name: REAL / "data" / DATA[model].format(name) for name in ("calibration", *SETS)}
     runs = {
-        name: RunConfig(folder, load_recipe(name), data["calibration"], ROOT / "runs" / "league" / model / name, workers)
+        name: RunConfig(
+            folder, load_recipe(name), data["calibration"], ROOT / "runs" / "league" / model / name, workers
+        )
         for name in names
     }
     with ray_cluster(None, workers):

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qe_dist import archs
-from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_from_tensors
+from qe_dist.core.quantized import GroupInput, QuantizedLinear, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import LinearSpec
 from qe_dist.flow.serving import layout_linears, parts_of
 from qe_dist.flow.verify import Checkpoint
 from qe_dist.numerics.grid import dequantize, round_activations
 from qe_dist.numerics.packing import unpack
-from qe_dist.numerics.reference import linear_forward, prepare, route
+from qe_dist.numerics.reference import linear_forward, prepare, route, salient_of
 from qe_dist.numerics.sharding import cut, inputs_dim, local_channels, outputs_dim
 
 TOKENS = 32
@@ -83,12 +83,13 @@ def _differences(group: _Group, sizes: Sequence[int]) -> Iterator[tuple[int, str
         whole = _linear(tensors, group.scheme, linear.in_features)
         weight = dequantize(whole.codes, whole.scale)
         exact = linear_forward(whole, unrounded, weight)
-        reach = weight.abs().sum(dim=1)
+        reach = _of_the_rounded(whole, weight, part).abs().sum(dim=1)
         for size in sizes:
             named, is_row = f"{linear.name} over {size} ranks", linear.split == "row"
             slices = unrounded.base.unflatten(1, (size if is_row else 1, -1)).flatten(0, 1)  # one grid each
             rounded = round_activations(slices, group.scheme).view_as(unrounded.base)
-            wanted = linear_forward(whole, replace(unrounded, base=rounded), weight)
+            rounding = replace(unrounded, base=rounded, salient=salient_of(rounded, part))
+            wanted = linear_forward(whole, rounding, weight)
             got = (_sum_of_rows if is_row else _columns_together)(group, linear, size)
             off, slack = (got - wanted).norm(dim=0), ROUNDING * wanted.norm(dim=0)
             if not bool((off <= slack).all()):
@@ -98,6 +99,13 @@ def _differences(group: _Group, sizes: Sequence[int]) -> Iterator[tuple[int, str
                 step = unrounded.base.abs().amax(dim=1, keepdim=True) / (2 ** (group.scheme.act_bits - 1) - 1)
                 if not bool(((got - exact).abs() <= step / 2 * reach + slack).all()):
                     yield size, f"{named} is further off the product than its activation grid explains"
+
+
+def _of_the_rounded(linear: QuantizedLinear, weight: Tensor, part: GroupInput) -> Tensor:
+    """All that the rounded input is multiplied with: the weight, and what salient columns add to it. [O, I]"""
+    if linear.salient_columns is None:
+        return weight
+    return weight.index_add(1, part.salient_channels.long(), linear.salient_columns.dense)
 
 
 def _columns_together(group: _Group, linear: LinearSpec, size: int) -> Tensor:

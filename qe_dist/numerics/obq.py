@@ -30,12 +30,16 @@ def obq(
     order: Int[Tensor, " L"] | None = None,
 ) -> tuple[Int8[Tensor, "O I"], Float[Tensor, "O G"]]:
     """Codes and bf16 scales; arguments as of `gptq`. In float64, 2 O I^3 FLOP. `order`: one for all rows.
-    NumericalError where the Gram matrix has a NaN."""
+    NumericalError where the Gram matrix has a NaN or Inf."""
     live = live_channels(weight, gram)
     scale = weight_scale(weight * live, bits, group_size) if scale is None else scale.to(torch.bfloat16)
     channels = live.nonzero().squeeze(1) if order is None else order
+    if channels.numel() == 0:
+        return torch.zeros_like(weight, dtype=torch.int8), scale
     steps = scale.double().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)[:, channels]
     hessian = gram[channels[:, None], channels].double()
+    if not torch.isfinite(hessian).all():  # LAPACK may find an inverse, of zeros, for what has an Inf
+        raise NumericalError("the Gram matrix has a NaN or Inf")
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     start = torch.linalg.inv(hessian)
     if not torch.isfinite(start).all():

@@ -28,10 +28,10 @@ class PreparedInput:
     """Qa(x~), extracted channels zero."""
     shared: Float[Tensor, "T R"] | None
     shared_channels: Float[Tensor, "T C"] | None
-    experts: Float[Tensor, "T ER"] | None
-    """x~ A of the token's own expert."""
-    expert_channels: Float[Tensor, "T EC"] | None
-    """Those that the token's own expert extracts."""
+    experts: Float[Tensor, "T R"] | None
+    """x~ A of the token's own expert; zero for tokens of none."""
+    expert_channels: Float[Tensor, "T D"] | None
+    """Those that the token's own expert extracts; zero for tokens of none."""
     salient: Float[Tensor, "T S"] | None
     members: tuple[Int[Tensor, " _"], ...] = ()
     """The tokens of each expert: it is applied to these alone."""
@@ -80,11 +80,17 @@ def prepare(
             experts = _add_own(x.new_zeros(len(x), down.shape[1]), x, down, members)
         if part.expert_channels is not None:
             channels = part.expert_channels.long()[expert]
-            expert_channels = pad(x, (0, 1)).gather(1, channels)
-            base = torch.where(expert[:, None] < 0, base, _without(base, channels))
+            of_none = expert[:, None] < 0
+            expert_channels = pad(x, (0, 1)).gather(1, channels).masked_fill(of_none, 0.0)
+            base = torch.where(of_none, base, _without(base, channels))
     base = round_activations(base, scheme)
-    salient = None if part.salient_channels is None else _pick(base, part.salient_channels.long())
+    salient = salient_of(base, part)
     return PreparedInput(base, shared, shared_channels, experts, expert_channels, salient, members)
+
+
+def salient_of(base: Float[Tensor, "T I"], part: GroupInput) -> Float[Tensor, "T S"] | None:
+    """What the salient columns meet: channels of the rounded input; None where there are no such columns."""
+    return None if part.salient_channels is None else _pick(base, part.salient_channels.long())
 
 
 def _pick(x: Tensor, channels: Tensor) -> Tensor:

@@ -8,11 +8,20 @@ import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-HOLD = "import time; kept = bytearray(b'1') * (100 * 2**20); time.sleep(2)"
+HOLD = """
+import pathlib, sys, time, uuid
+kept = bytearray(b'1') * (100 * 2**20)
+folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+(folder / uuid.uuid4().hex).touch()
+while len([*folder.iterdir()]) < number:
+    time.sleep(0.05)
+time.sleep(2)
+"""
+"""Holds an array until so many processes hold theirs, and two seconds more: on a busy machine one may start late."""
 ORPHAN = f"""
 import subprocess, sys
-subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])",
-                  {HOLD!r}], start_new_session=True).wait()
+start = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]])"
+subprocess.Popen([sys.executable, "-c", start, {HOLD!r}, *sys.argv[1:]], start_new_session=True).wait()
 {HOLD}
 """
 
@@ -26,7 +35,10 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize(("code", "arrays"), [(HOLD, 1), (ORPHAN, 2)], ids=["one process", "with an orphan"])
 def test_the_memory_of_every_process_of_a_command_is_counted(script, tmp_path, code, arrays):
-    watched = script("memory").watch([sys.executable, "-c", code], tmp_path / "log", interval=0.05)
+    held = tmp_path / "held"
+    held.mkdir()
+    command = [sys.executable, "-c", code, str(held), str(arrays)]
+    watched = script("memory").watch(command, tmp_path / "log", interval=0.05)
     assert watched.code == 0, (tmp_path / "log").read_text()
     assert 100 * arrays < watched.peak.total < 100 * arrays + 60
 
@@ -40,7 +52,10 @@ def test_a_process_that_has_no_environment_yet_is_asked_again(script, tmp_path, 
         return {} if first else environ(process)
 
     monkeypatch.setattr(psutil.Process, "environ", from_the_second_time_on)
-    watched = script("memory").watch([sys.executable, "-c", HOLD], tmp_path / "log", interval=0.05)
+    held = tmp_path / "held"
+    held.mkdir()
+    command = [sys.executable, "-c", HOLD, str(held), "1"]
+    watched = script("memory").watch(command, tmp_path / "log", interval=0.05)
     assert 100 < watched.peak.total < 160
 
 

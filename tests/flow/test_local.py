@@ -108,7 +108,7 @@ def test_routers_on_their_own_input_share_the_pass_with_others_and_are_what_they
     quantize(sublayer, own)
     quantize(alone)
     arch, examples = encoded(run.model)
-    full = predictions(load(run.model), arch, examples)
+    full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     for one, width in ((own, 96), (sublayer, 64)):
         quantized = load(one.output)
         assert quantized.get_decoder().layers[0].mlp.down_input.router.shape == (3, width)

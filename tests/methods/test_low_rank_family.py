@@ -195,7 +195,7 @@ def test_a_large_byte_budget_carries_the_columns(smoothed_aser: Recipe, x: Tenso
 @pytest.mark.parametrize(("scheme", "top"), [("w4a6", 31), ("w4a8", 127)])
 def test_the_error_of_aser_is_that_of_the_papers_formulas(x: Tensor, problem_for: Build, scheme: str, top: int) -> None:
     """Outliers by mean|x| mean|W|, m = mean|x| / its least, Q(W_s), and the whitened SVD of all that is missing."""
-    transform, budget = OutlierSmoothing(k=64, rank_by="mean"), Budget(rank=96)
+    transform, budget = OutlierSmoothing(k=64, rank_by="mean"), Budget(rank=6)
     recipe = Recipe(Scheme.parse(scheme), transform, RoundToNearest(), ASER(k=64), budget)
     problem = problem_for(recipe, x)
     tokens = x.double()

@@ -251,8 +251,8 @@ def test_no_ray_cluster_at_the_address(quantize):
     assert "no Ray cluster answers at 127.0.0.1:1" in quantize(ray_address="127.0.0.1:1")
 
 
-def test_eval_of_nothing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sys.argv", ["qe-dist", "eval", str(tmp_path), "--data", "x.jsonl"])
+def test_eval_of_nothing(good, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["qe-dist", "eval", str(tmp_path), "--data", str(good[1])])
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2

@@ -37,9 +37,11 @@ def ask(model: Any, questions: Sequence[dict[str, Tensor]]) -> Answers:
     weights = sum(m.weight_packed.numel() for m in model.modules() if isinstance(m, QELinear))
 
     def note(module: QEInput, _: Any, prepared: Any) -> None:
-        if prepared.experts is not None:
-            of_expert = prepared.experts.unflatten(1, (len(module.lr_expert_a), -1)).abs().sum(dim=2)
-            experts.append(of_expert.argmax(dim=1))
+        if prepared.members:
+            expert = torch.full((len(prepared.base),), -1)
+            for index, tokens in enumerate(prepared.members):
+                expert[tokens] = index
+            experts.append(expert)
 
     for module in model.modules():
         if isinstance(module, QEInput):

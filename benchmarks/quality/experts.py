@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[2]
 REAL, RESULTS = ROOT / "real", ROOT / "benchmarks" / "results"
 MODELS = {"lm": "text-", "vlm": ""}
 """And how the names of their data begin."""
-CALIBRATION, SETS = 64, {"development": 16, "test": 40}
+CALIBRATION, SETS = 64, {"development": 10, "test": 32}
 """Samples."""
 SAMPLE_TOKENS = 4096
 RANK, HALF, EQUAL_BYTES = 64, 32, 288

@@ -224,6 +224,21 @@ def _layer_error(row: dict[str, Any], base: dict[str, Any] | None) -> str:
     return f"{mean(own / other for own, other in pairs):.3f}"
 
 
+def expert_layers(result: dict[str, Any]) -> str:
+    """Of each group, the mean over the blocks of its held-out error over that of `shared 64`."""
+    rows, header = [], ("model", "format", "blocks", "input of")
+    for model, found in result["models"].items():
+        for scheme in dict.fromkeys(one["scheme"] for one in found):
+            own = [one["errors"] for one in found if one["scheme"] == scheme]
+            others = [name for name in own[0] if name != "shared 64"]
+            header = (*header[:4], "error of shared 64", *others)
+            for group in own[0]["shared 64"]:
+                base = [one["shared 64"][group] for one in own]
+                ratios = [mean(one[n][group] / b for one, b in zip(own, base, strict=True)) for n in others]
+                rows.append((model, scheme, str(len(own)), group, f"{mean(base):.4f}", *(f"{r:.3f}" for r in ratios)))
+    return "\n" + markdown(header, rows) + source(result, "experts_layers")
+
+
 def channel_overlap(result: dict[str, Any]) -> str:
     """Means over the blocks."""
     names = ("k", "width", "always", "shared_share", "with_routed_share", "next_token", "any_token")
@@ -582,6 +597,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "sensitivity": ("sensitivity", sensitivity, ()),
     "experts lm": ("experts", experts, ("lm",)),
     "experts vlm": ("experts", experts, ("vlm",)),
+    "experts layers": ("experts_layers", expert_layers, ()),
     "experts channels": ("experts_channels", channel_overlap, ()),
     "permutation": ("permutation", permutation, ()),
 }

@@ -2,6 +2,7 @@
 
     python benchmarks/quality/experts.py lm         rows of the language model; those that are there already stay
     python benchmarks/quality/experts.py vlm        of the model with a vision tower
+    python benchmarks/quality/experts.py layers     held-out errors of single groups of every other block, all models
     python benchmarks/quality/experts.py channels   which channels matter for which token, of what is prepared
     python benchmarks/quality/experts.py plot       docs/experts.png
 
@@ -50,7 +51,7 @@ ROOT = Path(__file__).parents[2]
 REAL, RESULTS = ROOT / "real", ROOT / "benchmarks" / "results"
 MODELS = {"lm": "text-", "vlm": ""}
 """And how the names of their data begin."""
-CALIBRATION, SETS = 64, {"development": 16, "test": 40}
+CALIBRATION, SETS = 64, {"development": 10, "test": 32}
 """Samples."""
 SAMPLE_TOKENS = 4096
 RANK, HALF, EQUAL_BYTES = 64, 32, 288
@@ -101,6 +102,7 @@ REPAIRS: Mapping[str, Repair] = {
 FIRST = ("qera 64", "shared 64", "qe own", "qe random routing", "qe oracle")
 SECOND = ("qe sublayer", "shared 288", "qera 288")
 REST = tuple(name for name in REPAIRS if name not in FIRST + SECOND)
+LAYERS = ("shared 64", "qe own", "qe random routing", "qe oracle", "shared 288")
 NARROW = ("qera 64", "qe own, all columns rounded", "qera 288", "none")
 """With 4-bit factors, which cannot hold whole columns."""
 AGAIN = ("qe own", "qe sublayer", "qe random clusters", "qe random routing")
@@ -188,10 +190,7 @@ def measure(model: Prepared, rows: Sequence[Row], parts: Mapping[str, Part]) -> 
         fitted = Fitted(data, spec, QUANTIZERS[rows[0].quantizer])
         for walk in walks:
             start = time.process_time()
-            own = getattr(walk.row.repair.compensation, "router_input", "sublayer") == "own"
-            block.routes = {g: g for g in routes} if own else routes
-            groups = {g.name: fitted.group(walk, g.name) for g in spec.groups}
-            _hold_out(walk, data, groups, block.routes)
+            groups, block.routes = fitted.groups(walk)
             walk.seconds["fit"] += time.process_time() - start
             start = time.process_time()
             for name, part in parts.items():
@@ -203,6 +202,16 @@ def measure(model: Prepared, rows: Sequence[Row], parts: Mapping[str, Part]) -> 
     return list(_results(model, walks, parts))
 
 
+def layers(model: Prepared, index: int, scheme: str) -> dict[str, Any]:
+    """Held-out errors of the groups of one block alone: minutes less than a row, and no word about the KL."""
+    fitted = Fitted(model.block(index), model.spec.blocks[index], QUANTIZERS["gptq"])
+    walks = [Walk(Row(name, scheme), {}) for name in LAYERS]
+    for walk in walks:
+        fitted.groups(walk)
+    errors = {walk.row.name: {group: own[0] for group, own in walk.errors.items()} for walk in walks}
+    return {"block": index, "scheme": scheme, "errors": errors}
+
+
 class Fitted:
     """The groups of one block as rows want them; what rows have in common is made once."""
 
@@ -210,6 +219,14 @@ class Fitted:
         self.data, self.spec, self.quantizer = data, spec, Remembered(quantizer)
         self.known: dict[Any, tuple[QuantizedGroup, Weight, int]] = {}
         self.weights: dict[bytes, Weight] = {}
+
+    def groups(self, walk: Walk) -> tuple[dict[str, Group], dict[str, str]]:
+        """All of them, and the group whose input each one's router reads. Their held-out errors go to the walk."""
+        own = getattr(walk.row.repair.compensation, "router_input", "sublayer") == "own"
+        routes = {g.name: g.name if own else g.router_input for g in self.spec.groups}
+        groups = {name: self.group(walk, name) for name in routes}
+        _hold_out(walk, self.data, groups, routes)
+        return groups, routes
 
     def group(self, walk: Walk, name: str) -> Group:
         row, compensation, read = walk.row, walk.row.repair.compensation, self.spec.group(name).router_input
@@ -314,7 +331,7 @@ def _prepared(name: str, folder: Path) -> tuple[Prepared, dict[str, tuple[Path, 
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="lm, vlm, channels or plot")],
+    what: Annotated[str, typer.Argument(help="lm, vlm, layers, channels or plot")],
     work: Annotated[Path, typer.Option(help="directory for what is prepared, some 3 GB a model")] = ROOT / "build",
     only: Annotated[str, typer.Option(help="number formats to run, the others later")] = ",".join(FORMATS),
 ) -> None:
@@ -324,6 +341,9 @@ def main(
         import experts_channels
 
         experts_channels.main(what, {name: work / name for name in MODELS if (work / name / "ready").exists()})
+        return
+    if what == "layers":
+        _every_layer([name for name in MODELS if (REAL / name).exists()], work, only.split(","))
         return
     path = RESULTS / "experts.json"
     model, _ = _prepared(what, work)
@@ -340,6 +360,19 @@ def main(
         _write(path, {"environment": environment(), **{k: v for k, v in result.items() if k != "environment"}})
 
 
+def _every_layer(names: Sequence[str], work: Path, schemes: Sequence[str]) -> None:
+    path = RESULTS / "experts_layers.json"
+    result = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    for name in names:
+        model, _ = _prepared(name, work)
+        rows = result["models"].setdefault(name, [])
+        for index in range(1, len(model.spec.blocks), 2):
+            for scheme in schemes:
+                if (index, scheme) not in [(row["block"], row["scheme"]) for row in rows]:
+                    rows.append(layers(model, index, scheme))
+                    _write(path, {"environment": environment(), "models": result["models"]})
+
+
 def _facts(part: Part) -> dict[str, list[Any]]:
     """Of each sample."""
     return {
@@ -351,7 +384,7 @@ def _facts(part: Part) -> dict[str, list[Any]]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """A row to a line."""
-    shown = json.dumps(content).replace('{"name":', '\n{"name":')
+    shown = json.dumps(content).replace('{"name":', '\n{"name":').replace('{"block":', '\n{"block":')
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(shown + "\n")

@@ -22,12 +22,12 @@ from qe_dist.numerics.affinity import top_channels
 from qe_dist.numerics.lowrank import capped
 
 ROOT = Path(__file__).parents[2]
-RESULT, ROWS = (ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("experts_channels", "experts"))
+RESULT, LAYERS = (ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("experts_channels", "experts_layers"))
 PICTURE = ROOT / "docs" / "experts.png"
 K, EXPERTS = 32, 8
 SHOWN = 4
 """Blocks whose curves are kept, from the first to the last."""
-BARS = ("shared 32", "qe random routing", "qe sublayer", "qe own", "qe oracle", "shared 288")
+SCHEMES = ("w3a16g64", "w4a6")
 
 
 def main(what: str, prepared: Mapping[str, Path]) -> None:
@@ -35,7 +35,7 @@ def main(what: str, prepared: Mapping[str, Path]) -> None:
         models = json.loads(RESULT.read_text())["models"] if RESULT.exists() else {}
         models |= {name: measured(folder) for name, folder in prepared.items()}
         write_result(RESULT, {"models": models})
-    plot(json.loads(RESULT.read_text())["models"], json.loads(ROWS.read_text())["models"])
+    plot(json.loads(RESULT.read_text())["models"], json.loads(LAYERS.read_text())["models"])
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -98,18 +98,12 @@ def _pairs(one: Tensor, other: Tensor, k: int) -> float:
 
 
 def layer_errors(rows: Sequence[Mapping[str, Any]], scheme: str) -> dict[str, dict[str, float]]:
-    """Mean held-out error over the blocks, over that of one adapter of the same active rank; by row and group."""
-    own = {
-        r["name"]: r["held_out_error"]
-        for r in rows
-        if (r["scheme"], r["quantizer"], r["factor_bits"], r["seed"]) == (scheme, "gptq", 16, 0)
-    }
-    base = own.get("shared 64")
-    if base is None:
-        return {}
+    """Mean over the blocks of a group's held-out error, over that of one adapter of the same active rank; by row."""
+    own = [row["errors"] for row in rows if row["scheme"] == scheme]
     return {
-        name: {g: mean(e / b for e, b in zip(errors[g], base[g], strict=True)) for g in base}
-        for name, errors in own.items()
+        name: {g: mean(one[name][g] / one["shared 64"][g] for one in own) for g in own[0][name]}
+        for name in (own[0] if own else ())
+        if name != "shared 64"
     }
 
 
@@ -120,26 +114,29 @@ def plot(channels: Mapping[str, Any], models: Mapping[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6 * len(channels)), layout="constrained")
-    axes = figure.subplots(len(channels), 2, squeeze=False)
-    for (left, right), (model, found) in zip(axes, channels.items(), strict=True):
-        blocks = sorted({int(name.split()[0]) for name in found["curves"]})
-        middle = blocks[len(blocks) // 2]
-        for i, (name, curves) in enumerate((n, c) for n, c in found["curves"].items() if n.startswith(f"{middle} ")):
-            for modality, style in (("text", "-"), ("image", "--")):
-                if modality in curves:
-                    label = f"{name.partition(' ')[2]}, {modality}"
-                    left.plot(range(1, len(curves[modality]) + 1), curves[modality], style, color=f"C{i}", label=label)
-        left.set(title=f"{model}, block {middle}", xlabel="channel, by frequency", ylabel="f_c", xscale="log")
-        left.legend(fontsize=7)
-        errors = layer_errors(models.get(model, {"rows": []})["rows"], "w4a6")
-        bars = [name for name in BARS if name in errors]
-        for i, name in enumerate(bars):
-            values = list(errors[name].values())
-            right.bar([g + 0.8 * i / len(bars) for g in range(len(values))], values, 0.8 / len(bars), label=name)
-        if bars:
-            right.set_xticks([g + 0.35 for g in range(len(errors[bars[0]]))], errors[bars[0]])
-        right.axhline(1, color="0.5", linewidth=0.8)
-        right.set(title=f"{model}, w4a6: held-out error over that of shared 64", ylim=(0.6, None))
-        right.legend(fontsize=7)
-    figure.savefig(PICTURE, dpi=130)
+    figure = Figure(figsize=(14, 3.6 * len(channels)), layout="constrained")
+    axes = figure.subplots(len(channels), 1 + len(SCHEMES), squeeze=False)
+    for (left, *others), (model, found) in zip(axes, channels.items(), strict=True):
+        _draw_curves(left, model, found["curves"])
+        for right, scheme in zip(others, SCHEMES, strict=True):
+            errors = layer_errors(models.get(model, []), scheme)
+            for i, (name, by_group) in enumerate(errors.items()):
+                places = [g + 0.8 * i / len(errors) for g in range(len(by_group))]
+                right.bar(places, list(by_group.values()), 0.8 / len(errors), label=name)
+                right.set_xticks([g + 0.3 for g in range(len(by_group))], [g.partition(".")[2] for g in by_group])
+            right.axhline(1, color="0.5", linewidth=0.8)
+            right.set(title=f"{model}, {scheme}: held-out error over that of shared 64")
+            right.legend(fontsize=7)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def _draw_curves(axes: Any, model: str, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    blocks = sorted({int(name.split()[0]) for name in curves})
+    middle = blocks[len(blocks) // 2]
+    for i, (name, own) in enumerate((n, c) for n, c in curves.items() if n.startswith(f"{middle} ")):
+        for modality, style in (("text", "-"), ("image", "--")):
+            if modality in own:
+                label = f"{name.partition(' ')[2]}, {modality}"
+                axes.plot(range(1, len(own[modality]) + 1), own[modality], style, color=f"C{i}", label=label)
+    axes.set(title=f"{model}, block {middle}", xlabel="channel, by frequency", ylabel="f_c", xscale="log")
+    axes.legend(fontsize=7)

@@ -100,7 +100,7 @@ def _branch(x: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
 
 def hashed(keys: Int[Tensor, " T"], salt: int, count: int) -> Int[Tensor, " T"]:
     """A number below `count` for every token, from its key."""
-    mixed = (keys ^ (salt * 0x9E3779B97F4A7C1)) * -4658895280553007687
+    mixed = (keys ^ (salt * 0x9E3779B97F4A7C1 & 0x7FFFFFFFFFFFFFFF)) * -4658895280553007687
     return ((mixed >> 33) & 0x3FFFFFFF) % count
 
 

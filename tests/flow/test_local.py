@@ -13,12 +13,13 @@ from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.local import prepare_run, quantize
-from qe_dist.flow.plan import StagePlan
+from qe_dist.flow.plan import FitJob, StagePlan
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.publish import sha256
 from qe_dist.io.samples import load_images, read_samples
 from qe_dist.methods.recipes import RECIPES, load_recipe
+from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import DATA, calibration, tiny_model
 
 
@@ -115,6 +116,25 @@ def test_routers_on_their_own_input_share_the_pass_with_others_and_are_what_they
         assert evaluate(quantized, arch, examples, full).summary()["kl"] < 0.5
     assert files(own.output)["block-00001.safetensors"] == files(alone.output)["block-00001.safetensors"]
     assert read_manifest(own.output)["blocks"][1]["groups"]["mlp.down"]["error"] < 1
+
+
+def test_a_router_on_its_own_input_reads_it_before_it_is_rotated(run):
+    """As one of a group that is a single linear, which needs no statistics of another group."""
+    recipe = replace(load_recipe("qe-paper-w4a8"), rotation=Hadamard())
+    own = replace(recipe, compensation=replace(recipe.compensation, router_input="own"))
+    both = [
+        replace(run, recipe=own, output=run.output / "own"),
+        replace(run, recipe=replace(recipe, granularity="linear"), output=run.output / "linear"),
+    ]
+    ready = prepare_run(*both)
+    embedder, stage = Embedder(both[0], ready.model.arch), Stage(both, ready.model.arch)
+    stage.load(StagePlan(0, ready.model.blocks[:1]))
+    for i, samples in enumerate(ready.samples):
+        stage.forward(embedder.embed(i, samples))
+    group, linear = (stage.problem(FitJob(i, 0, n)).stats for i, n in enumerate(("mlp.down", "mlp.down_proj")))
+    assert torch.equal(group.sample.x, linear.sample.x)
+    assert not torch.allclose(group.sample.x, group.sample.router_x, rtol=0.1)
+    assert torch.allclose(group.sample.router_x, linear.sample.router_x, rtol=1e-4, atol=1e-5)
 
 
 def test_the_report_of_a_group_is_what_its_module_does(run):

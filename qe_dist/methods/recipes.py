@@ -2,10 +2,9 @@
 
 Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
-(with bf16 factors). `qe` is what measurements made of it (docs/methods.md): a token's important channels are its own
-largest ones and leave its grid, so no scale is needed; GPTQ rounds, and the shared expert is an adapter with 4-bit
-factors and a quarter of a bit per weight, given in each block where it does most good. `qe-extract` has extracting
-experts.
+(with bf16 factors). `qe` is what measurements made of it (docs/methods.md): GPTQ rounds, and the shared expert is an
+adapter with 4-bit factors within a budget of bytes, given in each block where it does most good; where activations are
+rounded, a list of channels leaves their grid, so that the product stays int8. `qe-extract` has extracting experts.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Arithmetic, Scheme
 from qe_dist.methods.base import Budget, Compensation, Transform
+from qe_dist.methods.channels.lists import ChannelLists
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.cross_modal import CrossModal
 from qe_dist.methods.compensation.lqer import LQER
@@ -45,15 +45,16 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
     return Recipe(Scheme.parse(scheme), transform, RoundToNearest(), compensation, budget)
 
 
-OUTLIERS = 64
-"""Dynamic outlier channels of `qe`; on layers narrower than any published one fewer."""
-
-
-def _with_outliers(scheme: str) -> Scheme:
+def _ours(scheme: str) -> Recipe:
+    """Chosen on development texts of a real model, for each arithmetic (docs/methods.md)."""
     asked = Scheme.parse(scheme)
-    if asked.act_bits is None or asked.dynamic_outliers is not None:
-        return asked
-    return replace(asked, dynamic_outliers=OUTLIERS)
+    recipe = Recipe(asked, NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4))
+    if asked.arithmetic == "a16":
+        return recipe
+    recipe = replace(recipe, channels=ChannelLists())
+    if asked.act_bits == 8:
+        return recipe
+    return replace(recipe, transform=SmoothQuant(), budget=replace(recipe.budget, extra_bits=0.5))
 
 
 METHODS: dict[str, Callable[[str], Recipe]] = {
@@ -71,7 +72,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "masquant": lambda s: _recipe(s, MASQuant(), CrossModal(), Budget(ratio=0.05)),
     "qe-paper": lambda s: _recipe(s, OutlierSmoothing(), QuantExperts()),
     "qe-extract": lambda s: _recipe(s, NoTransform(), QuantExperts(extract=True), replace(RANK_64, factor_bits=8)),
-    "qe": lambda s: Recipe(_with_outliers(s), NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4)),
+    "qe": _ours,
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
 """By the name that the field uses: weights alone are rounded in groups of 128."""

@@ -225,7 +225,7 @@ def test_what_vllm_does_not_know_is_served_at_no_size(runs, name, said):
     [
         (3, "rtn-w4a8", "the 4 heads of the vision tower do not divide over 3 ranks"),
         (4, "rtn-w4a16g32", "self_attn.o: the 16 inputs of a rank do not divide into groups of 32"),
-        (2, "qe-w4a6", "self_attn.o: w4a6k64 has dynamic outlier channels, .* depend on the number of ranks"),
+        (2, "gptq-w4a6k64", "self_attn.o: w4a6k64 has dynamic outlier channels, .* depend on the number of ranks"),
     ],
 )
 def test_a_run_for_more_ranks_than_can_serve_it_is_refused_before_any_work(runs, tmp_path, size, recipe, said):

@@ -11,6 +11,7 @@ import pytest
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget
+from qe_dist.methods.channels.lists import ChannelLists
 from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.compensation.qera import QERA
 from qe_dist.methods.compensation.quant_experts import QuantExperts
@@ -36,13 +37,22 @@ def test_a_name_says_the_bits(name: str) -> None:
     assert str(RECIPES[name].scheme).startswith(name.rsplit("-", 1)[1])
 
 
-def test_ours_has_dynamic_outlier_channels_and_shares_a_quarter_of_a_bit() -> None:
-    recipe = RECIPES["qe-w4a6"]
-    assert recipe.scheme == Scheme(4, 6, dynamic_outliers=64)
-    assert (recipe.transform, recipe.quantizer, recipe.compensation) == (NoTransform(), GPTQ(), QERA())
-    assert recipe.budget == Budget(extra_bits=0.25, factor_bits=4)
-    assert RECIPES["qe-w3a16"].scheme == Scheme(3, None, 128)  # without a grid
-    assert load_recipe("qe-w4a4k8").scheme.dynamic_outliers == 8
+@pytest.mark.parametrize(
+    ("name", "arithmetic", "transform", "channels", "bits"),
+    [
+        ("qe-w4a16", "a16", NoTransform(), None, 0.25),
+        ("qe-w3a16", "a16", NoTransform(), None, 0.25),
+        ("qe-w4a4k8", "a16", NoTransform(), None, 0.25),
+        ("qe-w4a8", "int8", NoTransform(), ChannelLists(), 0.25),
+        ("qe-w4a6g64", "int8", SmoothQuant(), ChannelLists(), 0.5),
+    ],
+)
+def test_ours_is_chosen_for_each_arithmetic(name: str, arithmetic: str, transform: Any, channels: Any, bits: float) -> None:
+    recipe = load_recipe(name)
+    assert recipe.scheme.arithmetic == arithmetic
+    assert (recipe.transform, recipe.channels) == (transform, channels)
+    assert (recipe.quantizer, recipe.compensation) == (GPTQ(), QERA())
+    assert recipe.budget == Budget(extra_bits=bits, factor_bits=4)
 
 
 def test_quant_experts_are_those_of_the_paper() -> None:

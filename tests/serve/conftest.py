@@ -10,10 +10,11 @@ from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
 from tests.tiny import MODELS, calibration
 
+OUTLIERS = "gptq+qera-w4a6k64@0.25f4"
 ADAPTED = "smoothquant+gptq+qera-w4a6@0.25f4"
 ROTATED = "hadamard-w4a16g64"
 RECIPES = (
-    "rtn-w4a16g64", "qe-w4a6", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6",
+    "rtn-w4a16g64", OUTLIERS, ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6",
     "rtn-w4a16g128",
 )  # fmt: skip
 

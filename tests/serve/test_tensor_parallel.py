@@ -12,7 +12,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.io.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
-from tests.serve.conftest import ADAPTED, ROTATED
+from tests.serve.conftest import ADAPTED, OUTLIERS, ROTATED
 from tests.serve.python import python
 from tests.serve.ranks import Answers, ask
 from tests.tiny import DATA, MODELS
@@ -88,7 +88,7 @@ def test_a_group_that_cannot_be_cut_is_named(cut: Any) -> None:
 
 
 def test_channels_that_every_rank_would_choose_for_itself_are_refused(cut: Any) -> None:
-    assert cut["qe-w4a6"] == (
+    assert cut[OUTLIERS] == (
         "model.language_model.layers.0.self_attn.o: w4a6k64 has dynamic outlier channels, and each of 2 ranks would "
         "choose them in its own slice of a token: the answers would depend on the number of ranks; choose another "
         "tp_size, or load it whole"
@@ -152,7 +152,7 @@ def test_what_we_cannot_cut_is_refused(plan: Any) -> None:
 
 
 def test_a_part_is_not_saved_as_if_it_were_the_whole(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    model = load_model(checkpoints["qe-w4a6"])
+    model = load_model(checkpoints[OUTLIERS])
     model.hf_quantizer.cut = True  # as it is on every rank
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path)

@@ -25,7 +25,7 @@ from tests.vllm.twin import Twin
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-BASES = ("rtn-w4a8", "qe-w4a6")
+BASES = ("rtn-w4a8", "gptq+qera-w4a6k64@0.25f4")
 ADAPTED = "aser-w4a16g64"
 """Its LoRA holds the most important channels alone, so that nothing goes without it."""
 FEW = 50

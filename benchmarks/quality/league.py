@@ -44,7 +44,7 @@ ROWS = {"lm": (*CONTROLS, *A16, *INT8), "vlm": (*CONTROLS, *A16, *INT8, "mbq+gpt
 
 def main(
     model: Annotated[str, typer.Argument(help="lm or vlm, of the folder real/")],
-    recipes: Annotated[str, typer.Option(help="comma-separated; default: all rows")] = "",
+    recipes: Annotated[str, typer.Option(help="comma-separated, names or files of league/; default: all rows")] = "",
     sets: Annotated[str, typer.Option(help="of the data: development, test or both")] = ",".join(SETS),
     first: Annotated[int | None, typer.Option(help="so many samples of each set; default: all")] = None,
     workers: Annotated[int, typer.Option(help="Ray workers")] = 2,
@@ -54,7 +54,10 @@ def main(
     names = [part for part in recipes.split(",") if part] or list(ROWS[model])
     folder, output, result = REAL / model, ROOT / "runs" / "league" / model, _read()
     data = {name: REAL / "data" / DATA[model].format(name) for name in ("calibration", *SETS)}
-    runs = {name: RunConfig(folder, load_recipe(name), data["calibration"], output / name, workers) for name in names}
+    asked = {Path(name).stem if name.endswith(".toml") else name: load_recipe(name) for name in names}
+    runs = {
+        name: RunConfig(folder, recipe, data["calibration"], output / name, workers) for name, recipe in asked.items()
+    }
     with ray_cluster(None, workers):
         fit(list(runs.values()))
         for kind in sets.split(","):

@@ -116,6 +116,21 @@ def league(result: dict[str, Any], model: str) -> str:
     return "".join(tables) + source(result, "league")
 
 
+def real_peers(result: dict[str, Any]) -> str:
+    """Other tools on the real language model's test texts."""
+    header = ("tool", "recipe", "bits/weight", "KL, 95 %", "agreement", "perplexity", "CPU seconds", "peak MiB")
+    rows = [
+        (
+            row["side"], row["recipe"], f"{row['bits_per_weight']:.2f}",
+            f"{row['quality']['kl']:.4f} [{', '.join(f'{end:.4f}' for end in row['quality']['intervals']['kl'])}]",
+            f"{row['quality']['agreement']:.1%}", f"{row['quality']['perplexity']:.2f}",
+            f"{sum(row['cpu_seconds'].values()):.0f}", f"{row['peak_mib']:.0f}",
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    return "\n" + markdown(header, rows) + source(result, "real_peers")
+
+
 def league_row(entry: Entry, reported: list[Entry], bold: bool, with_images: bool) -> tuple[str, ...]:
     agreement, spread, gap, control = entries.paired(entry, reported)
     row = (
@@ -593,6 +608,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "exports": ("exports", exports, ()),
     "league lm": ("league", league, ("lm",)),
     "league vlm": ("league", league, ("vlm",)),
+    "real peers": ("real_peers", real_peers, ()),
     "gptq_peer": ("gptq_peer", gptq_peer, ()),
     "sensitivity": ("sensitivity", sensitivity, ()),
     "experts lm": ("experts", experts, ("lm",)),

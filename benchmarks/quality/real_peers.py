@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from dense import read_autoround, write_dense, write_llama
+from league import beginning
 from peers import check_that_activations_are_quantized, encode_samples, measured
 from qe_pipelines.evaluate import encode
 from qe_pipelines.progress import set_up_logging
@@ -55,8 +56,8 @@ SIDES = {
 
 
 class Bench:
-    def __init__(self, real: Path, output: Path, threads: int) -> None:
-        self.real, self.output, self.threads = real, output, threads
+    def __init__(self, real: Path, output: Path, threads: int, first: int | None) -> None:
+        self.real, self.output, self.threads, self.first = real, output, threads, first
         self.model = real / "lm"
         output.mkdir(parents=True, exist_ok=True)
 
@@ -89,8 +90,8 @@ class Bench:
             readable = self.output / "dense" / recipe
             bits = None if "a16" in recipe else int(recipe.partition("a")[2].partition("g")[0])
             write_dense(self.model, read_autoround(folder), readable, bits)
-        arch, examples = encode(self.model, self.real / "data" / "text-test.jsonl")
-        reference = self.output / "reference"
+        arch, examples = encode(self.model, beginning(self.real / "data" / "text-test.jsonl", self.first))
+        reference = self.output / f"reference-{self.first or 'all'}"
         if not reference.exists():
             save_reference(load_model(self.model), arch, examples, reference)
         model = load_model(readable)
@@ -107,6 +108,7 @@ def main(
     measure: Annotated[bool, typer.Option(help="or only quantize, and measure another time")] = True,
     real: Annotated[Path, typer.Option(help="what `make real` wrote")] = ROOT / "real",
     threads: Annotated[int, typer.Option(help="of each process")] = 1,
+    first: Annotated[int | None, typer.Option(help="so many samples of the test set; default: all")] = None,
     output: Annotated[Path, typer.Option(help="where checkpoints go")] = ROOT / "runs" / "real-peers",
     results: Annotated[Path, typer.Option()] = ROOT / "benchmarks" / "results" / "real_peers.json",
 ) -> None:
@@ -115,7 +117,7 @@ def main(
     if side and side not in SIDES:
         raise typer.BadParameter(f"unknown; known are {', '.join(SIDES)}", param_hint="--side")
     torch.set_num_threads(threads)
-    bench = Bench(real, output, threads)
+    bench = Bench(real, output, threads, first)
     rows: list[dict[str, Any]] = json.loads(results.read_text())["rows"] if results.exists() else []
     for one in [side] if side else SIDES:
         for recipe in recipes or SIDES[one].recipes:

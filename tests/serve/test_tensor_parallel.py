@@ -20,8 +20,10 @@ from tests.tiny import DATA, MODELS
 ROOT = Path(__file__).parents[2]
 ARCH = archs.get("qwen2_vl")
 QUESTIONS, STORIES = 8, 2
-FLOAT = 1e-5
-"""Of the largest logit: the same sums of float32, taken in another order."""
+FLOAT = {"rtn-w4a16g64": 1e-5, ROTATED: 1e-4}
+"""Of the largest logit: the same sums of float32, taken in another order. A rotation of the whole stream smears the
+channels of the largest norm gains over all others, and with them the error of the sums: in one process, the halves of
+each product summed apart move the logits of a prompt by 5e-7, and those of the rotated model by 7e-6."""
 LOGPROB = 0.05
 """How far log-probabilities may be apart on average where activations are rounded: in o and down every rank rounds its
 part of a token to a grid of its own. Where two tokens were about equally likely, answers part ways; stories do."""
@@ -56,9 +58,11 @@ def cut(
 def test_two_ranks_answer_as_one(recipe: str, checkpoints: dict[str, Path], questions: list[Any], cut: Any) -> None:
     one, two = ask(load_model(checkpoints[recipe]), questions), cut[recipe]
     assert two.weights == [one.weights[0] // 2] * 2
-    if recipe in ("rtn-w4a16g64", ROTATED):
+    if recipe in FLOAT:
         assert one.tokens == two.tokens
-        assert all((a - b).abs().max() < FLOAT * a.abs().max() for a, b in zip(one.logits, two.logits, strict=True))
+        assert all(
+            (a - b).abs().max() < FLOAT[recipe] * a.abs().max() for a, b in zip(one.logits, two.logits, strict=True)
+        )
         return
     equal = [a == b for a, b in zip(one.tokens, two.tokens, strict=True)]
     assert sum(equal[:QUESTIONS]) >= QUESTIONS - 1

@@ -23,7 +23,7 @@ from tests.vllm.twin import accuracy
 
 pytestmark = pytest.mark.vllm
 
-SHARED = "qe-w4a6"
+SHARED = "qe-w4a8"
 """Its server, on one rank, serves all tests but the first."""
 OTHERS = [("qe-w4a16g64", 1), ("qera+gptq-w4a8", 2), ("rtn-w4a8", 2)]
 SLOW = [("qe-w4a16g64", 2), ("qera+gptq-w4a8", 1), ("rtn-w4a8", 1)]

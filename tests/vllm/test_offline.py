@@ -27,7 +27,7 @@ MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 stories, which are free to go on in many ways, part ways somewhere."""
 SOME = 60
 """Questions are enough where nearly all answers are equal, or many are not."""
-CACHED, ADAPTED = "qe-w4a6", "qe-w4a16g64"
+CACHED, ADAPTED = "qe-w4a8", "qe-w4a16g64"
 ROUTED = "qe-extract-w4a6"
 ONE_GRAPH = {"mode": 2, "backend": "eager"}
 """torch.compile traces the whole model, as it does on GPUs, and its graph runs as it is: compiling takes a minute."""

@@ -47,7 +47,9 @@ def test_a_name_says_the_bits(name: str) -> None:
         ("qe-w4a6g64", "int8", SmoothQuant(), ChannelLists(), 0.5),
     ],
 )
-def test_ours_is_chosen_for_each_arithmetic(name: str, arithmetic: str, transform: Any, channels: Any, bits: float) -> None:
+def test_ours_is_chosen_for_each_arithmetic(
+    name: str, arithmetic: str, transform: Any, channels: Any, bits: float
+) -> None:
     recipe = load_recipe(name)
     assert recipe.scheme.arithmetic == arithmetic
     assert (recipe.transform, recipe.channels) == (transform, channels)

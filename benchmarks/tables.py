@@ -21,8 +21,9 @@ from qe_pipelines import entries
 from qe_pipelines.demo import HEADER, Case, cells
 from qe_pipelines.entries import Entry, front
 
+from qe_dist.core.errors import ConfigError
 from qe_dist.methods.recipes import SCHEMES as FORMATS
-from qe_dist.methods.recipes import arithmetics
+from qe_dist.methods.recipes import arithmetics, load_recipe
 from qe_dist.numerics.intervals import interval
 
 ROOT = Path(__file__).parent.parent
@@ -133,14 +134,24 @@ def real_peers(result: dict[str, Any]) -> str:
 
 def league_row(entry: Entry, reported: list[Entry], bold: bool, with_images: bool) -> tuple[str, ...]:
     agreement, spread, gap, control = entries.paired(entry, reported)
+    name = f"{entry.recipe} (`qe`)" if is_ours(entry.recipe) else entry.recipe
     row = (
-        f"**{entry.recipe}**" if bold else entry.recipe, entry.scheme, f"{entry.bits:.2f}", f"{entry.active_bits:.2f}",
+        f"**{name}**" if bold else name, entry.scheme, f"{entry.bits:.2f}", f"{entry.active_bits:.2f}",
         f"{entry.mib:.0f}", f"{entry.kl:.4f} {spread}".strip(), gap, control, agreement, f"{entry.perplexity:.2f}",
     )  # fmt: skip
     if not with_images:
         return row
     by_modality = (f"{entry.modalities[name]['kl']:.4f}" for name in ("image", "text"))
     return (*row, "" if entry.accuracy is None else f"{entry.accuracy:.1%}", *by_modality)
+
+
+def is_ours(recipe: str) -> bool:
+    """Whether a recipe's name means what `qe` is in its number format."""
+    scheme = recipe.partition("@")[0].rpartition("-")[2]
+    try:
+        return load_recipe(recipe) == load_recipe(f"qe-{scheme}")
+    except ConfigError:  # of a file
+        return False
 
 
 def gptq_peer(result: dict[str, Any]) -> str:
@@ -269,6 +280,20 @@ def channel_overlap(result: dict[str, Any]) -> str:
     header = ("model", "input of", "k", "channels", "important for most tokens", "share of C_s", "of C_s and C_r",
               "shared with the next token", "with any token", *pairs.values())  # fmt: skip
     return "\n" + markdown(header, rows) + source(result, "experts_channels")
+
+
+def lists_by_class(result: dict[str, Any]) -> str:
+    """What is left of the largest squares of held-out tokens; means over the blocks."""
+    rows = []
+    for model, found in result["models"].items():
+        for kind in found[0]["left"]:
+            groups = dict.fromkeys(one["group"] for one in found)
+            own = {g: [one["left"][kind] for one in found if one["group"] == g] for g in groups}
+            rows.append(
+                (model, kind, *(f"{mean(values):.0%}" for values in own.values()), f"{mean(sum(own.values(), [])):.0%}")
+            )
+    header = ("model", f"lists of {result['share']:.0%} of the channels", *groups, "all")
+    return "\n" + markdown(header, rows) + source(result, "experts_lists")
 
 
 def sharing(result: dict[str, Any]) -> str:
@@ -615,6 +640,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "experts vlm": ("experts", experts, ("vlm",)),
     "experts layers": ("experts_layers", expert_layers, ()),
     "experts channels": ("experts_channels", channel_overlap, ()),
+    "lists by class": ("experts_lists", lists_by_class, ()),
     "permutation": ("permutation", permutation, ()),
 }
 

@@ -4,6 +4,7 @@
     python benchmarks/quality/experts.py vlm        of the model with a vision tower
     python benchmarks/quality/experts.py layers     held-out errors of single groups of every other block, all models
     python benchmarks/quality/experts.py channels   which channels matter for which token, of what is prepared
+    python benchmarks/quality/experts.py lists      lists of channels by class of tokens, of the same
     python benchmarks/quality/experts.py plot       docs/experts.png
 
 Writes benchmarks/results/experts.json and experts_channels.json, each row as it is measured. A row quantizes every
@@ -331,16 +332,18 @@ def _prepared(name: str, folder: Path) -> tuple[Prepared, dict[str, tuple[Path, 
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="lm, vlm, layers, channels or plot")],
+    what: Annotated[str, typer.Argument(help="lm, vlm, layers, channels, lists or plot")],
     work: Annotated[Path, typer.Option(help="directory for what is prepared, some 3 GB a model")] = ROOT / "build",
     only: Annotated[str, typer.Option(help="number formats to run, the others later")] = ",".join(FORMATS),
 ) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    if what in ("channels", "plot"):
+    if what in ("channels", "plot", "lists"):
         import experts_channels
+        import experts_lists
 
-        experts_channels.main(what, {name: work / name for name in MODELS if (work / name / "ready").exists()})
+        prepared = {name: work / name for name in MODELS if (work / name / "ready").exists()}
+        experts_lists.main(prepared) if what == "lists" else experts_channels.main(what, prepared)
         return
     if what == "layers":
         _every_layer([name for name in MODELS if (REAL / name).exists()], work, only.split(","))

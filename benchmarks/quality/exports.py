@@ -18,7 +18,7 @@ from qe_pipelines.results import write_result
 from safetensors.torch import load_file
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.flow.config import RunConfig
+from qe_dist.flow.config import RunConfig, by_rotation
 from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.export import ADAPTER, export
 from qe_dist.flow.local import quantize
@@ -49,7 +49,8 @@ def main() -> None:
             }
 
         runs = {n: RunConfig(model, load_recipe(n), DATA / "calibration.jsonl", Path(made) / n) for n in RECIPES}
-        quantize(*runs.values())
+        for together in by_rotation(list(runs.values())):
+            quantize(*together)
         for name, run in runs.items():
             row: dict[str, Any] = {"recipe": name, "whole": quality(load_model(run.output))}
             for kind, peft in (("base", False), ("lora", True)):

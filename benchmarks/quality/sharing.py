@@ -38,7 +38,7 @@ SETS = {"rtn": ("rtn",), "qe": ("qe",), "twelve": TWELVE}
 def command_seconds(recipes: Sequence[str], output: Path) -> float:
     """Of `qe-dist compare` in a process of its own."""
     options = {
-        "--recipes": ",".join(f"{name}-w4a6" for name in recipes),
+        "--recipes": ",".join(f"{name}-w4a8" for name in recipes),
         "--calibration": CALIBRATION,
         "--data": DATA,
         "--output": output,
@@ -57,7 +57,7 @@ def command_seconds(recipes: Sequence[str], output: Path) -> float:
 def quantize_seconds(recipes: Sequence[str], output: Path) -> float:
     """Of the pass and all fits."""
     runs = [
-        RunConfig(MODELS / "outlier", load_recipe(f"{name}-w4a6"), CALIBRATION, output / name, WORKERS)
+        RunConfig(MODELS / "outlier", load_recipe(f"{name}-w4a8"), CALIBRATION, output / name, WORKERS)
         for name in recipes
     ]
     return driver.quantize(*runs).seconds

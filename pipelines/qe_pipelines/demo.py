@@ -76,7 +76,7 @@ def demo(
     cases: list[Case] = []
     with ray_cluster(None, workers):
         for name in MODELS:
-            console.print(f"{name}: {len(BITS)} number formats, {len(COMPARED[name])} methods, one pass of calibration")
+            console.print(f"{name}: {len(BITS)} number formats, {len(COMPARED[name])} methods")
             own = cases_of(models / name, models / "data", output / name, workers)
             console.print(table_of(own))
             cases += own

@@ -12,6 +12,7 @@ import torch
 from qe_dist.core.errors import ConfigError
 from qe_dist.io.bucket import is_url
 from qe_dist.io.weights import SafetensorsSource
+from qe_dist.methods.base import Rotation
 from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.sharding import padding_step
 from qe_dist.numerics.stats import Needs
@@ -135,6 +136,14 @@ def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
     for run in runs:
         needs |= run.recipe_for(block).needs()
     return needs
+
+
+def by_rotation(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Runs in groups that can share one pass of the calibration: those that rotate the model alike."""
+    groups: dict[Rotation | None, list[RunConfig]] = {}
+    for run in runs:
+        groups.setdefault(run.recipe.rotation, []).append(run)
+    return list(groups.values())
 
 
 def check_siblings(runs: Sequence[RunConfig]) -> None:

@@ -3,8 +3,9 @@
 Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
 (with bf16 factors). `qe` is what measurements made of it (docs/methods.md): GPTQ rounds, and the shared expert is an
-adapter with 4-bit factors within a budget of bytes, given in each block where it does most good; where activations are
-rounded, a list of channels leaves their grid, so that the product stays int8. `qe-extract` has extracting experts.
+adapter with 4-bit factors within a budget of bytes, given in each block where it does most good; a list of channels
+stays in 16 bits beside the product, or, where activations have less than 8 bits, the model is rotated. `qe-extract` has
+extracting experts.
 """
 
 import dataclasses
@@ -49,12 +50,9 @@ def _ours(scheme: str) -> Recipe:
     """Chosen on development texts of a real model, for each arithmetic (docs/methods.md)."""
     asked = Scheme.parse(scheme)
     recipe = Recipe(asked, NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4))
-    if asked.arithmetic == "a16":
-        return recipe
-    recipe = replace(recipe, channels=ChannelLists())
-    if asked.act_bits == 8:
-        return recipe
-    return replace(recipe, transform=SmoothQuant(), budget=replace(recipe.budget, extra_bits=0.5))
+    if asked.arithmetic == "a16" or asked.act_bits == 8:
+        return replace(recipe, channels=ChannelLists())
+    return replace(recipe, rotation=Hadamard(), budget=replace(recipe.budget, extra_bits=0.45))
 
 
 METHODS: dict[str, Callable[[str], Recipe]] = {

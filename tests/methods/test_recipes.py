@@ -38,22 +38,23 @@ def test_a_name_says_the_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arithmetic", "transform", "channels", "bits"),
+    ("name", "arithmetic", "rotation", "channels", "bits"),
     [
-        ("qe-w4a16", "a16", NoTransform(), None, 0.25),
-        ("qe-w3a16", "a16", NoTransform(), None, 0.25),
-        ("qe-w4a4k8", "a16", NoTransform(), None, 0.25),
-        ("qe-w4a8", "int8", NoTransform(), ChannelLists(), 0.25),
-        ("qe-w4a6g64", "int8", SmoothQuant(), ChannelLists(), 0.5),
+        ("qe-w4a16", "a16", None, ChannelLists(), 0.25),
+        ("qe-w3a16", "a16", None, ChannelLists(), 0.25),
+        ("qe-w4a4k8", "a16", None, ChannelLists(), 0.25),
+        ("qe-w4a8", "int8", None, ChannelLists(), 0.25),
+        ("qe-w4a6g64", "int8", Hadamard(), None, 0.45),
+        ("qe-w4a4", "int8", Hadamard(), None, 0.45),
     ],
 )
 def test_ours_is_chosen_for_each_arithmetic(
-    name: str, arithmetic: str, transform: Any, channels: Any, bits: float
+    name: str, arithmetic: str, rotation: Any, channels: Any, bits: float
 ) -> None:
     recipe = load_recipe(name)
     assert recipe.scheme.arithmetic == arithmetic
-    assert (recipe.transform, recipe.channels) == (transform, channels)
-    assert (recipe.quantizer, recipe.compensation) == (GPTQ(), QERA())
+    assert (recipe.rotation, recipe.channels) == (rotation, channels)
+    assert (recipe.transform, recipe.quantizer, recipe.compensation) == (NoTransform(), GPTQ(), QERA())
     assert recipe.budget == Budget(extra_bits=bits, factor_bits=4)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from qe_dist.flow import local
-from qe_dist.flow.config import RunConfig
+from qe_dist.flow.config import RunConfig, by_rotation
 from qe_dist.methods.recipes import load_recipe
 from tests.vllm.generate import Answers, Job, generate
-from tests.vllm.questions import DATA, MODEL, RECIPES, WIDE, prompts
+from tests.vllm.questions import CUT, DATA, MODEL, RECIPES, WIDE, prompts
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 """They import what only vLLM's environment has."""
@@ -24,10 +24,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoints(folder: Path) -> dict[str, Path]:
-    """All recipes in one pass of the calibration."""
-    names = (*RECIPES, WIDE)
-    runs = [RunConfig(MODEL, load_recipe(name), DATA / "calibration.jsonl", folder / name) for name in names]
-    local.quantize(*runs)
+    """All recipes in one pass of the calibration for each rotation."""
+    names, data = (*RECIPES, WIDE), DATA / "calibration.jsonl"
+    runs = [RunConfig(MODEL, load_recipe(n), data, folder / n, tensor_parallel_size=CUT.get(n, 1)) for n in names]
+    for together in by_rotation(runs):
+        local.quantize(*together)
     return {name: folder / name for name in names}
 
 

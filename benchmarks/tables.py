@@ -289,9 +289,8 @@ def lists_by_class(result: dict[str, Any]) -> str:
         for kind in found[0]["left"]:
             groups = dict.fromkeys(one["group"] for one in found)
             own = {g: [one["left"][kind] for one in found if one["group"] == g] for g in groups}
-            rows.append(
-                (model, kind, *(f"{mean(values):.0%}" for values in own.values()), f"{mean(sum(own.values(), [])):.0%}")
-            )
+            own["all"] = [one["left"][kind] for one in found]
+            rows.append((model, kind, *(f"{mean(values):.0%}" for values in own.values())))
     header = ("model", f"lists of {result['share']:.0%} of the channels", *groups, "all")
     return "\n" + markdown(header, rows) + source(result, "experts_lists")
 

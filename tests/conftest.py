@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,10 @@ from qe_dist.core.determinism import pin
 if not torch.cuda.is_available():
     # Read where a kernel is decorated, so before any is imported: its tests then run on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that is no terminal starts what it puts into the background with SIGINT ignored, and so would every command that
+# a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("house")

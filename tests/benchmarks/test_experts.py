@@ -72,15 +72,14 @@ def test_a_routed_group_gives_what_the_library_gives(fitted: tuple[QuantizedGrou
     assert off(by_runtime(group, x, full, "router"), by_library(group, x, route(group.input, x))) < ROUNDING
 
 
-def test_products_with_rounded_activations_are_exact(fitted: tuple[QuantizedGroup, Tensor, Tensor]) -> None:
+def test_products_of_codes_are_exact_and_those_of_unrounded_activations_nearly(fitted: tuple[QuantizedGroup, Tensor, Tensor]) -> None:
     group, x, _ = fitted
-    if group.scheme.act_bits is None:
-        pytest.skip("in bf16")
     bare = replace(group.input, shared_down=None, expert_down=None, router=None)
     linears = {n: replace(q, shared_up=None, expert_up=None) for n, q in group.linears.items()}
     bare_group = replace(group, input=bare, linears=linears)
     wanted = by_library(bare_group, x, None)
-    assert off(by_runtime(bare_group, x, wanted, "router"), wanted) < 1e-5
+    allowed = 1e-5 if group.scheme.act_bits else ROUNDING
+    assert off(by_runtime(bare_group, x, wanted, "router"), wanted) < allowed
 
 
 def test_the_oracle_takes_the_best_expert_of_each_token(fitted: tuple[QuantizedGroup, Tensor, Tensor]) -> None:

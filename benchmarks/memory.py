@@ -42,6 +42,8 @@ class Watched:
     code: int = 0
     seconds: float = 0.0
     samples: list[Sample] = field(default_factory=list)
+    largest_mib: float = 0.0
+    """Of any one process at any time, shared memory left out as in `Sample`."""
 
     @property
     def peak(self) -> Sample:
@@ -67,8 +69,9 @@ def watch(command: Sequence[str], log: Path, interval: float = 0.2) -> Watched:
         while process.poll() is None:
             seen = {p: known.get(p) for p in psutil.process_iter()}
             known = {p: _is_marked(p, mark) if ours is None else ours for p, ours in seen.items()}
-            mib = _mib_by_kind(p for p, ours in known.items() if ours)
+            mib, largest = _mib_by_kind(p for p, ours in known.items() if ours)
             watched.samples.append(Sample(time.monotonic() - start, mib))
+            watched.largest_mib = max(watched.largest_mib, largest)
             time.sleep(interval)
     watched.code, watched.seconds = process.returncode, time.monotonic() - start
     return watched
@@ -83,9 +86,10 @@ def _is_marked(process: psutil.Process, mark: str) -> bool | None:
     return environment.get(MARK) == mark if environment else None
 
 
-def _mib_by_kind(processes: Iterable[psutil.Process]) -> dict[str, float]:
+def _mib_by_kind(processes: Iterable[psutil.Process]) -> tuple[dict[str, float], float]:
+    """The sums, and the largest process."""
     mib: dict[str, float] = defaultdict(float)
-    shared, store = 0.0, 0.0
+    shared, store, largest = 0.0, 0.0, 0.0
     for process in processes:
         try:
             line = " ".join(process.cmdline())
@@ -93,9 +97,11 @@ def _mib_by_kind(processes: Iterable[psutil.Process]) -> dict[str, float]:
             store = max(store, _store_mib(process.pid))
         except (psutil.Error, OSError):  # it has just ended
             continue
-        mib[_kind(line)] += pss["Pss"] - pss["Pss_Shmem"]
+        own = pss["Pss"] - pss["Pss_Shmem"]
+        mib[_kind(line)] += own
+        largest = max(largest, own)
         shared += pss["Pss_Shmem"]
-    return {**mib, STORE: max(shared, store)}
+    return {**mib, STORE: max(shared, store)}, largest
 
 
 def _kind(line: str) -> str:

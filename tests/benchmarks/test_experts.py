@@ -72,7 +72,9 @@ def test_a_routed_group_gives_what_the_library_gives(fitted: tuple[QuantizedGrou
     assert off(by_runtime(group, x, full, "router"), by_library(group, x, route(group.input, x))) < ROUNDING
 
 
-def test_products_of_codes_are_exact_and_those_of_unrounded_activations_nearly(fitted: tuple[QuantizedGroup, Tensor, Tensor]) -> None:
+def test_products_of_codes_are_exact_and_those_of_unrounded_activations_nearly(
+    fitted: tuple[QuantizedGroup, Tensor, Tensor],
+) -> None:
     group, x, _ = fitted
     bare = replace(group.input, shared_down=None, expert_down=None, router=None)
     linears = {n: replace(q, shared_up=None, expert_up=None) for n, q in group.linears.items()}

@@ -23,6 +23,12 @@ from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import DATA, calibration, tiny_model
 
 
+RECIPE = "smoothquant+lists+gptq+qera-w4a6@0.5f4"
+"""With something on every axis but a rotation, which test_rotation.py has."""
+TOO_NARROW = {"qe-w4a8": "qe-w4a8@0.5"}
+"""A list of one of 64 channels leaves nothing of a quarter of a bit."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -31,7 +37,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def run(model, tmp_path):
     data = calibration(tmp_path / "data")
-    return RunConfig(model, load_recipe("qe-w4a6"), data, tmp_path / "out", samples_per_batch=3, sample_tokens=256)
+    return RunConfig(model, load_recipe(RECIPE), data, tmp_path / "out", samples_per_batch=3, sample_tokens=256)
 
 
 def load(folder, dtype=torch.float32):
@@ -55,7 +61,7 @@ def encoded(model):
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.endswith(("w4a6", "w4a8"))])
 def test_every_kind_of_recipe_gives_a_checkpoint_that_loads_and_answers(run, name):
-    quantize(replace(run, recipe=load_recipe(name)))
+    quantize(replace(run, recipe=load_recipe(TOO_NARROW.get(name, name))))
     quantized, source = load(run.output), load(run.model)
     arch, examples = encoded(run.model)
     kl = evaluate(
@@ -186,8 +192,9 @@ def test_manifest_names_every_file_by_its_hash_and_counts_all_bytes(run):
     assert manifest["arithmetic"] == run.recipe.scheme.arithmetic
     assert manifest["checkpoint_bytes"] == sum(p.stat().st_size for p in run.output.iterdir() if p.is_file())
     assert manifest["parameters"] == sum(p.numel() for p in load(run.model).parameters())
-    assert manifest["macs_by_arithmetic"]["int8"] == 0
-    assert manifest["macs_by_arithmetic"]["a16"] == manifest["macs_per_weight"] >= 1
+    macs = manifest["macs_by_arithmetic"]
+    assert macs["int8"] == 1
+    assert 0 < macs["a16"] == pytest.approx(manifest["macs_per_weight"] - 1)
     assert manifest["bits_per_weight"] > 4
     assert not (run.output / ".run" / "activations").exists()
 
@@ -225,8 +232,8 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(run, tmp_path, mo
 
 def test_a_directory_of_another_run_is_refused_with_the_difference(run):
     quantize(run)
-    with pytest.raises(ConfigError, match=r"belongs to another run.*recipe\.scheme \('w4a6k64' then, 'w4a4k64' now\)"):
-        quantize(replace(run, recipe=load_recipe("qe-w4a4")))
+    with pytest.raises(ConfigError, match=r"belongs to another run.*recipe\.scheme \('w4a6' then, 'w4a4' now\)"):
+        quantize(replace(run, recipe=load_recipe(RECIPE.replace("w4a6", "w4a4"))))
     with pytest.raises(ConfigError, match="resume=never"):
         quantize(replace(run, resume="never"))
     quantize(run)  # the same again: nothing to do
@@ -268,7 +275,7 @@ def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run
 
 def test_one_pass_of_the_calibration_serves_many_recipes_with_the_bytes_of_each_alone(run, tmp_path, monkeypatch):
     recipes = [
-        load_recipe("qe-w4a6"),
+        load_recipe(RECIPE),
         load_recipe("aser-w4a8"),
         replace(load_recipe("qera-w4a4"), granularity="linear"),
     ]

@@ -27,7 +27,7 @@ from qe_dist.methods.recipes import recipe_from
 from qe_dist.serve.loading import load_model
 from tests.tiny import DATA, calibration, tiny_model
 
-ROTATION = {"rotation": {"name": "hadamard", "seed": 1}}
+ROTATION = {"rotation": {"name": "hadamard", "seed": 1, "ranks": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_it_combines_with_transforms_and_compensations(run, transform):
     content = {"scheme": "w4a8", "transform": {"name": transform}, "compensation": {"name": "qera"}}
     quantize(replace(run, recipe=recipe_from(content | ROTATION)))
     assert read_manifest(run.output)["recipe"]["rotation"] == {
-        "name": "hadamard", "seed": 1, "octaves": 0.0, "online": True,
+        "name": "hadamard", "seed": 1, "octaves": 0.0, "online": True, "ranks": 1,
     }  # fmt: skip
     assert 0 < kl(run) < 0.1
 
@@ -150,7 +150,7 @@ def test_rotating_down_at_run_time_takes_its_outliers_off(tied, run):
     save_file(loud, folder / "model.safetensors", metadata={"format": "pt"})
     errors = []
     for online in (True, False):
-        recipe = recipe_from({"scheme": "w8a4", "rotation": {"name": "hadamard", "online": online}})
+        recipe = recipe_from({"scheme": "w8a4", "rotation": ROTATION["rotation"] | {"online": online}})
         one = replace(run, model=folder, recipe=recipe, output=run.output / str(online))
         quantize(one)
         errors.append(read_manifest(one.output)["blocks"][0]["groups"]["mlp.down"]["error"])
@@ -215,7 +215,7 @@ def test_another_rotation_is_another_run(run):
     quantize(run)
     for change, said in (
         ({}, r"recipe\.rotation \(\{.*hadamard.*\} then, None now\)"),
-        ({"rotation": {"name": "hadamard", "seed": 2}}, r"recipe\.rotation\.seed \(1 then, 2 now\)"),
+        ({"rotation": {"name": "hadamard", "seed": 2, "ranks": 1}}, r"recipe\.rotation\.seed \(1 then, 2 now\)"),
     ):
         with pytest.raises(ConfigError, match=said):
             quantize(replace(run, recipe=recipe_from({"scheme": "w8a16"} | change)))

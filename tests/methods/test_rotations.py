@@ -42,18 +42,30 @@ def test_channels_of_unlike_gain_stay_apart_unless_all_are_to_be_mixed():
     assert torch.allclose(mixed.abs(), torch.full_like(mixed, 96**-0.5))
 
 
-def test_at_run_time_down_is_rotated_in_blocks_that_no_two_ranks_share():
+def test_at_run_time_down_alone_is_rotated():
     groups = {g.name: g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny_config())}
     for name, group in groups.items():
         assert not Hadamard(online=False).at_run_time(group, ranks=1)
         assert bool(Hadamard().at_run_time(group, ranks=1)) == (name == "mlp.down")
-    sizes = {ranks: block_size(Hadamard().at_run_time(groups["mlp.down"], ranks)) for ranks in (1, 2, 3, 4, 8)}
-    assert sizes == {1: 96, 2: 48, 3: 32, 4: 24, 8: 12}
+
+
+@pytest.mark.parametrize(
+    ("own", "sizes"),
+    [(1, {1: 96, 2: 48, 3: 32, 4: 24, 8: 12}), (2, {1: 48, 4: 24, 5: 48}), (8, {1: 12, 2: 12, 3: 4, 8: 12, 16: 2})],
+)
+def test_its_blocks_are_for_as_many_ranks_as_it_says_and_for_those_of_the_run(own, sizes):
+    down = next(g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny_config()) if g.name == "mlp.down")
+    assert {ranks: block_size(Hadamard(ranks=own).at_run_time(down, ranks)) for ranks in sizes} == sizes
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"seed": -1}, r"rotation\.seed"), ({"octaves": -1.0}, r"rotation\.octaves"), ({"octaves": float("inf")}, "inf")],
+    [
+        ({"seed": -1}, r"rotation\.seed"),
+        ({"octaves": -1.0}, r"rotation\.octaves"),
+        ({"octaves": float("inf")}, "inf"),
+        ({"ranks": 0}, r"rotation\.ranks"),
+    ],
 )
 def test_settings_that_cannot_be(settings, named):
     with pytest.raises(ConfigError, match=named):

@@ -8,13 +8,14 @@ Hadamard matrix at run time, and its weight by the same offline.
 
 Departures: o's input is mixed within heads alone, not across them at run time, too (nor does SpinQuant, arXiv
 2405.16406); q and k are not rotated behind RoPE, which is for a quantized cache. The head's matrix has random signs too
-[INF]. Where the width of down's input, or what a tensor-parallel rank has of it, is no product of known orders, blocks
-of the largest that divides it are rotated each by itself. Embeddings, head and merger are rotated in float64 and stored
+[INF]. Down's input is rotated in blocks, of the largest product of known orders that divides an eighth of its width, so
+that up to eight tensor-parallel ranks can share it out. Embeddings, head and merger are rotated in float64 and stored
 in the source's dtype. Bands are ours, and off by default: a channel whose gain is 50 times the others' is 50 times as
 large in every linear that takes the gain in, and a rotation smears that, with its rounding error, over all weights. In
 bands only channels of about the same gain are mixed, and what their gains have in common stays in the norm.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,12 +39,17 @@ class Hadamard:
     """How far the norm gains of channels that are mixed may be apart. 0: any, as in the paper."""
     online: bool = True
     """Whether down's input is rotated at run time. Stock engines cannot do that."""
+    ranks: int = 8
+    """Tensor-parallel ranks that the rotation at run time can be shared out to, whatever the run is made for: it mixes
+    blocks of channels that lie on one of so many. Smaller blocks cost less, too."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"rotation.seed must lie in 0..2^31-1, found {self.seed}")
         if not 0 <= self.octaves < float("inf"):
             raise ConfigError(f"rotation.octaves must be at least 0 and finite, found {self.octaves}")
+        if self.ranks < 1:
+            raise ConfigError(f"rotation.ranks must be at least 1, found {self.ranks}")
 
     def bases(self, widths: Mapping[Space, int], gains: Float[Tensor, "L N"]) -> dict[Space, Orthogonal]:
         random = torch.Generator().manual_seed(self.seed)
@@ -54,8 +60,9 @@ class Hadamard:
 
     def at_run_time(self, group: InputGroup, ranks: int) -> Signs:
         """Of inputs that are made channel by channel: of down."""
-        is_cut = group.linears[0].split == "row" and group.in_features % ranks == 0
-        width = group.in_features // ranks if is_cut else group.in_features
+        width = group.in_features
+        if group.linears[0].split == "row":
+            width //= math.lcm(*(count for count in (ranks, self.ranks) if width % count == 0))
         return online_factors(width) if self.online and group.producers else ()
 
 

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
     # Read where a kernel is decorated, so before any is imported: its tests then run on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A shell that is no terminal starts what it puts into the background with SIGINT ignored, and so would every command that
-# a test interrupts.
+# A shell without a terminal starts what it puts into the background with SIGINT ignored, and so would every command be
+# that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)

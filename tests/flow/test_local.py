@@ -22,7 +22,6 @@ from qe_dist.methods.recipes import RECIPES, load_recipe
 from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import DATA, calibration, tiny_model
 
-
 RECIPE = "smoothquant+lists+gptq+qera-w4a6@0.5f4"
 """With something on every axis but a rotation, which test_rotation.py has."""
 TOO_NARROW = {"qe-w4a8": "qe-w4a8@0.5"}

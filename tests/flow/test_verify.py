@@ -171,8 +171,8 @@ def test_wrong_types_and_shapes_are_named(folder, wrong, said):
 
 def test_a_linear_that_was_not_quantized_or_not_in_the_model_is_named(sound, folder):
     def rename(config):
-        (layout,) = config["quantization_config"]["layouts"]
-        layout["mlp.down"]["linears"]["mlp.ghost"] = layout["mlp.down"]["linears"].pop("mlp.down_proj")
+        for layout in config["quantization_config"]["layouts"]:
+            layout["mlp.down"]["linears"]["mlp.ghost"] = layout["mlp.down"]["linears"].pop("mlp.down_proj")
 
     edit_json(folder / "config.json", rename)
     name = linear(folder, "mlp.down_proj", "")[:-1]
@@ -184,8 +184,8 @@ def test_a_linear_that_was_not_quantized_or_not_in_the_model_is_named(sound, fol
 
 def test_a_linear_that_was_quantized_twice_is_named(sound, folder):
     def repeat(config):
-        (layout,) = config["quantization_config"]["layouts"]
-        layout["mlp.gate_up"]["linears"]["mlp.down_proj"] = layout["mlp.down"]["linears"]["mlp.down_proj"]
+        for layout in config["quantization_config"]["layouts"]:
+            layout["mlp.gate_up"]["linears"]["mlp.down_proj"] = layout["mlp.down"]["linears"]["mlp.down_proj"]
 
     edit_json(folder / "config.json", repeat)
     faults = check_source(Checkpoint.open(folder), sound.model)

@@ -17,7 +17,13 @@ from qe_dist.serve import linear, on_kernels
 from qe_dist.serve.linear import QELinear
 from tests.tiny import DATA, calibration, tiny_model
 
-RECIPES = ("rtn-w4a16g32", "qe-w4a6", "qe-extract-w4a8", "lists+gptq+qera-w4a8", "masquant-w4a8")
+RECIPES = (
+    "rtn-w4a16g32",
+    "smoothquant+gptq+qera-w4a8@0.5f4",
+    "qe-extract-w4a8",
+    "lists+gptq+qera-w4a8",
+    "masquant-w4a8",
+)
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,23 @@ def _version(name: str) -> str | None:
         return None
 
 
+WRITTEN = ("benchmarks/results", "*.md", "*.png")
+"""What measuring itself writes; that it differs from the commit makes no other program of it."""
+
+
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
+    """Short, and with `-dirty` where what was run is not what was committed."""
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _said(["git", "rev-parse", "--short", "HEAD"])
+        return commit + "-dirty" * bool(_said([*changed, *(f":(top,exclude){path}" for path in WRITTEN)]))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _said(command: list[str]) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _memory_gib() -> float:

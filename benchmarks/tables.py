@@ -295,6 +295,13 @@ def lists_by_class(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "experts_lists")
 
 
+def comparing(result: dict[str, Any]) -> str:
+    header = ("recipes", "workers", "minutes", "largest process, MiB", "all processes, MiB")
+    sizes = (f"{result[name]:.0f}" for name in ("largest_process_mib", "peak_mib"))
+    row = (str(len(result["recipes"])), str(result["workers"]), f"{result['seconds'] / 60:.0f}", *sizes)
+    return "\n" + markdown(header, [row]) + source(result, "comparing")
+
+
 def sharing(result: dict[str, Any]) -> str:
     rows = [
         (part, *(f"{case['seconds'][k]:.1f}" for k in ("qe", "twelve")), f"{case['ratios']['twelve / qe']:.2f}")
@@ -639,6 +646,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "experts vlm": ("experts", experts, ("vlm",)),
     "experts layers": ("experts_layers", expert_layers, ()),
     "experts channels": ("experts_channels", channel_overlap, ()),
+    "comparing": ("comparing", comparing, ()),
     "lists by class": ("experts_lists", lists_by_class, ()),
     "permutation": ("permutation", permutation, ()),
 }

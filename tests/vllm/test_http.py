@@ -25,8 +25,8 @@ pytestmark = pytest.mark.vllm
 
 SHARED = "qe-w4a8"
 """Its server, on one rank, serves all tests but the first."""
-OTHERS = [("qe-w4a16g64", 1), ("qera+gptq-w4a8", 2), ("rtn-w4a8", 2)]
-SLOW = [("qe-w4a16g64", 2), ("qera+gptq-w4a8", 1), ("rtn-w4a8", 1)]
+OTHERS = [("qe-w4a16g64", 1), ("qe-w4a8", 2), ("rtn-w4a8", 2)]
+SLOW = [("qe-w4a16g64", 2), ("rtn-w4a8", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ stories, which are free to go on in many ways, part ways somewhere."""
 SOME = 60
 """Questions are enough where nearly all answers are equal, or many are not."""
 CACHED, ADAPTED = "qe-w4a8", "qe-w4a16g64"
-ROUTED = "qe-extract-w4a6"
+ROUTED = "qe-extract-w4a8"
 ONE_GRAPH = {"mode": 2, "backend": "eager"}
 """torch.compile traces the whole model, as it does on GPUs, and its graph runs as it is: compiling takes a minute."""
 RANK, STRENGTH = 8, 0.02
@@ -74,7 +74,7 @@ def others(checkpoints: dict[str, Path], folder: Path) -> Answers:
         return Job(name, str(broken))
 
     jobs = [
-        damaged("bare", "qe-extract-w4a6", zero_the_experts),
+        damaged("bare", "qe-extract-w4a8", zero_the_experts),
         damaged("lost", "rtn-w4a8", lambda tensors: tensors.pop(one_of(tensors, "down_proj.weight_scale"))),
         damaged("misshaped", "rtn-w4a8", cut_a_row),
         damaged("flipped", "rtn-w4a8", flip_a_bit, keep=True),
@@ -107,7 +107,7 @@ def flip_a_bit(tensors: dict[str, Tensor]) -> None:
 
 def test_without_its_experts_a_checkpoint_answers_otherwise(checkpoints: dict[str, Path], others: Answers) -> None:
     """That is what the first test would see if vLLM left them out."""
-    same, _ = Twin(checkpoints["qe-extract-w4a6"]).compare(prompts()[:SOME], others["bare"][:SOME])
+    same, _ = Twin(checkpoints["qe-extract-w4a8"]).compare(prompts()[:SOME], others["bare"][:SOME])
     assert sum(same) < EQUAL * SOME
 
 

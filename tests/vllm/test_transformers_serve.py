@@ -26,7 +26,7 @@ QUESTIONS, STORIES, TOKENS = 12, 4, 24
 
 @pytest.fixture(scope="module")
 def checkpoint(checkpoints: dict[str, Path]) -> Path:
-    return checkpoints["qe-extract-w4a6"]
+    return checkpoints["qe-extract-w4a8"]
 
 
 @pytest.fixture(scope="module")

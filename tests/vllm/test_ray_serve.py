@@ -28,7 +28,7 @@ from tests.vllm.server import FLOAT32, KEY, MODEL, documented, environment, free
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
 
-RECIPE, REPLICAS, CLIENTS = "qera+gptq-w4a8", 2, 8
+RECIPE, REPLICAS, CLIENTS = "qe-w4a8", 2, 8
 LIMIT = 8
 """Requests of a replica, running and waiting. As many more wait for any of them."""
 START_SECONDS, END_SECONDS, BACK_SECONDS = 300, 90, 240

@@ -37,7 +37,7 @@ A16 = ("awq+gptq-w4a16g64", "gptq+qera-w4a16g64@0.25f4", "lists+gptq+qera-w4a16g
 INT8 = (
     "gptq+qera-w4a8g64@0.25f4", "lists+gptq+qera-w4a8g64@0.25f4",
     "smoothquant+gptq-w4a6", "hadamard+gptq-w4a6", "serq-w4a6", "aser+gptq-w4a6@0.25", "qe-paper+gptq-w4a6",
-    "lists+gptq-w4a6g64", "smoothquant+lists+gptq+qera-w4a6g64@0.5f4", "hadamard+gptq+qera-w4a6g64@0.45f4",
+    "lists+gptq-w4a6g64", "smoothquant+lists+gptq+qera-w4a6g64@0.5f4", "qe-w4a6g64",
 )  # fmt: skip
 ROWS = {"lm": (*CONTROLS, *A16, *INT8), "vlm": (*CONTROLS, *A16, *INT8, "mbq+gptq-w4a6", "masquant-w4a6")}
 

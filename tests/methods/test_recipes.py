@@ -44,8 +44,8 @@ def test_a_name_says_the_bits(name: str) -> None:
         ("qe-w3a16", "a16", None, ChannelLists(), 0.25),
         ("qe-w4a4k8", "a16", None, ChannelLists(), 0.25),
         ("qe-w4a8", "int8", None, ChannelLists(), 0.25),
-        ("qe-w4a6g64", "int8", Hadamard(), None, 0.45),
-        ("qe-w4a4", "int8", Hadamard(), None, 0.45),
+        ("qe-w4a6g64", "int8", Hadamard(octaves=8.0), None, 0.45),
+        ("qe-w4a4", "int8", Hadamard(octaves=8.0), None, 0.45),
     ],
 )
 def test_ours_is_chosen_for_each_arithmetic(

@@ -49,8 +49,8 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
 def _ours(scheme: str) -> Recipe:
     """Chosen on development texts of a real model, for each arithmetic (docs/methods.md).
 
-    Only channels whose norms have gains 16 times off the median are kept out of the rotation: mixing them ruins the bundled
-    outlier model, and keeping out more than those costs real models most of what a rotation gains.
+    Only channels whose norms have gains 16 times off the median are kept out of the rotation: mixing them ruins the
+    bundled outlier model, and keeping out more than those costs real models most of what a rotation gains.
     """
     asked = Scheme.parse(scheme)
     recipe = Recipe(asked, NoTransform(), GPTQ(), QERA(), Budget(extra_bits=0.25, factor_bits=4))

@@ -15,7 +15,7 @@ from experts_model import BlockData, HeldOut
 from qe_pipelines.results import write_result
 from torch import Tensor
 
-from qe_dist.core.batch import IMAGE, TEXT
+from qe_dist.core.batch import IMAGE
 from qe_dist.methods.base import GroupProblem
 from qe_dist.numerics.peaks import stretching_channels
 from qe_dist.numerics.routing import choose_experts, regress_errors
@@ -52,8 +52,8 @@ def left(problem: GroupProblem, held_out: HeldOut) -> dict[str, float]:
     found = {f"one list x{n}": _peaks(held, stretching_channels(seen, n * count)).mean() for n in TIMES}
     modality = problem.stats.sample.modality
     if (modality == IMAGE).any() and (held_out.modality == IMAGE).any():
-        lists = _lists(seen, count, torch.stack([modality == m for m in (TEXT, IMAGE)], dim=1).float().argmax(dim=1), 2)
-        own = torch.where(held_out.modality == IMAGE, 1, 0)
+        lists = _lists(seen, count, (modality == IMAGE).long(), 2)
+        own = (held_out.modality == IMAGE).long()
         found["by modality"] = _peaks_by(held, lists).gather(1, own[:, None]).mean()
     for classes in CLASSES:
         lists = _classes(seen, count, classes)

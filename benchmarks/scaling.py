@@ -6,7 +6,7 @@
 
 Every run is the real `qe-dist quantize` in a process of its own, every worker has one thread, and all checkpoints must
 be the same bytes. Efficiency is T1 / (2 T2), of the whole command and from the first wave to the last block. The model
-(`qe_dist/flow/schedule.py`) is fed from the run with one worker, and from single steps timed here; it has seen neither
+(`benchmarks/timeline.py`) is fed from the run with one worker, and from single steps timed here; it has seen neither
 the run with two workers nor the one in waves. `benchmarks/schedule.py` prints what it says of larger machines.
 """
 
@@ -36,16 +36,16 @@ from qe_pipelines.results import write_result
 from quality.peers import encode_samples, measured
 from rich.console import Console
 from rich.table import Table
+from timeline import Costs, Work, even_waves, predict
 
 from qe_dist import archs
 from qe_dist.core.determinism import pin
+from qe_dist.data.samples import load_images
 from qe_dist.flow.calibrate import make_batches
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.schedule import Costs, Work, even_waves, predict
 from qe_dist.io.journal import JOURNAL, Record, read_journal
 from qe_dist.io.publish import sha256
 from qe_dist.io.run_dir import RunDir
-from qe_dist.io.samples import load_images
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
 

@@ -4,7 +4,7 @@
 
 A block's seconds are its work (gpu/work.py) over the rates of an H100. Once gpu/block.py has been run on one, and left
 benchmarks/results/block_cuda.json, streaming and fitting take as much longer than that as they did there. The schedule
-is `qe_dist/flow/schedule.py`, which benchmarks/scaling.py holds against real runs. Of several sizes of a batch the best
+is `benchmarks/timeline.py`, which benchmarks/scaling.py holds against real runs. Of several sizes of a batch the best
 is taken: short ones fill a long pipeline sooner, long ones update the Gram matrices less often.
 """
 
@@ -19,9 +19,9 @@ from gpu.work import Load, Rates, Shape, work
 from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
+from timeline import Costs, Timeline, Work, even_waves, predict
 
 from qe_dist.flow.plan import fit_cost
-from qe_dist.flow.schedule import Costs, Timeline, Work, even_waves, predict
 from qe_dist.methods.footprint import footprint
 from qe_dist.methods.recipes import load_recipe
 

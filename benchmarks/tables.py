@@ -157,7 +157,7 @@ def is_ours(recipe: str) -> bool:
 def gptq_peer(result: dict[str, Any]) -> str:
     """Errors are relative to the output; the floor is the FLOPs of the factor and of the updates at GEMM's rate."""
     errors = ("plain_rounding", "ours", "peer")
-    header = ("weight", "bits", "group", "order", "plain rounding", "ours", "peer", "ratio", "CPU s", "peer's", "floor")
+    header = ("weight", "bits", "group", "order", "RTN", "ours", "peer", "ratio", "CPU s", "peer's", "floor")
     rows = [
         (
             f"{c['outputs']} x {c['inputs']}",

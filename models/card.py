@@ -14,10 +14,10 @@ import torch
 from qe_pipelines.evaluate import encode
 from qe_pipelines.results import write_result
 
+from qe_dist.checkpoint.evaluate import evaluate
 from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate
 from qe_dist.flow.local import prepare_run
 from qe_dist.flow.plan import StagePlan
 from qe_dist.flow.stage import Stage

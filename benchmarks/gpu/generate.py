@@ -33,9 +33,9 @@ from synthetic import Shape, write_model  # noqa: E402
 
 from qe_dist import archs  # noqa: E402
 from qe_dist.core.quantized import GroupInput  # noqa: E402
+from qe_dist.data.samples import load_images, read_samples  # noqa: E402
 from qe_dist.flow.config import RunConfig  # noqa: E402
 from qe_dist.flow.local import quantize  # noqa: E402
-from qe_dist.io.samples import load_images, read_samples  # noqa: E402
 from qe_dist.methods.recipes import load_recipe  # noqa: E402
 from qe_dist.serve import linear, on_kernels, on_reference  # noqa: E402
 

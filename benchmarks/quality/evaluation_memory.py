@@ -21,8 +21,8 @@ from qe_pipelines.evaluate import encode
 from qe_pipelines.results import write_result
 
 from qe_dist import archs
-from qe_dist.flow.evaluate import evaluate, save_reference
-from qe_dist.flow.memory import BOUND_BYTES
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.memory import BOUND_BYTES
 from qe_dist.serve.loading import load_model
 
 ROOT = Path(__file__).parents[2]

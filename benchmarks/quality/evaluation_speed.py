@@ -17,7 +17,7 @@ import torch
 from qe_pipelines.evaluate import encode
 from qe_pipelines.results import write_result
 
-from qe_dist.flow.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
 from qe_dist.serve.loading import load_model
 
 ROOT = Path(__file__).parents[2]

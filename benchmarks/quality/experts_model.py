@@ -15,11 +15,11 @@ from torch import Tensor
 from qe_dist import archs
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.sample import Example
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import StagePlan
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.methods.base import GroupProblem
 
 HELD_OUT = 1024

@@ -1,4 +1,4 @@
-"""What exports for stock engines lose: our checkpoints and what `qe-dist export` makes of them, measured alike.
+"""What exports for other engines lose: our checkpoints and what `qe-dist export` makes of them, measured alike.
 
     python benchmarks/quality/exports.py [--model models/outlier]
 
@@ -17,10 +17,10 @@ from qe_pipelines.evaluate import encode
 from qe_pipelines.results import write_result
 from safetensors.torch import load_file
 
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.export import ADAPTER, export
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig, by_rotation
-from qe_dist.flow.evaluate import evaluate, save_reference
-from qe_dist.flow.export import ADAPTER, export
 from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.loading import load_model

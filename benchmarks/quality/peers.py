@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/quality/peers.py  writes benchmarks/results/peers.json
 
 Both sides run in a process of their own, one after the other, on the same samples and with the same number of threads;
-both checkpoints are loaded by transformers and measured by `qe_dist.flow.evaluate`. What differs: llm-compressor's
-tokenizing is not in its time (it cannot, see `peer.py`), and its activation grid is 2^b levels to our 2^b - 1.
+both checkpoints are loaded by transformers and measured by `qe_dist.checkpoint.evaluate`. What differs:
+llm-compressor's tokenizing is not in its time (it cannot, see `peer.py`), and its activation grid is 2^b levels to our
+2^b - 1.
 """
 
 import json
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from qe_dist.flow.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
 from qe_dist.serve.loading import load_model
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "smoothquant-gptq-w4a4": ("smoothquant+gptq-w4a4", "qe-w4a4"),
     "smoothquant-down-gptq-w4a4": ("smoothquant+gptq-w4a4",),
 }
-"""Recipes of the peer, and ours that answer them. Plain rounding is the control: both sides should agree."""
+"""Recipes of the peer, and ours that answer them. RTN is the control: both sides should agree."""
 
 
 def measured(command: list[str | Path], threads: int, ours: bool) -> dict[str, Any]:

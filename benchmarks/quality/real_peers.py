@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/quality/real_peers.py  writes benchmarks/results/real_peers.json; hours on two cores
 
 Each peer runs in a process of its own, one after the other, on the texts of the calibration set, and
-`qe_dist.flow.evaluate` measures what it wrote on those of the test set. A checkpoint that is there already is measured,
-not made again.
+`qe_dist.checkpoint.evaluate` measures what it wrote on those of the test set. A checkpoint that is there already is
+measured, not made again.
 """
 
 import json
@@ -24,7 +24,7 @@ from qe_pipelines.evaluate import encode
 from qe_pipelines.progress import set_up_logging
 from qe_pipelines.results import write_result
 
-from qe_dist.flow.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
 from qe_dist.serve.loading import load_model
 
 HERE = Path(__file__).parent

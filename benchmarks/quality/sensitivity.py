@@ -3,8 +3,8 @@
     python benchmarks/quality/sensitivity.py          writes benchmarks/results/sensitivity.json
 
 For both bundled models, in float32, on the calibration samples that have an image: what `qe-dist sensitivity` measures
-(`qe_dist/flow/sensitivity.py`). MBQ divides by the tokens of the answer; the streaming engine cannot tell them from the
-prompt's, so the ratio to all text tokens is what `image_weight` of the transform `mbq` stands for.
+(`qe_dist/checkpoint/sensitivity.py`). MBQ divides by the tokens of the answer; the streaming engine cannot tell them
+from the prompt's, so the ratio to all text tokens is what `image_weight` of the transform `mbq` stands for.
 """
 
 import sys
@@ -18,8 +18,8 @@ from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
 
+from qe_dist.checkpoint.sensitivity import sensitivity
 from qe_dist.core.batch import IMAGE
-from qe_dist.flow.sensitivity import sensitivity
 from qe_dist.serve.loading import load_model
 
 ROOT = Path(__file__).parents[2]

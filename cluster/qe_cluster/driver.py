@@ -23,14 +23,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from qe_cluster.crew import Crew, Worker
 from qe_cluster.launch import cluster_address, ray_cluster
 from qe_cluster.metrics import Metrics
+from qe_cluster.workers import Worker, WorkerPool
 from qe_dist import __version__
 from qe_dist.core.errors import QEError, Stopped
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import Hold, Prepared, finish, opened, prepare_run, start
-from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_seats, plan_wave, travel_bytes
+from qe_dist.flow.local import Prepared, RunLease, finish, opened, prepare_run, start
+from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_capacities, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
 from qe_dist.io.run_dir import RunDir
@@ -66,17 +66,17 @@ def quantize(
     patience: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
     """
     begin, address = time.perf_counter(), cluster_address(address)
-    ready = prepare_run(*runs, seats=local_seats(runs[0]) if address is None else ())
-    with opened(ready) as (ready, hold), _last_word(listen, ready) as listen:
+    ready = prepare_run(*runs, capacities=local_capacities(runs[0]) if address is None else ())
+    with opened(ready) as (ready, lease), _last_word(listen, ready) as listen:
         summary = Summary(0.0, continued=sum(ready.is_finished(b.index) for b in ready.model.blocks))
         with ThreadPoolExecutor(1) as aside:
             passed_on = aside.submit(start, ready)
             if ready.next_block() is not None:
                 with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
                     told = _all_of(listen, metrics)
-                    _Call(ready, told, stop or threading.Event(), hold, patience, summary).run()
+                    _Call(ready, told, stop or threading.Event(), lease, patience, summary).run()
             passed_on.result()
-        finish(ready, hold)
+        finish(ready, lease)
         summary.fallbacks = read_manifest(runs[0].output)["fallbacks"]
         summary.seconds = time.perf_counter() - begin
         listen("done", {"seconds": summary.seconds})
@@ -102,12 +102,12 @@ class _Call:
         ready: Prepared,
         listen: Listener,
         stop: threading.Event,
-        hold: Hold,
+        lease: RunLease,
         patience: float,
         summary: Summary,
     ) -> None:
-        self.ready, self.listen, self.stop, self.hold, self.summary = ready, listen, stop, hold, summary
-        self.crew = Crew(ready.runs, ready.model.arch, patience)
+        self.ready, self.listen, self.stop, self.lease, self.summary = ready, listen, stop, lease, summary
+        self.pool = WorkerPool(ready.runs, ready.model.arch, patience)
         self.number = 0
         """Of the wave, from 1 on."""
         self.watched: dict[Any, int] = {}
@@ -120,24 +120,24 @@ class _Call:
         self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.run.workers})
         try:
             self._waves()
-            self.summary.stages = self.crew.usage()
+            self.summary.stages = self.pool.usage()
         except RayError as error:
             raise QEError(f"{_reason(error)}; finished blocks are safe, type the same command again") from None
         finally:
-            self.crew.close()
+            self.pool.close()
 
     def _waves(self) -> None:
         ready = self.ready
         while (first := ready.next_block()) is not None:
             if first == 0 and ready.run.embeds_on == "cuda":
-                self.crew.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
+                self.pool.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
             elif ready.entering(0, 0) is None and first == 0:
-                self.crew.embedder()  # its imports take as long as those of the workers
-            workers = self.crew.muster()
+                self.pool.embedder()  # its imports take as long as those of the workers
+            workers = self.pool.acquire()
             if len(workers) < (ready.run.workers or 0):
                 told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
                 self.listen("note", {"text": told})
-            wave = plan_wave(ready.task, self.crew.seats(), first)
+            wave = plan_wave(ready.task, self.pool.capacities(), first)
             self.number += 1
             stages = [self._who(part.worker) | {"blocks": [b.index for b in part.blocks]} for part in wave]
             last = wave[-1].blocks[-1].index
@@ -164,14 +164,14 @@ class _Call:
                     f"a worker was lost {losses} times while no block was finished, lastly: {reason}. Finished blocks "
                     "are safe; if memory ran out, give fewer --blocks-per-worker or --samples-per-batch, and continue"
                 )
-            self.crew.check_embedder()
-            lost = self.crew.lost()
+            self.pool.check_embedder()
+            lost = self.pool.lost()
             for worker in lost:
                 number = workers.index(worker)
                 blocks = [block.index for block in parts[number].blocks] if number in parts else []
                 self.listen("lost", self._who(number) | {"reason": reason, "blocks": blocks})
             fresh = [workers.index(worker) for worker in lost]
-            replaced = [self.crew.replace(worker) for worker in lost]
+            replaced = [self.pool.replace(worker) for worker in lost]
             if not all(replaced):
                 return
 
@@ -179,17 +179,17 @@ class _Call:
         return sum(self.ready.is_finished(block.index) for block in self.ready.model.blocks)
 
     def _who(self, number: int) -> dict[str, Any]:
-        return {"worker": number, "node": self.crew.workers[number].address}
+        return {"worker": number, "node": self.pool.workers[number].address}
 
     # -- batches
 
     def _stream(self, wave: Wave, again: bool) -> None:
         """Sends every batch that somebody lacks through the stages of a wave, a bounded number at a time."""
         ready, first, after = self.ready, wave[0].blocks[0].index, self.ready.block_after(wave)
-        actors = [self.crew.workers[part.worker].actor for part in wave]
+        actors = [self.pool.workers[part.worker].actor for part in wave]
         begin, depth = self._lacking(actors, after)
         actors, after = actors[:depth], after if depth == len(wave) else None
-        passes = [self.crew.forward(part.worker) for part in wave[: depth - 1]]
+        passes = [self.pool.forward(part.worker) for part in wave[: depth - 1]]
         if again and depth:
             self.listen("again", {"wave": self.number, "from_batch": begin})
         flight: deque[tuple[int, Any]] = deque()
@@ -203,7 +203,7 @@ class _Call:
                 break
             batch = ready.entering(first, index)
             if batch is None:
-                embedder = embedder or self.crew.embedder()
+                embedder = embedder or self.pool.embedder()
                 batch = embedder.embed.remote(index, ready.samples[index])
             for forward in passes:
                 batch = forward(batch)
@@ -212,7 +212,7 @@ class _Call:
             tokens += self._land(flight)[0]
         ray.get([writer.flush.remote() for writer in (embedder, *actors[-1:]) if writer is not None])
         self._check_stop()
-        self.crew.dismiss_embedders()
+        self.pool.dismiss_embedders()
         if begin == 0 and depth:
             self.summary.tokens = tokens
 
@@ -229,7 +229,7 @@ class _Call:
         index, landing = flight.popleft()
         tokens, size = ray.get(landing)
         self.listen("batch", {"wave": self.number, "index": index, "tokens": tokens})
-        self.hold.check()
+        self.lease.check()
         self._look()
         return tokens, size
 
@@ -237,14 +237,14 @@ class _Call:
 
     async def _fit(self, wave: Wave) -> None:
         """All workers fit at the same time, those that have no block left for those that have."""
-        workers, seats = self.crew.workers, self.crew.seats()
+        workers, capacities = self.pool.workers, self.pool.capacities()
         after = self.ready.block_after(wave)
         if after is not None:
-            for part in plan_wave(self.ready.task, seats, after):
+            for part in plan_wave(self.ready.task, capacities, after):
                 workers[part.worker].actor.prefetch.remote(part.blocks)
         lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
         owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
-        places = self._places(owners, [seat.speed for seat in seats])
+        places = self._places(owners, [capacity.speed for capacity in capacities])
         watch = asyncio.create_task(self._keep_looking())
         stages = (self._fit_stage(part.worker, jobs, places) for part, jobs in zip(wave, lists, strict=True))
         ends = await asyncio.gather(*stages, return_exceptions=True)
@@ -267,13 +267,13 @@ class _Call:
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
         """The blocks of one worker, one after the other, each published as it finishes."""
         for index, of_block in groupby(jobs, key=lambda job: job.block):
-            self.hold.check()
+            self.lease.check()
             if self.stop.is_set():
                 return
             begin = time.perf_counter()
             for _, of_run in groupby(of_block, key=lambda job: job.run):
                 await self._fit_block(owner, list(of_run), places)
-            self.hold.sync()
+            self.lease.sync()
             report = self.ready.store.block_report(index) | self._who(owner)
             self.listen("block", report | {"seconds": time.perf_counter() - begin})
 
@@ -287,7 +287,7 @@ class _Call:
             await self._fit_groups(owner, jobs, dict.fromkeys(jobs, owner))  # a helper was lost
 
     async def _fit_groups(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
-        home, at = self.crew.workers[owner].actor, {job: self.crew.workers[places[job]].actor for job in jobs}
+        home, at = self.pool.workers[owner].actor, {job: self.pool.workers[places[job]].actor for job in jobs}
         asks = {}
         for job in sorted(jobs, key=lambda job: places[job] == owner):  # what others wait for goes first
             problem = None if places[job] == owner else home.problem.remote(job)
@@ -321,7 +321,7 @@ class _Call:
                 continue  # whoever waits for its work will notice
         if time.monotonic() - self.last_look > WATCH:
             self.last_look = time.monotonic()
-            self.watched = {w.actor.usage.remote(): i for i, w in enumerate(self.crew.workers)}
+            self.watched = {w.actor.usage.remote(): i for i, w in enumerate(self.pool.workers)}
 
 
 def _all_of(*listeners: Listener) -> Listener:

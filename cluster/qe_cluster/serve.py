@@ -24,9 +24,9 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 
 from qe_dist.core.errors import QEError
-from qe_dist.serve.endpoint import Endpoint
-from qe_dist.serve.traffic import Traffic
-from qe_dist.serve.vllm_options import arguments
+from qe_dist.serve.http.endpoint import Endpoint
+from qe_dist.serve.http.traffic import Traffic
+from qe_dist.serve.http.vllm_options import arguments
 
 HEALTH_SECONDS = 5.0
 """How often Ray asks a replica whether its engine lives."""

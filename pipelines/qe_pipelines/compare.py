@@ -51,8 +51,8 @@ def compare(
         raise ConfigError(f"compare needs {', '.join(missing)} (or --list alone)")
     from qe_cluster import launch
 
+    from qe_dist.checkpoint.quality import too_few
     from qe_dist.flow.config import RunConfig
-    from qe_dist.flow.quality import too_few
     from qe_dist.methods.recipes import load_recipe
 
     loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}

@@ -24,7 +24,7 @@ from qe_pipelines.results import write_result
 MODELS = ("plain", "outlier")
 BITS = ("w4a8", "w4a6", "w4a4")
 METHODS = {
-    "rtn": "plain rounding",
+    "rtn": "RTN",
     "smoothquant+gptq": "SmoothQuant + GPTQ",
     "aser": "ASER, rank 64",
     "qe-paper": "QE as in the paper",
@@ -89,8 +89,8 @@ def demo(
 
 def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
     """The model in full precision, then every method at every number format."""
+    from qe_dist.checkpoint.evaluate import evaluate
     from qe_dist.flow.config import RunConfig
-    from qe_dist.flow.evaluate import evaluate
     from qe_dist.methods.recipes import load_recipe
     from qe_dist.serve.loading import load_model
 
@@ -113,7 +113,7 @@ def _of_stories(quality: Mapping[str, Any]) -> float:
 
 
 def recovered(case: Case, cases: list[Case]) -> dict[str, float]:
-    """Share of what plain rounding loses that a method wins back, by KL and by accuracy."""
+    """Share of what RTN loses that a method wins back, by KL and by accuracy."""
     full = next(c for c in cases if c.model == case.model and c.bits == "bf16")
     rtn = next(c for c in cases if (c.model, c.bits, c.method) == (case.model, case.bits, METHODS["rtn"]))
     shares = {"kl": 1 - case.kl / rtn.kl}
@@ -144,14 +144,14 @@ def table_of(cases: list[Case]) -> Table:
 
 def show_answers(console: Console, model: Path, data: Path, output: Path) -> None:
     """Three evaluation images with question, expected answer, and what is generated before and after."""
-    from qe_dist.io.samples import read_samples
+    from qe_dist.data.samples import read_samples
     from qe_dist.serve.loading import load_model
 
     samples = read_samples(data / "evaluation.jsonl")
     chosen = [next(s for s in samples if s.kind == kind) for kind in SHOWN_KINDS]
     speakers = {
         "full precision": load_model(model),
-        f"plain rounding, {SHOWN_BITS}": load_model(output / f"rtn-{SHOWN_BITS}"),
+        f"RTN, {SHOWN_BITS}": load_model(output / f"rtn-{SHOWN_BITS}"),
         f"Quant Experts, {SHOWN_BITS}": load_model(output / f"qe-{SHOWN_BITS}"),
     }
     encoder = _encoder(model)
@@ -165,7 +165,7 @@ def show_answers(console: Console, model: Path, data: Path, output: Path) -> Non
 
 def generate(model: Any, encoder: Any, sample: Any, max_new_tokens: int = 48) -> str:
     """Greedy answer to the sample's last question."""
-    from qe_dist.io.samples import load_images
+    from qe_dist.data.samples import load_images
 
     prompt = encoder.prompt(sample, load_images(sample))
     ids = prompt.input_ids[None].to(model.device)

@@ -109,7 +109,7 @@ def cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
 
 def paired(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
     """The same under PAIRED: what the samples leave open."""
-    from qe_dist.flow.quality import Quality, difference
+    from qe_dist.checkpoint.quality import Quality, difference
 
     agreement = "" if entry.agreement is None else f"{entry.agreement:.1%}"
     control = control_of(entry, entries)

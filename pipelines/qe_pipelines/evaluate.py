@@ -25,9 +25,9 @@ def evaluate(
 ) -> None:
     """Measure MODEL on questions with known answers and on plain text, with 95 % intervals over the samples."""
     set_up_logging(None)
-    from qe_dist.flow.encoded import check_comparable
-    from qe_dist.flow.evaluate import measure, save_states
-    from qe_dist.flow.quality import too_few
+    from qe_dist.checkpoint.encoded import check_comparable
+    from qe_dist.checkpoint.evaluate import measure, save_states
+    from qe_dist.checkpoint.quality import too_few
 
     arch, examples = encode(model, data)
     if reference is not None:
@@ -50,8 +50,8 @@ def evaluate(
 
 def loaded(folder: Path, arch: Any, _: Path) -> Any:
     """The whole model, as transformers runs it."""
-    from qe_dist.flow.evaluate import WholeModel
-    from qe_dist.flow.memory import check_memory
+    from qe_dist.checkpoint.evaluate import WholeModel
+    from qe_dist.checkpoint.memory import check_memory
     from qe_dist.serve.loading import load_model
 
     check_memory(folder)
@@ -62,7 +62,7 @@ def streamed(folder: Path, arch: Any, work: Path) -> Any:
     """Its blocks one after the other; what is between them lies in `work`."""
     import torch
 
-    from qe_dist.flow.stream import StreamedModel
+    from qe_dist.checkpoint.stream import StreamedModel
     from qe_dist.serve.blocks import open_blocks
 
     gpu = torch.cuda.is_available()
@@ -73,7 +73,7 @@ def streamed(folder: Path, arch: Any, work: Path) -> Any:
 
 def encode(folder: Path, data: Path) -> tuple[Any, Any]:
     """The architecture, and the samples of a file as the model's own tokenizer and image processor see them."""
-    from qe_dist.flow.encoded import EncodedSamples
+    from qe_dist.checkpoint.encoded import EncodedSamples
 
     examples = EncodedSamples(folder, data)
     return examples.arch, examples

@@ -16,7 +16,7 @@ def export(
     base_only: Annotated[bool, typer.Option("--base-only", help="the integer weights alone")] = False,
     peft: Annotated[bool, typer.Option("--peft", help="the integer weights, and their repair as a LoRA")] = False,
 ) -> None:
-    """Write CHECKPOINT for stock engines: vLLM and transformers without qe-dist.
+    """Write CHECKPOINT for other engines: vLLM and transformers without qe-dist.
 
     OUTPUT is a compressed-tensors checkpoint (pack-quantized W4A16 or W8A16, with 8-bit activations where the recipe
     rounds whole tokens to 8 bits). What does not exist there is lost, and said: routed experts, channels that leave the
@@ -24,9 +24,9 @@ def export(
     recipe without routed experts (qe, qera, lqer, aser, serq) goes along as a LoRA, in OUTPUT/adapter.
     """
     set_up_logging(None)
+    from qe_dist.checkpoint.export import CARD, REPORT
+    from qe_dist.checkpoint.export import export as write
     from qe_dist.core.errors import ConfigError
-    from qe_dist.flow.export import CARD, REPORT
-    from qe_dist.flow.export import export as write
 
     if base_only == peft:
         raise ConfigError("give either --base-only or --peft")

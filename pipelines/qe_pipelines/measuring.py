@@ -16,7 +16,7 @@ def measure(runs: Sequence[Any], arch: Any, examples: Any) -> list[Entry]:
 
     The reference's hidden states lie beside the checkpoints, where every worker sees them, until this returns.
     """
-    from qe_dist.flow.memory import evaluation_bytes
+    from qe_dist.checkpoint.memory import evaluation_bytes
 
     model, device = runs[0].model, runs[0].device
     folder = Path(tempfile.mkdtemp(prefix=".reference-", dir=runs[0].output.parent))
@@ -75,14 +75,14 @@ def _check_room(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]]) -> None
 
 
 def _reference(model: Path, arch: Any, examples: Any, folder: Path) -> Path:
-    from qe_dist.flow.evaluate import save_reference
+    from qe_dist.checkpoint.evaluate import save_reference
     from qe_dist.serve.loading import load_model
 
     return save_reference(load_model(model), arch, examples, folder)
 
 
 def _measured(checkpoint: Path, arch: Any, examples: Any, reference: Path) -> Entry:
-    from qe_dist.flow.evaluate import evaluate
+    from qe_dist.checkpoint.evaluate import evaluate
     from qe_dist.io.checkpoint import read_manifest
     from qe_dist.io.run_dir import RunDir
     from qe_dist.serve.loading import load_model

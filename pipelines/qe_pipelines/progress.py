@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.flow.state import RunState, step
+from qe_dist.flow.progress import RunState, step
 from qe_dist.io.journal import Record
 from qe_pipelines.status import time_left
 

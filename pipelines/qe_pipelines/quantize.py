@@ -103,7 +103,7 @@ def num_bytes(option: str, text: str | None) -> int | None:
 
 def summary_lines(summary, output: Path) -> list[str]:
     """The last lines of a run."""
-    from qe_dist.flow.serving import served_sizes
+    from qe_dist.checkpoint.serving import served_sizes
     from qe_dist.io.checkpoint import read_manifest
 
     manifest = read_manifest(output)

@@ -20,8 +20,8 @@ def sensitivity(
     A backward pass for each sample: the model is held in float32, in this process alone.
     """
     set_up_logging(None)
-    from qe_dist.flow.sensitivity import check_memory
-    from qe_dist.flow.sensitivity import sensitivity as measure
+    from qe_dist.checkpoint.sensitivity import check_memory
+    from qe_dist.checkpoint.sensitivity import sensitivity as measure
     from qe_dist.serve.loading import load_model
 
     arch, examples = encode(model, data)

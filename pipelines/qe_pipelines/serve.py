@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.serve.endpoint import Endpoint
+from qe_dist.serve.http.endpoint import Endpoint
 from qe_pipelines.progress import set_up_logging
 from qe_pipelines.quantize import stopping
 
@@ -62,8 +62,8 @@ def serve(
 
 def check(endpoint: Endpoint) -> None:
     """What can be said before anything starts. ConfigError or CheckpointError, naming the option."""
-    from qe_dist.flow.serving import serving_problems
-    from qe_dist.flow.verify import Checkpoint, check_index, check_layout
+    from qe_dist.checkpoint.serving import serving_problems
+    from qe_dist.checkpoint.verify import Checkpoint, check_index, check_layout
     from qe_dist.serve.format import check_version
     from qe_dist.serve.vllm_plugin import check_installed
 
@@ -102,7 +102,7 @@ def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_k
         from qe_cluster import launch
         from qe_cluster import serve as on_ray
 
-        from qe_dist.serve.vllm_options import arguments
+        from qe_dist.serve.http.vllm_options import arguments
     except ImportError as error:
         raise ConfigError(f"Ray Serve lacks a package: {error}; pip install 'qe_dist[serve]', or use --local") from None
     here = launch.cluster_address(cluster) is None

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.flow.state import RunState, read_state
+from qe_dist.flow.progress import RunState, read_state
 from qe_dist.io.journal import JOURNAL, read_journal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Signs:
     owner: "Owner | None"
     """Who holds the lock of the run, or held it last."""
     quiet: float
-    """Seconds since the owner, or without one the driver in the journal, gave a sign of life."""
+    """Seconds since the owner, or without one the driver in the journal, gave a heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _missing(signs: Signs) -> str | None:
     if owner is not None and owner.is_gone:
         return f"ended early, without a last word: {who}" if owner.released else f"dead: {who}"
     if signs.quiet > (SILENCE if owner is None else BEAT * PATIENCE):
-        return f"probably dead: no sign of life for {duration(signs.quiet)} of {who}"
+        return f"probably dead: no heartbeat for {duration(signs.quiet)} of {who}"
     return None
 
 

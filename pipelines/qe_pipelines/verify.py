@@ -11,7 +11,7 @@ from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_pipelines.progress import set_up_logging
 
 if TYPE_CHECKING:
-    from qe_dist.flow.verify import Checkpoint
+    from qe_dist.checkpoint.verify import Checkpoint
 
 
 def verify(
@@ -28,7 +28,7 @@ def verify(
 ) -> None:
     """Check every hash, number, name and shape of OUTPUT, that it sees its images, and how it can be served."""
     set_up_logging(None)
-    from qe_dist.flow import verify as checks
+    from qe_dist.checkpoint import verify as checks
 
     sizes = _sizes(tensor_parallel_size)
     checkpoint = checks.Checkpoint.open(output)
@@ -71,7 +71,7 @@ def _sizes(text: str | None) -> list[int]:
 
 def _unservable(checkpoint: "Checkpoint", sizes: list[int]) -> dict[int, tuple[str, ...]]:
     """The sizes at which it cannot be served, each with its reasons, which are shown."""
-    from qe_dist.flow.serving import serving_problems
+    from qe_dist.checkpoint.serving import serving_problems
 
     why = {size: problems for size in sizes if (problems := serving_problems(checkpoint.config, size))}
     for size, problems in why.items():
@@ -83,9 +83,9 @@ def _unservable(checkpoint: "Checkpoint", sizes: list[int]) -> dict[int, tuple[s
 
 def _cut(checkpoint: "Checkpoint", sizes: list[int]) -> int:
     """What ranks compute otherwise than the whole does, at all sizes in one pass over the blocks."""
-    from qe_dist.flow.cuts import check_cuts
+    from qe_dist.checkpoint.tp_check import check_ranks
 
-    faults = list(check_cuts(checkpoint, sizes)) if sizes else []
+    faults = list(check_ranks(checkpoint, sizes)) if sizes else []
     return sum(
         _tell(f"tensor-parallel size {size}: ranks agree with the whole", [fault for s, fault in faults if s == size])
         for size in sizes
@@ -102,7 +102,7 @@ def _tell(title: str, faults: list[str]) -> int:
 def _blind(output: Path) -> list[str]:
     """Loads the whole checkpoint, as whoever uses it does."""
     from qe_dist import archs
-    from qe_dist.flow.verify import image_effect
+    from qe_dist.checkpoint.verify import image_effect
     from qe_dist.serve.loading import load_model
 
     config = json.loads((output / "config.json").read_text())

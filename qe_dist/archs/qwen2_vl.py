@@ -15,7 +15,7 @@ from qe_dist.archs.base import fill
 from qe_dist.archs.encoder import ChatEncoder
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.rotation import RotationSites, Space, Turned
+from qe_dist.core.rotation import RotatedTensor, RotationSites, Space
 from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, LinearSpec, ModelSpec
@@ -207,18 +207,18 @@ class Qwen2VL:
         norms, tensors = (
             {norm},
             {
-                embeddings: Turned(embeddings, columns="stream", stored=True),
-                head: Turned(embeddings if tied else head, columns="stream", gain=norm, stored=True),
+                embeddings: RotatedTensor(embeddings, columns="stream", stored=True),
+                head: RotatedTensor(embeddings if tied else head, columns="stream", gain=norm, stored=True),
             }
-            | {merger + n: Turned(merger + n, rows="stream", stored=True) for n in ("weight", "bias")},
+            | {merger + n: RotatedTensor(merger + n, rows="stream", stored=True) for n in ("weight", "bias")},
         )
         for block in self.spec(source).blocks:
             norms |= {block.prefix + n for n in _NORMS}
             for linear, (rows, columns, gain) in _SITES.items():
                 weight, bias = (f"{block.prefix}{linear}.{n}" for n in ("weight", "bias"))
-                tensors[weight] = Turned(weight, rows, columns, gain and block.prefix + gain)
+                tensors[weight] = RotatedTensor(weight, rows, columns, gain and block.prefix + gain)
                 if rows and bias in source.names():
-                    tensors[bias] = Turned(bias, rows, stored=True)
+                    tensors[bias] = RotatedTensor(bias, rows, stored=True)
         widths: dict[Space, int] = {"stream": text.hidden_size, "head": text.hidden_size // text.num_attention_heads}
         return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
 

@@ -9,7 +9,7 @@ Space = Literal["stream", "head"]
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotatedTensor:
     """A tensor of the rotated model: T' = R_rowsᵀ T diag(gain) R_columns. A bias has rows only."""
 
     source: str
@@ -33,4 +33,4 @@ class RotationSites:
     widths: Mapping[Space, int]
     norms: frozenset[str]
     """Weights of the norms that read the stream: what a rotation would mix of them moves into the linears behind."""
-    tensors: Mapping[str, Turned]
+    tensors: Mapping[str, RotatedTensor]

@@ -7,10 +7,10 @@ from qe_dist.archs.base import Encoder, Prelude
 from qe_dist.core.batch import Batch
 from qe_dist.core.determinism import pin
 from qe_dist.core.sample import Sample
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.source import open_source
 from qe_dist.io.run_dir import RunDir
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.io.spool import Spool
 
 CHARACTERS_PER_TOKEN = 2  # English has about four, other languages fewer

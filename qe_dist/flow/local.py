@@ -17,7 +17,7 @@ from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
 from qe_dist.flow.config import POLICY, RunConfig, check_siblings, padded_alike
-from qe_dist.flow.plan import Seat, Task, Wave, check_runs, local_seats, make_plan, plan_wave
+from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, local_capacities, make_plan, plan_wave
 from qe_dist.flow.serving import check_serving
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
@@ -38,14 +38,14 @@ def quantize(*runs: RunConfig) -> None:
 
     Several runs may differ in recipe and output: one pass of the calibration serves them all.
     """
-    seats = local_seats(runs[0])
-    ready = prepare_run(*runs, seats=seats)
-    with opened(ready) as (ready, hold), closing(Embedder(ready.run, ready.model.arch)) as embedder:
+    capacities = local_capacities(runs[0])
+    ready = prepare_run(*runs, capacities=capacities)
+    with opened(ready) as (ready, lease), closing(Embedder(ready.run, ready.model.arch)) as embedder:
         start(ready)
         while (first := ready.next_block()) is not None:
-            wave = plan_wave(ready.task, seats, first)
-            with ExitStack() as crew:
-                stages = [crew.enter_context(closing(Stage(ready.runs, ready.model.arch))) for _ in wave]
+            wave = plan_wave(ready.task, capacities, first)
+            with ExitStack() as open_stages:
+                stages = [open_stages.enter_context(closing(Stage(ready.runs, ready.model.arch))) for _ in wave]
                 for stage, part in zip(stages, wave, strict=True):
                     stage.load(part)
                 for i, samples in enumerate(ready.samples):
@@ -57,11 +57,11 @@ def quantize(*runs: RunConfig) -> None:
                 stages[-1].flush()
                 for stage, part in zip(stages, wave, strict=True):
                     for block in part.blocks:
-                        hold.check()
+                        lease.check()
                         stage.fit(block.index)
-                        hold.sync()
+                        lease.sync()
             ready.store.drop_batches_before(first)
-        finish(ready, hold)
+        finish(ready, lease)
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Prepared:
         return following if following < len(self.model.blocks) else None
 
 
-def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
+def prepare_run(*runs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) -> Prepared:
     """Reads samples and headers, and checks what can be checked now. Writes nothing.
 
-    seats: the workers, where they are known before the work begins.
+    capacities: the workers, where they are known before the work begins.
     """
     runs = tuple(_with_policy(run) for run in runs)
     check_siblings(runs)
@@ -128,13 +128,13 @@ def prepare_run(*runs: RunConfig, seats: Sequence[Seat] = ()) -> Prepared:
         check_serving(model, run, source.config)
     check_runs(model, runs, upper_bytes(source, model.passthrough))
     ready = Prepared(runs, samples, source, model, identities)
-    if seats:
-        make_plan(ready.task, seats)
+    if capacities:
+        make_plan(ready.task, capacities)
     return ready
 
 
-class Hold:
-    """What a call has a hold of: locks of its output directories, and their copies behind URLs."""
+class RunLease:
+    """What a call holds: locks of its output directories, and their copies behind URLs."""
 
     def __init__(self, locks: Sequence[RunLock], mirrors: list[Mirror]) -> None:
         self.locks, self.mirrors = locks, mirrors
@@ -157,16 +157,16 @@ class Hold:
 
 
 @contextmanager
-def opened(ready: Prepared) -> Iterator[tuple[Prepared, Hold]]:
+def opened(ready: Prepared) -> Iterator[tuple[Prepared, RunLease]]:
     """Makes or continues the run directories and holds them against other commands. What is left of the runs are those
     that are not finished."""
     with ExitStack() as held:
-        hold = Hold([held.enter_context(RunDir(run.output).lock()) for run in ready.runs], [])
+        lease = RunLease([held.enter_context(RunDir(run.output).lock()) for run in ready.runs], [])
         for run in ready.runs:
             store, identity = RunDir(run.output), ready.identities[run]
             if run.mirror is not None:
-                hold.mirrors.append(held.enter_context(Mirror(run.mirror, store)))
-                hold.mirrors[-1].restore(identity, run.resume)
+                lease.mirrors.append(held.enter_context(Mirror(run.mirror, store)))
+                lease.mirrors[-1].restore(identity, run.resume)
             if run.from_block:
                 store.change(identity, POLICY, run.from_block)
             if store.open(identity, run.resume) and not store.is_complete:
@@ -174,8 +174,8 @@ def opened(ready: Prepared) -> Iterator[tuple[Prepared, Hold]]:
                     log.warning("%s; it is made anew", fault)
             if store.is_complete:
                 store.clean()
-        hold.sync()
-        yield replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete)), hold
+        lease.sync()
+        yield replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete)), lease
 
 
 def _with_policy(run: RunConfig) -> RunConfig:
@@ -214,11 +214,11 @@ def start(ready: Prepared) -> None:
         put_passthrough(RunDir(run.output), ready.model, ready.source)
 
 
-def finish(ready: Prepared, hold: Hold) -> None:
+def finish(ready: Prepared, lease: RunLease) -> None:
     """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
-    hold.flush()
+    lease.flush()
     for run in ready.runs:
         store = RunDir(run.output)
         assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])
         store.clean()
-    hold.sync()
+    lease.sync()

@@ -24,7 +24,7 @@ MOVED = 1.2  # what a fit costs elsewhere, with the way there
 
 
 @dataclass(frozen=True)
-class Seat:
+class WorkerCapacity:
     """What one worker offers."""
 
     memory: int
@@ -77,36 +77,36 @@ class Task:
         return footprint(block, recipes, self.sampled_tokens, self.batch_tokens, run.dtype.itemsize)
 
 
-def make_plan(task: Task, seats: Sequence[Seat], first_block: int = 0) -> tuple[Wave, ...]:
+def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int = 0) -> tuple[Wave, ...]:
     """All waves from `first_block` on, if nobody comes or goes."""
     waves: list[Wave] = []
     while first_block < len(task.model.blocks):
-        waves.append(plan_wave(task, seats, first_block))
+        waves.append(plan_wave(task, capacities, first_block))
         first_block = waves[-1][-1].blocks[-1].index + 1
     return tuple(waves)
 
 
-def plan_wave(task: Task, seats: Sequence[Seat], first_block: int) -> Wave:
+def plan_wave(task: Task, capacities: Sequence[WorkerCapacity], first_block: int) -> Wave:
     """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size."""
     left = task.model.blocks[first_block:]
     needs = [task.footprint(block) for block in left]
     kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
     grams, widest = max(n.grams for n in needs), max(n.widest_gram for n in needs)
     at_most = task.runs[0].blocks_per_worker or len(left)
-    room = [min(max(0, seat.memory - passing) // kept, at_most) for seat in seats]
+    room = [min(max(0, capacity.memory - passing) // kept, at_most) for capacity in capacities]
     on_host = not sum(room) and grams > 0
     if on_host:
-        here = [max(0, seat.memory - passing - widest) // (kept - grams) for seat in seats]
-        room = [min(n, seat.host_memory // grams, at_most) for n, seat in zip(here, seats, strict=True)]
+        here = [max(0, capacity.memory - passing - widest) // (kept - grams) for capacity in capacities]
+        room = [min(n, capacity.host_memory // grams, at_most) for n, capacity in zip(here, capacities, strict=True)]
     if not sum(room):
-        largest = max(seats, key=lambda seat: seat.memory)
+        largest = max(capacities, key=lambda capacity: capacity.memory)
         raise ConfigError(
             f"one block needs {_gib(kept + passing)}: {_gib(kept)} for weights and statistics, {_gib(passing)} while a "
-            f"batch goes through or a fit is made; but of {len(seats)} workers the largest, on {largest.node}, has "
-            f"{_gib(largest.memory)}. Use fewer workers, --memory, fewer --samples-per-batch, or a larger machine"
+            f"batch goes through or a fit is made; but of {len(capacities)} workers the largest, on {largest.node}, "
+            f"has {_gib(largest.memory)}. Use fewer workers, --memory, fewer --samples-per-batch, or a larger machine"
         )
     waves = -(-len(left) // sum(room))
-    counts = share_out(-(-len(left) // waves), room, [seat.speed for seat in seats])
+    counts = share_out(-(-len(left) // waves), room, [capacity.speed for capacity in capacities])
     ends = list(accumulate(counts))
     return tuple(
         StagePlan(worker, left[end - count : end], on_host, task.held_out_below)
@@ -179,13 +179,15 @@ def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: i
         _check_disk(run, passthrough_bytes + _output_bytes(model.blocks, run) - written)
 
 
-def local_seats(run: RunConfig) -> list[Seat]:
+def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
     """The workers that this machine alone can offer: 80 % of its free memory among them, or a GPU for each."""
     workers = run.workers or 1
     if run.device == "cuda" and torch.cuda.is_available():
         host = run.host_memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers
-        return [Seat(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]), host_memory=host)] * workers
-    return [Seat(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
+        return [
+            WorkerCapacity(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]), host_memory=host)
+        ] * workers
+    return [WorkerCapacity(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
 
 
 def travel_bytes(group: InputGroup, task: Task, block: int) -> int:

@@ -19,12 +19,7 @@ def open_source(run: RunConfig) -> WeightSource:
     step = padding_step(run.recipe.scheme, run.tensor_parallel_size)
     if group is None or group.in_features % step == 0:
         return source
-    return padded(source, -(-group.in_features // step) * step)
-
-
-def padded(source: WeightSource, width: int) -> WeightSource:
-    """The model with this inner width of its MLPs."""
-    arch = archs.for_config(source.config)
+    arch, width = archs.for_config(source.config), -(-group.in_features // step) * step
     return PaddedSource(source, arch.spec(source), arch.widened(source.config, width), width)
 
 

@@ -26,7 +26,7 @@ from qe_dist.core.errors import CheckpointError, ConfigError, QEError
 from qe_dist.io.publish import make_folder
 
 BEAT = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeat."""
 PATIENCE = 12
 """Beats without one after which an owner on another machine counts as gone."""
 
@@ -83,7 +83,7 @@ class RunLock:
 
     @property
     def lost(self) -> bool:
-        """Taken over by another run, because this one gave no sign of life."""
+        """Taken over by another run, because this one gave no heartbeat."""
         return self._lost.is_set()
 
     def check(self) -> None:
@@ -91,7 +91,7 @@ class RunLock:
         if self.lost:
             raise QEError(
                 f"{self.folder} was taken over by {self._read(self._last()) or 'another run'} while this run gave no "
-                "sign of life; this one ends, and finished blocks are safe"
+                "heartbeat; this one ends, and finished blocks are safe"
             )
 
     def __enter__(self) -> "RunLock":

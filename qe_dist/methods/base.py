@@ -311,7 +311,7 @@ class Rotation(Protocol):
 
 
 @runtime_checkable
-class Choosy(Protocol):
+class HasConstraints(Protocol):
     """A member of any axis that does not go with all of the others."""
 
     def check(self, recipe: Any) -> None:

@@ -17,12 +17,12 @@ from qe_dist.methods.base import (
     NO_COLUMNS,
     Budget,
     Channels,
-    Choosy,
     Codes,
     Compensation,
     Correction,
     ErrorProblem,
     GroupProblem,
+    HasConstraints,
     Lists,
     Quantizer,
     Rotation,
@@ -62,7 +62,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for member in (self.transform, self.quantizer, self.compensation, self.channels, self.rotation):
-            if isinstance(member, Choosy):
+            if isinstance(member, HasConstraints):
                 member.check(self)
         most = self.budget.extra_bits
         if most is not None and self.list_bits > most:
@@ -115,7 +115,7 @@ class Recipe:
                 if name != LADDER[0][0]:
                     fallbacks.append(f"solved by '{name}'")
                 return replace(draft, asked=problem, seconds=_since(start), fallbacks=tuple(fallbacks))
-        fallbacks.append("plain rounding without transform and compensation")
+        fallbacks.append("RTN without transform and compensation")
         return replace(self._plain(problem), seconds=_since(start), fallbacks=tuple(fallbacks))
 
     def _attempt(self, problem: GroupProblem) -> "Draft":

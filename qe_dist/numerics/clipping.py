@@ -1,6 +1,6 @@
 """Clipping: a smaller scale cuts off the largest weights of a row and rounds all the others more finely.
 
-Factors go from half of plain rounding's scale, as in AWQ's search (arXiv 2306.00978; methods.md section 6), up to the
+Factors go from half of RTN's scale, as in AWQ's search (arXiv 2306.00978; methods.md section 6), up to the
 one with which the largest weight fits even where it is positive: there the grid is half a step too short.
 """
 
@@ -19,7 +19,7 @@ ROWS = 2048
 
 
 def clip_factors(bits: int, count: int) -> list[float]:
-    """Multiples of plain rounding's scale; that itself is the first."""
+    """Multiples of RTN's scale; that itself is the first."""
     fits = (2**bits - 1) / (2**bits - 2)
     return [1.0, *torch.linspace(0.5, fits, count - 1, dtype=torch.float64).tolist()]
 
@@ -37,7 +37,7 @@ def clipped_scale(
     gram: Float[Tensor, "I I"] | None = None,
     factors: Sequence[float] | None = None,
 ) -> Float[Tensor, "O G"]:
-    """For each row and group g the multiple of its scale that leaves plain rounding the least e G_gg e^T.
+    """For each row and group g the multiple of its scale that leaves RTN the least e G_gg e^T.
 
     G_gg is the Gram matrix of the group's own columns; without it, the least e e^T. Of equals the first wins. A factor
     costs 2 O I g FLOP: next to nothing for groups of 128, but with one scale per row (g = I) twice what it costs GPTQ.

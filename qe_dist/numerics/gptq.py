@@ -31,7 +31,7 @@ from qe_dist.numerics.clipping import scaled
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 
 CHANNELS = 128
-"""Turned into codes at a time, once all are settled."""
+"""RotatedTensor into codes at a time, once all are settled."""
 
 
 def gptq(
@@ -122,7 +122,7 @@ class _Layer:
     bits: int
 
     def round(self, scale: Float[Tensor, "O G"], late: float | None) -> _Rounded:
-        """With `late` every scale is overwritten: by this multiple of plain rounding's, once its group is due."""
+        """With `late` every scale is overwritten: by this multiple of RTN's, once its group is due."""
         work = self.weight.clone()  # what each channel asks to be rounded to
         error = torch.empty_like(work)
         steps = scale.to(work.dtype).T.contiguous()

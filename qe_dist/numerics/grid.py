@@ -15,7 +15,7 @@ from qe_dist.numerics.lowrank import capped
 
 
 def weight_scale(weight: Float[Tensor, "O I"], bits: int, group_size: int | None) -> Float[Tensor, "O G"]:
-    """Scales of plain rounding, already rounded to the bf16 in which they are stored. [O, groups]"""
+    """Scales of RTN, already rounded to the bf16 in which they are stored. [O, groups]"""
     grouped = _grouped(weight, group_size)
     scale = grouped.abs().amax(dim=-1) / ((2**bits - 1) / 2)
     scale = scale.to(torch.bfloat16)

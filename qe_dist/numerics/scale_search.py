@@ -74,7 +74,7 @@ def power_scales(size: Float[Tensor, " I"], grid: int) -> Float[Tensor, "G I"]:
 def rounded_output(
     x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"], scale: Float[Tensor, " I"], scheme: Scheme
 ) -> Float[Tensor, "T O"]:
-    """Q(x / s) Q(W s)^T with plain rounding."""
+    """Q(x / s) Q(W s)^T with RTN."""
     wide = weight * scale
     steps = weight_scale(wide, scheme.weight_bits, scheme.group_size)
     rounded = dequantize(round_to_grid(wide, steps, scheme.weight_bits), steps, x.dtype)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qe_dist import archs
+from qe_dist.checkpoint.compressed_tensors import folded
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.io.samples import load_images, read_samples
-from qe_dist.io.stock import folded
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.io.weights import SafetensorsSource
 from tests.tiny import DATA, tiny_model
 

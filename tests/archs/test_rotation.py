@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from qe_dist import archs
 from qe_dist.core.batch import PADDING
 from qe_dist.core.errors import CheckpointError
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.io.rotated import RotatedSource
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import DATA, MODELS, tiny_model

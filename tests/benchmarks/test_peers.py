@@ -44,7 +44,7 @@ def test_a_cost_is_one_line_of_json(quality, capsys):
 @pytest.mark.skipif(not PEER.exists(), reason="make peer sets it up")
 @pytest.mark.filterwarnings("default")
 def test_both_sides_round_to_the_same_weights(quality, tmp_path):
-    """Plain rounding leaves no choice, so any difference would be one of data, grid, loading or evaluation."""
+    """RTN leaves no choice, so any difference would be one of data, grid, loading or evaluation."""
     data = ROOT / "models" / "data"
     peers = quality("peers")
     bench = peers.Bench(

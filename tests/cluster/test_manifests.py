@@ -15,7 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 from typer.main import get_command
 
-from qe_dist.serve.endpoint import Endpoint
+from qe_dist.serve.http.endpoint import Endpoint
 
 ROOT = Path(__file__).parents[2]
 RAY = re.search(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)[1]

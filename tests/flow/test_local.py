@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from qe_dist import archs
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
 from qe_dist.core.batch import held_out_below, sample_keys
 from qe_dist.core.errors import ConfigError
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import evaluate, save_reference
 from qe_dist.flow.local import prepare_run, quantize
 from qe_dist.flow.plan import FitJob, StagePlan
 from qe_dist.flow.stage import Stage
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.publish import sha256
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.methods.recipes import RECIPES, load_recipe
 from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import DATA, calibration, tiny_model
@@ -250,7 +250,7 @@ def test_required_needs_a_run_and_foreign_folders_are_left_alone(run):
 
 
 def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run, tmp_path):
-    """Block 1's norm overflows float32 for every token: its groups climb down to plain rounding, and say so."""
+    """Block 1's norm overflows float32 for every token: its groups climb down to RTN, and say so."""
     from safetensors.torch import load_file, save_file
 
     folder = tiny_model(tmp_path / "hot")
@@ -263,7 +263,7 @@ def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run
     assert not any("layers.0" in layer for layer in fallbacks)
     steps = fallbacks[name.replace("input_layernorm.weight", "self_attn.qkv")]
     assert "have a NaN or Inf at this input" in steps[0]
-    assert "plain rounding" in steps[-1]
+    assert "RTN" in steps[-1]
     from safetensors import safe_open
 
     for file in run.output.glob("block-*.safetensors"):

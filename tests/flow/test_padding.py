@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from qe_dist import archs, methods
+from qe_dist.checkpoint.verify import Checkpoint, check_finite, check_index, check_layout, check_source
 from qe_dist.core.errors import ConfigError
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
-from qe_dist.flow.source import open_source, padded
-from qe_dist.flow.verify import Checkpoint, check_finite, check_index, check_layout, check_source
+from qe_dist.flow.source import open_source
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.io.samples import load_images, read_samples
+from qe_dist.io.padded import PaddedSource
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import METHODS, load_recipe, recipe_from
 from qe_dist.numerics.packing import unpack
@@ -48,7 +49,8 @@ def tensors(output):
 
 def test_a_padded_source_is_the_model_with_zeros_behind(folder):
     plain = SafetensorsSource(folder)
-    wide = padded(plain, AFTER)
+    arch = archs.for_config(plain.config)
+    wide = PaddedSource(plain, arch.spec(plain), arch.widened(plain.config, AFTER), AFTER)
     assert wide.config["text_config"] == plain.config["text_config"] | {"intermediate_size": AFTER}
     grown = set()
     for name in wide.names():

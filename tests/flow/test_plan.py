@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FitJob, Seat, Task, balance, check_runs, make_plan, plan_wave, share_out
+from qe_dist.flow.plan import FitJob, Task, WorkerCapacity, balance, check_runs, make_plan, plan_wave, share_out
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -28,14 +28,14 @@ def task(num_blocks: int, run: RunConfig = RUN, width: int = 64) -> Task:
     return Task(model(num_blocks, width), (run,), batch_tokens=100, num_samples=8)
 
 
-def seats(*memory: int, speeds: tuple[float, ...] = ()) -> list[Seat]:
-    return [Seat(m, s) for m, s in zip(memory, speeds or (1.0,) * len(memory), strict=True)]
+def capacities(*memory: int, speeds: tuple[float, ...] = ()) -> list[WorkerCapacity]:
+    return [WorkerCapacity(m, s) for m, s in zip(memory, speeds or (1.0,) * len(memory), strict=True)]
 
 
 @given(st.integers(1, 90), st.lists(st.floats(0.2, 5.0), min_size=1, max_size=9), st.integers(0, 9), st.integers(0, 90))
 def test_every_block_from_the_first_on_is_done_once_and_in_order(blocks, speeds, each, first):
     run = replace(RUN, blocks_per_worker=each or None)
-    workers = seats(*[2**40] * len(speeds), speeds=tuple(speeds))
+    workers = capacities(*[2**40] * len(speeds), speeds=tuple(speeds))
     waves = make_plan(task(blocks, run), workers, first_block=min(first, blocks))
     done = [b.index for wave in waves for stage in wave for b in stage.blocks]
     assert done == list(range(min(first, blocks), blocks))
@@ -48,14 +48,14 @@ def test_tokens_of_held_out_sequences_take_memory_where_there_are_any():
     before, after = (one.footprint(one.model.blocks[0]) for one in (few, many))
     assert after.sample == before.sample * 9 / 8 > 0
     assert (after.weights, after.grams) == (before.weights, before.grams)
-    stages = [make_plan(one, seats(2**40))[0][0] for one in (few, many)]
+    stages = [make_plan(one, capacities(2**40))[0][0] for one in (few, many)]
     assert stages[0].held_out_below == 0 < stages[1].held_out_below
 
 
 def test_blocks_per_worker_follow_from_the_memory_of_each():
     need = task(12).footprint(task(12).model.blocks[0])
     memory = [need.passing + int(count * need.kept) for count in (3.5, 0.5, 1.5)]
-    waves = make_plan(task(12), seats(*memory))
+    waves = make_plan(task(12), capacities(*memory))
     assert [[(s.worker, len(s.blocks)) for s in wave] for wave in waves] == [[(0, 3), (2, 1)]] * 3
 
 
@@ -68,16 +68,16 @@ def test_gram_matrices_go_to_the_host_where_the_device_has_no_room_for_one_block
     need = both.footprint(blocks[0])
     assert need.grams == 2 * need.widest_gram > 0
     small = need.passing + need.kept - need.widest_gram
-    (stage,) = plan_wave(both, [Seat(small, host_memory=5 * need.grams)], 0)
+    (stage,) = plan_wave(both, [WorkerCapacity(small, host_memory=5 * need.grams)], 0)
     assert (len(stage.blocks), stage.grams_on_host) == (1, True)
     with pytest.raises(ConfigError, match="one block needs"):
-        plan_wave(both, [Seat(small, host_memory=need.grams - 1)], 0)
-    (stage,) = plan_wave(both, [Seat(need.passing + need.kept, host_memory=2**40)], 0)
+        plan_wave(both, [WorkerCapacity(small, host_memory=need.grams - 1)], 0)
+    (stage,) = plan_wave(both, [WorkerCapacity(need.passing + need.kept, host_memory=2**40)], 0)
     assert not stage.grams_on_host
 
 
 def test_waves_are_of_equal_size_so_that_none_holds_more_than_it_must():
-    waves = make_plan(task(10, replace(RUN, blocks_per_worker=4)), seats(2**40, 2**40))
+    waves = make_plan(task(10, replace(RUN, blocks_per_worker=4)), capacities(2**40, 2**40))
     assert [sum(len(s.blocks) for s in wave) for wave in waves] == [5, 5]
 
 
@@ -121,7 +121,7 @@ def test_balanced_fits_never_end_later_than_unbalanced_ones(costs, speeds):
 
 def test_a_block_that_does_not_fit_is_refused_now():
     with pytest.raises(ConfigError, match=r"one block needs .* GiB .* on here, has 0.0 GiB\. Use fewer workers"):
-        make_plan(task(2, width=4096), [Seat(2**20, node="here")])
+        make_plan(task(2, width=4096), [WorkerCapacity(2**20, node="here")])
 
 
 def test_a_full_disk_is_refused_now():

@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
+from qe_dist.checkpoint.export import export
+from qe_dist.checkpoint.serving import serving_problems
+from qe_dist.checkpoint.tp_check import check_ranks
+from qe_dist.checkpoint.verify import Checkpoint, check_layout, check_source
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import rotated_block
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.cuts import check_cuts
-from qe_dist.flow.evaluate import evaluate, save_reference
-from qe_dist.flow.export import export
 from qe_dist.flow.local import quantize
-from qe_dist.flow.serving import serving_problems
 from qe_dist.flow.source import open_source
-from qe_dist.flow.verify import Checkpoint, check_layout, check_source
 from qe_dist.io.checkpoint import read_manifest
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.io.weights import SafetensorsSource, upper_bytes
 from qe_dist.methods.recipes import recipe_from
 from qe_dist.serve.loading import load_model
@@ -184,7 +184,7 @@ def test_a_rank_has_blocks_of_its_own_where_the_run_was_asked_for_ranks(run):
         checkpoint = Checkpoint.open(one.output)
         assert rotated_block(checkpoint.layouts[0]["mlp.down"]["input"]) == block
         assert serving_problems(checkpoint.config, 2) == problems
-        assert list(check_cuts(checkpoint, range(1, size + 1))) == []
+        assert list(check_ranks(checkpoint, range(1, size + 1))) == []
         assert check_layout(checkpoint) == check_source(checkpoint, run.model) == []
 
 

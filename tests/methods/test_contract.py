@@ -343,7 +343,7 @@ def test_a_poisoned_gram_matrix_ends_in_plain_rounding_and_says_so(
         "step 'as asked' of the ladder failed",
         "step 'float64' of the ladder failed",
         "step 'float64 and 1% damping' of the ladder failed",
-        "plain rounding without transform and compensation",
+        "RTN without transform and compensation",
     ]
     assert is_plain_rounding(group, problem, same)
     assert_stored_numbers_are_finite(group)
@@ -395,7 +395,7 @@ def test_a_repair_with_a_nan_is_never_stored(
     recipe = replace(recipe_of(PLAIN), compensation=Given(Correction(shared_up=up, shared_down=normal(1, 2, WIDTH))))
     problem = problem_for(recipe, x)
     group = recipe.fit(problem)
-    assert group.report.fallbacks[-1] == "plain rounding without transform and compensation"
+    assert group.report.fallbacks[-1] == "RTN without transform and compensation"
     assert is_plain_rounding(group, problem, same)
 
 
@@ -437,7 +437,7 @@ def test_without_a_finite_token_there_is_plain_rounding_and_a_note(
     group = recipe.fit(problem_for(recipe, torch.full_like(x, math.nan)))
     assert group.report.fallbacks == (
         f"{TOKENS} of {TOKENS} tokens have a NaN or Inf at this input and were left out",
-        "plain rounding without transform and compensation",
+        "RTN without transform and compensation",
     )
     assert is_plain_rounding(group, problem, same)
     assert_stored_numbers_are_finite(group)

@@ -176,7 +176,7 @@ def test_the_error_of_a_modality_is_what_its_tokens_miss(problem: GroupProblem, 
 def test_with_full_rank_images_get_the_full_precision_function(
     problem_for: Problem, x: Tensor, transform: Any, factor_bits: int
 ) -> None:
-    """But for the storage of the factors; text tokens get plain rounding."""
+    """But for the storage of the factors; text tokens get RTN."""
     recipe = recipe_of(transform, scheme="w3a16", budget=Budget(extra_bits=100.0, factor_bits=factor_bits))
     problem = problem_for(recipe, x)
     group = recipe.fit(problem)

@@ -127,7 +127,7 @@ def test_a_poisoned_gram_matrix_ends_in_plain_rounding(
     gram = problem.stats.gram.clone()
     gram[0, 3, 4] = math.nan
     group = recipe.fit(replace(problem, stats=replace(problem.stats, gram=gram)))
-    assert "plain rounding" in group.report.fallbacks[-1]
+    assert "RTN" in group.report.fallbacks[-1]
     plain = recipe_with(RoundToNearest()).fit(problem)
     assert same(group.linears, plain.linears)
 

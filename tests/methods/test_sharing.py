@@ -164,7 +164,7 @@ def test_a_group_that_cannot_be_solved_leaves_the_others_their_own_budget(
     others = {name: problem for name, problem in block.items() if name != "o"}
     recipe = recipe_of(0.7)
     groups, wanted = recipe.fit_block(poisoned), recipe.fit_block(others)
-    assert groups["o"].report.fallbacks[-1] == "plain rounding without transform and compensation"
+    assert groups["o"].report.fallbacks[-1] == "RTN without transform and compensation"
     assert extra_bits_of(groups["o"]) == 0
     for name in others:
         assert same((groups[name].input, groups[name].linears), (wanted[name].input, wanted[name].linears))

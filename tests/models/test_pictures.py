@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qe_dist.io.samples import load_images, read_samples
+from qe_dist.data.samples import load_images, read_samples
 from tests.tiny import MODELS
 
 sys.path.insert(0, str(MODELS / "real"))

@@ -27,8 +27,8 @@ from qe_pipelines.entries import (
 from qe_pipelines.measuring import GIB, finished
 
 from qe_dist import methods
+from qe_dist.checkpoint.quality import Quality, SampleScore
 from qe_dist.core.errors import ConfigError
-from qe_dist.flow.quality import Quality, SampleScore
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.methods.recipes import METHODS, SCHEMES, load_recipe
 from tests.tiny import calibration, tiny_model

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from qe_pipelines import main
 
-from qe_dist.flow import evaluate as evaluation
+from qe_dist.checkpoint import evaluate as evaluation
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe

@@ -16,7 +16,7 @@ from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve import vllm_plugin
-from qe_dist.serve.endpoint import Endpoint
+from qe_dist.serve.http.endpoint import Endpoint
 from tests.tiny import calibration, tiny_model
 
 Serve = Callable[..., str]

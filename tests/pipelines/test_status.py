@@ -17,7 +17,7 @@ from qe_pipelines.progress import run_view
 from qe_pipelines.status import Signs, duration, judge, watch
 from rich.console import Console
 
-from qe_dist.flow.state import RunState, read_state
+from qe_dist.flow.progress import RunState, read_state
 from qe_dist.io import journal as module
 from qe_dist.io.journal import JOURNAL, Journal, read_journal
 from qe_dist.io.lock import Owner, RunLock
@@ -305,9 +305,9 @@ FAR = Owner(id="1", host="far", machine="of another boot", pid=7, started="1", s
     ("signs", "said"),
     [
         (Signs(owner=None, quiet=5), "running"),
-        (Signs(owner=None, quiet=660), "probably dead: no sign of life for 11 min of an unknown"),
+        (Signs(owner=None, quiet=660), "probably dead: no heartbeat for 11 min of an unknown"),
         (Signs(owner=FAR, quiet=5), "running: process 7 on far since noon"),
-        (Signs(owner=FAR, quiet=90), "probably dead: no sign of life for 1 min 30 s of process 7 on far since noon"),
+        (Signs(owner=FAR, quiet=90), "probably dead: no heartbeat for 1 min 30 s of process 7 on far since noon"),
         (Signs(owner=FAR, quiet=-3600), "running"),  # the other host's clock is ahead
     ],
 )
@@ -325,7 +325,7 @@ def test_the_lock_of_another_host_is_its_heartbeat(driver, status, locks):
     lock.write_text(json.dumps(vars(FAR)))
     assert "running: process 7 on far" in status()[1]
     os.utime(lock, (time.time() - 3600, time.time() - 3600))
-    assert "probably dead: no sign of life for 1 h of" in status()[1]
+    assert "probably dead: no heartbeat for 1 h of" in status()[1]
 
 
 # -- the command

@@ -9,7 +9,7 @@ import torch
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
-from qe_dist.io.samples import load_images, read_samples
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.serve.linear import QELinear
 from tests.tiny import DATA, MODELS
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qe_dist import archs
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve import linear, on_kernels
 from qe_dist.serve.linear import QELinear

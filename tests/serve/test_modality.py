@@ -15,9 +15,9 @@ from qe_dist.core.quantized import QuantizedLinear, input_from_tensors, repair_f
 from qe_dist.core.sample import Example
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import BlockSpec, InputGroup
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe, recipe_from
 from qe_dist.numerics.packing import unpack

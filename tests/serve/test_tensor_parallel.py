@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
-from qe_dist.io.samples import load_images, read_samples
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
 from tests.serve.conftest import ADAPTED, OUTLIERS, ROTATED

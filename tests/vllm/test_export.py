@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from qe_dist.checkpoint.export import ADAPTER, Exported, export
 from qe_dist.core.scheme import Scheme
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.export import ADAPTER, Exported, export
 from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.methods.recipes import load_recipe
 from tests.vllm.generate import Answers, Job, generate

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from qe_dist.checkpoint.serving import serving_problems
+from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.serving import serving_problems
-from qe_dist.flow.verify import Checkpoint
 from qe_dist.methods.recipes import load_recipe
 from tests.vllm.generate import Job, generate
 from tests.vllm.questions import DATA, EQUAL, MODEL, prompts

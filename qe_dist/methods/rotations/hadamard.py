@@ -38,7 +38,7 @@ class Hadamard:
     octaves: float = 0.0
     """How far the norm gains of channels that are mixed may be apart. 0: any, as in the paper."""
     online: bool = True
-    """Whether down's input is rotated at run time. Stock engines cannot do that."""
+    """Whether down's input is rotated at run time. other engines cannot do that."""
     ranks: int = 8
     """Tensor-parallel ranks that the rotation at run time can be shared out to, whatever the run is made for: it mixes
     blocks of channels that lie on one of so many. Smaller blocks cost less, too."""

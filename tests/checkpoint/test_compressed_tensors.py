@@ -1,11 +1,11 @@
-"""What stock engines are given of a block, seen in a block of a few tensors."""
+"""What other engines are given of a block, seen in a block of a few tensors."""
 
 import pytest
 import torch
 
+from qe_dist.checkpoint.compressed_tensors import ROWS, exported_block
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import Feeder
-from qe_dist.io.stock import ROWS, stock_block
 from qe_dist.numerics.packing import pack
 
 WIDTH, OUTPUTS = 64, 2 * ROWS
@@ -34,11 +34,11 @@ def block():
 def test_a_channel_with_any_code_is_not_taken_for_one_that_the_repair_holds(block):
     codes = torch.ones(OUTPUTS, WIDTH, dtype=torch.int8)
     codes[:-1, 5] = 0
-    stock_block(*block(codes), peft=False)
+    exported_block(*block(codes), peft=False)
     codes[-1, 5] = 0
     with pytest.raises(ConfigError, match=r"b\.fc: the codes have nothing of 1 of its 64 input channels"):
-        stock_block(*block(codes), peft=False)
-    assert set(stock_block(*block(codes), peft=True).adapters) == {"fc"}
+        exported_block(*block(codes), peft=False)
+    assert set(exported_block(*block(codes), peft=True).adapters) == {"fc"}
 
 
 def test_a_channel_that_nobody_uses_is_no_reason_to_refuse(block):
@@ -46,10 +46,10 @@ def test_a_channel_that_nobody_uses_is_no_reason_to_refuse(block):
     codes[:, 5] = 0
     prefix, layout, tensors, feeders = block(codes)
     tensors["b.fc_input.lr_shared_a"][:, 5] = 0.1
-    assert "b.fc.weight_packed" in stock_block(prefix, layout, tensors, feeders, peft=False).tensors
+    assert "b.fc.weight_packed" in exported_block(prefix, layout, tensors, feeders, peft=False).tensors
 
 
 def test_codes_that_fit_are_handed_on_unopened(block):
     prefix, layout, tensors, feeders = block(torch.ones(OUTPUTS, WIDTH, dtype=torch.int8))
-    written = stock_block(prefix, layout, tensors, feeders, peft=True).tensors
+    written = exported_block(prefix, layout, tensors, feeders, peft=True).tensors
     assert written["b.fc.weight_packed"] is tensors["b.fc.weight_packed"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from qe_pipelines.evaluate import encode
 
+from qe_dist.checkpoint import sensitivity as module
+from qe_dist.checkpoint.sensitivity import check_memory, sensitivity
 from qe_dist.core.batch import IMAGE
 from qe_dist.core.errors import ConfigError
-from qe_dist.flow import sensitivity as module
-from qe_dist.flow.sensitivity import check_memory, sensitivity
 from qe_dist.serve.loading import load_model
 
 ROOT = Path(__file__).parents[2]

@@ -1,12 +1,16 @@
 """The model of the schedule keeps the laws that every schedule keeps, and agrees with sums done by hand."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_dist.flow.schedule import Costs, Task, Work, even_waves, play, predict, spread
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from timeline import Costs, Task, Work, even_waves, play, predict, spread
 
 seconds = st.floats(0.0, 10.0)
 costs = st.builds(

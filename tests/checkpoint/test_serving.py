@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
+from qe_dist.checkpoint import tp_check
+from qe_dist.checkpoint.serving import served_sizes, serving_problems
+from qe_dist.checkpoint.tp_check import check_ranks
+from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.flow import cuts
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.cuts import check_cuts
 from qe_dist.flow.local import quantize
-from qe_dist.flow.serving import served_sizes, serving_problems
-from qe_dist.flow.verify import Checkpoint
 from qe_dist.methods.recipes import load_recipe, recipe_from
 from qe_dist.numerics.sharding import padding_step, why_not
 from tests.tiny import calibration, tiny_model
@@ -143,7 +143,7 @@ def test_ranks_compute_together_what_the_whole_does(runs, name):
     checkpoint = Checkpoint.open(runs[name].output)
     sizes = [size for size in (1, 2, 4) if not serving_problems(checkpoint.config, size)]
     assert sizes == ([1, 2] if name == "qera-w3a16g32" else [1, 2, 4])  # four ranks: two share a key-value head
-    assert list(check_cuts(checkpoint, sizes)) == []
+    assert list(check_ranks(checkpoint, sizes)) == []
 
 
 def in_reverse(right):
@@ -171,23 +171,23 @@ def of_the_first(right):
     ],
 )
 def test_a_wrong_rule_is_seen_and_the_linear_named(runs, monkeypatch, name, rule, wrong, linear):
-    monkeypatch.setattr(cuts, rule, wrong(getattr(cuts, rule)))
-    faults = list(check_cuts(Checkpoint.open(runs[name].output), [2]))
+    monkeypatch.setattr(tp_check, rule, wrong(getattr(tp_check, rule)))
+    faults = list(check_ranks(Checkpoint.open(runs[name].output), [2]))
     assert any(size == 2 and f"{linear} over 2 ranks" in fault for size, fault in faults)
     assert all(fault.startswith("model.layers.") for _, fault in faults)
 
 
 def test_an_output_that_is_off_is_said_by_how_much(runs, monkeypatch):
     """One rank's part of one output, a tenth off."""
-    right = cuts.linear_forward
+    right = tp_check.linear_forward
 
     def off(linear, x, weight=None):
         y = right(linear, x, weight)
         y[:, 3] *= 1 if weight is not None else 1.1
         return y
 
-    monkeypatch.setattr(cuts, "linear_forward", off)
-    faults = [fault for _, fault in check_cuts(Checkpoint.open(runs["rtn-w4a16g16"].output), [2])]
+    monkeypatch.setattr(tp_check, "linear_forward", off)
+    faults = [fault for _, fault in check_ranks(Checkpoint.open(runs["rtn-w4a16g16"].output), [2])]
     assert (
         "model.layers.1.mlp.down: mlp.down_proj over 2 ranks is off by 1.0e-01 of an output, 1e-04 is rounding"
         in faults
@@ -196,14 +196,14 @@ def test_an_output_that_is_off_is_said_by_how_much(runs, monkeypatch):
 
 def test_a_grid_that_is_coarser_than_asked_is_seen(runs, monkeypatch):
     """Ranks and whole agree, but not with the product in full precision."""
-    rounded, prepared = cuts.round_activations, cuts.prepare
+    rounded, prepared = tp_check.round_activations, tp_check.prepare
 
     def coarser(scheme):
         return scheme if scheme.act_bits is None else replace(scheme, act_bits=3)
 
-    monkeypatch.setattr(cuts, "round_activations", lambda x, scheme: rounded(x, coarser(scheme)))
-    monkeypatch.setattr(cuts, "prepare", lambda part, x, expert, scheme: prepared(part, x, expert, coarser(scheme)))
-    faults = [fault for _, fault in check_cuts(Checkpoint.open(runs["gptq+qera-w4a6@0.25f4"].output), [2])]
+    monkeypatch.setattr(tp_check, "round_activations", lambda x, scheme: rounded(x, coarser(scheme)))
+    monkeypatch.setattr(tp_check, "prepare", lambda part, x, expert, scheme: prepared(part, x, expert, coarser(scheme)))
+    faults = [fault for _, fault in check_ranks(Checkpoint.open(runs["gptq+qera-w4a6@0.25f4"].output), [2])]
     assert any("is further off the product than its activation grid explains" in fault for fault in faults)
 
 

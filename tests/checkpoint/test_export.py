@@ -1,4 +1,4 @@
-"""`qe-dist export`: what is written for stock engines says what ours says; what it cannot say is refused."""
+"""`qe-dist export`: what is written for other engines says what ours says; what it cannot say is refused."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from qe_pipelines import main
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
+from qe_dist.checkpoint.compressed_tensors import LinearFormat
+from qe_dist.checkpoint.export import ADAPTER, CARD, REPORT, export
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.scheme import Scheme
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.export import ADAPTER, CARD, REPORT, export
 from qe_dist.flow.local import quantize
 from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.publish import sha256
-from qe_dist.io.samples import load_images, read_samples
-from qe_dist.io.stock import StockFormat
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.packing import unpack
@@ -118,7 +118,7 @@ def close(a, b, by=1e-4):
 def test_weights_are_codes_times_scales_to_the_last_bit(made, tmp_path, recipe, bits):
     export(made[recipe], tmp_path / "out", peft=False)
     source, stock = blocks(made[recipe]), blocks(tmp_path / "out")
-    assert stock.keys() == source.keys()  # no module of ours is left, and plain rounding had none
+    assert stock.keys() == source.keys()  # no module of ours is left, and RTN had none
     linears = modules(stock, "weight_packed")
     assert len(linears) == 14
     for linear in linears:
@@ -210,13 +210,13 @@ def test_the_lora_reads_the_input_unrounded_whatever_the_recipe_rounds(made, tmp
 
 def test_groups_of_scales_become_those_that_kernels_have():
     def of(scheme, *names):
-        return StockFormat.of({"scheme": scheme, "input": dict.fromkeys(names)})
+        return LinearFormat.of({"scheme": scheme, "input": dict.fromkeys(names)})
 
-    assert of("w4a16g256") == StockFormat(4, 128, None)
-    assert of("w2a16g96") == StockFormat(4, 32, None)
-    assert of("w6a16") == StockFormat(8, None, None)
-    assert of("w4a8") == StockFormat(4, None, 8)
-    assert of("w4a8k64") == of("w4a6") == of("w4a8", "lr_expert_channels") == StockFormat(4, None, None)
+    assert of("w4a16g256") == LinearFormat(4, 128, None)
+    assert of("w2a16g96") == LinearFormat(4, 32, None)
+    assert of("w6a16") == LinearFormat(8, None, None)
+    assert of("w4a8") == LinearFormat(4, None, 8)
+    assert of("w4a8k64") == of("w4a6") == of("w4a8", "lr_expert_channels") == LinearFormat(4, None, None)
 
 
 def test_what_is_lost_is_said_to_people_and_to_machines(made, tmp_path, monkeypatch, capsys):

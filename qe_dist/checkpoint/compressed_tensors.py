@@ -1,4 +1,4 @@
-"""A block of ours as stock engines read it: plain compressed-tensors weights, and what may repair them as a LoRA.
+"""A block of ours as other engines read it: plain compressed-tensors weights, and what may repair them as a LoRA.
 
 Those engines know no x~ = x / s. What makes x channel by channel (`Feeder`) divides it for good: the weight of a norm,
 or the rows of v and up, that is their scales, biases and up matrices. Under grouped-query attention a head of v feeds
@@ -32,7 +32,7 @@ Layout = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class StockFormat:
+class LinearFormat:
     """What `config.json` tells an engine about a linear."""
 
     bits: int
@@ -41,7 +41,7 @@ class StockFormat:
     act_bits: int | None
 
     @classmethod
-    def of(cls, group: Layout) -> "StockFormat":
+    def of(cls, group: Layout) -> "LinearFormat":
         """The one that holds a group exactly. ConfigError where there is none."""
         scheme = Scheme.parse(group["scheme"])
         size = scheme.group_size
@@ -98,7 +98,7 @@ class StoredLinear:
 
 
 @dataclass
-class StockBlock:
+class ExportedBlock:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """By full name."""
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -110,29 +110,29 @@ class StockBlock:
 
 
 def losses(group: Layout, peft: bool) -> Counter[str]:
-    """What of a group stock engines will not do, in words; 1 each, to be counted over groups."""
+    """What of a group other engines will not do, in words; 1 each, to be counted over groups."""
     scheme, names = Scheme.parse(group["scheme"]), group["input"]
     lost = []
     if "router" in names:
         lost.append("routed experts")
     if rank_of(group) and not peft:
         lost.append("the shared low-rank branch")
-    if scheme.act_bits and StockFormat.of(group).act_bits is None:
+    if scheme.act_bits and LinearFormat.of(group).act_bits is None:
         lost.append(f"the speed of {scheme.act_bits}-bit activations, which stay in 16 bits (as exact or better)")
     return Counter(lost)
 
 
 def why_not(group: Layout, peft: bool) -> str | None:
-    """Why stock engines cannot have this group; None where they can, as far as names and shapes tell."""
+    """Why other engines cannot have this group; None where they can, as far as names and shapes tell."""
     names = group["input"]
     if rotated_block(names) > 1:
         return (
-            "its input is rotated at run time, which stock engines do not do; quantize without, with "
+            "its input is rotated at run time, which other engines do not do; quantize without, with "
             "online = false under [rotation]"
         )
     experts = {"lr_expert_a", "lr_expert_channels", "router"} & set(names)
     if names.get("input_scale", (None, 1))[1] > 1 or (experts and "router" not in names):
-        return "it treats text and image tokens differently, which layers of stock engines do not see"
+        return "it treats text and image tokens differently, which layers of other engines do not see"
     if peft and experts:
         return "it has routed experts, and a LoRA is the same for every token; export with --base-only"
     if not peft and "lr_salient_channels" in names:
@@ -146,15 +146,15 @@ def rank_of(group: Layout) -> int:
     return sum(names[n][1] for n in ("lr_shared_a", "lr_shared_channels", "lr_salient_channels") if n in names)
 
 
-def stock_block(
+def exported_block(
     prefix: str, layout: Mapping[str, Layout], tensors: Mapping[str, Tensor], feeders: Mapping[str, Feeder], peft: bool
-) -> StockBlock:
+) -> ExportedBlock:
     """All tensors of a block file, rewritten.
 
     prefix: of the block's tensors. layout: of its groups, from `config.json`. peft: whether the adapters will be there.
     Raises ConfigError, with the name of the group, where no stock checkpoint says the same.
     """
-    block = StockBlock()
+    block = ExportedBlock()
     parts = {name: input_from_tensors(_within(tensors, f"{prefix}{name}_input.")) for name in layout}
     linears = {name: _linears(prefix, group, tensors) for name, group in layout.items()}
     by_linear = {n: x for group in linears.values() for n, x in group.items()}
@@ -169,7 +169,7 @@ def stock_block(
     for name, group in layout.items():
         if not peft:
             _refuse_empty_columns(f"{prefix}{name}", parts[name], linears[name])
-        scheme, form, columns = Scheme.parse(group["scheme"]), StockFormat.of(group), unfolded.get(name)
+        scheme, form, columns = Scheme.parse(group["scheme"]), LinearFormat.of(group), unfolded.get(name)
         block.changed += _changes(scheme, form, parts[name], columns)
         for module, linear in linears[name].items():
             rows = factors.get(module)
@@ -185,7 +185,7 @@ def stock_block(
     return block
 
 
-def _changes(scheme: Scheme, form: StockFormat, part: GroupInput, columns: Tensor | None) -> Counter[str]:
+def _changes(scheme: Scheme, form: LinearFormat, part: GroupInput, columns: Tensor | None) -> Counter[str]:
     told = []
     if columns is not None:
         told.append("weights in 16 bits: heads that share a head of keys and values are scaled differently")
@@ -272,7 +272,7 @@ def folded(scale: Float[Tensor, " I"], feeder: Feeder, outputs: int) -> Float[Te
     return heads[:, 0].flatten() if bool((heads == heads[:, :1]).all()) else None
 
 
-def _packed(linear: StoredLinear, rows: Tensor | None, group_size: int | None, form: StockFormat) -> dict[str, Tensor]:
+def _packed(linear: StoredLinear, rows: Tensor | None, group_size: int | None, form: LinearFormat) -> dict[str, Tensor]:
     scale = linear.scale
     if form.group_size is not None and group_size is not None:
         scale = scale.repeat_interleave(group_size // form.group_size, dim=1)

@@ -40,7 +40,7 @@ class Endpoint:
             f"--max-num-queued-reqs={self.max_requests}",
             f"--limit-mm-per-prompt={json.dumps({'image': self.max_images, 'video': 0})}",
             f"--shutdown-timeout={self.drain_seconds}",
-            "--middleware=qe_dist.serve.vllm_gate.Gate",
+            "--middleware=qe_dist.serve.http.vllm_gate.Gate",
             "--disable-fastapi-docs",
             *self.options,
         ]

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from qe_cluster.actors import EmbedActor, StageActor
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FREE_SHARE, Seat
+from qe_dist.flow.plan import FREE_SHARE, WorkerCapacity
 
 SOON = 10.0  # seconds in which a cluster gives what it has
 SILENT = 60.0  # seconds after which a worker that says nothing counts as lost
@@ -41,7 +41,7 @@ class Worker:
     has_nixl: bool
 
 
-class Crew:
+class WorkerPool:
     """The workers of a run, in the order in which batches pass through them. Who has no block helps to fit."""
 
     def __init__(self, runs: Sequence[RunConfig], arch: str, patience: float) -> None:
@@ -52,7 +52,7 @@ class Crew:
         self.groups: list[PlacementGroup] = []
         self.embedders: list[Any] = []
 
-    def muster(self) -> list[Worker]:
+    def acquire(self) -> list[Worker]:
         """Those at hand, and others that the cluster has by now. Only the first call waits for as many as were asked
         for; later, what is left of a cluster is made do with."""
         placed = [place for place in self.vacant if _is_placed(*place)]
@@ -74,20 +74,22 @@ class Crew:
             "fewer threads or less memory; a GPU is never shared, for a worker plans with all of its memory"
         )
 
-    def seats(self) -> list[Seat]:
+    def capacities(self) -> list[WorkerCapacity]:
         """What the workers offer to a plan. Workers on equal devices count as equally fast."""
         rates: dict[str, list[float]] = {}
         for worker in self.workers:
             rates.setdefault(worker.kind, []).append(worker.speed)
         nodes = {node["NodeID"]: node for node in ray.nodes()}
-        seats = []
+        capacities = []
         for worker in self.workers:
             node, beside = nodes[worker.node]["Resources"], sum(w.node == worker.node for w in self.workers)
             host = int(FREE_SHARE * min(worker.host, node.get("memory", worker.host))) // beside  # Ray knows containers
             device = int(FREE_SHARE * worker.free) if self.run.device == "cuda" else host
             speed = statistics.median(rates[worker.kind])
-            seats.append(Seat(self.run.memory or device, speed, worker.address, self.run.host_memory or host))
-        return seats
+            capacities.append(
+                WorkerCapacity(self.run.memory or device, speed, worker.address, self.run.host_memory or host)
+            )
+        return capacities
 
     def forward(self, number: int) -> Callable[[Any], Any]:
         """Submits a batch to a worker. Its result goes from GPU to GPU where NIXL is installed for all, else through

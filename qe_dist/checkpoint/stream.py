@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qe_dist.archs.base import Arch, BlockLoader
+from qe_dist.checkpoint.encoded import lengths_of
+from qe_dist.checkpoint.evaluate import batches, places
 from qe_dist.core.machine import give_back_memory
 from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
-from qe_dist.flow.encoded import lengths_of
-from qe_dist.flow.evaluate import batches, places
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool, Spooled
 from qe_dist.numerics.prediction import Head

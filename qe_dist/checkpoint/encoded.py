@@ -10,8 +10,8 @@ from qe_dist import archs
 from qe_dist.archs.base import Arch, Encoder
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example, Sample
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.io.checkpoint import MANIFEST, read_manifest
-from qe_dist.io.samples import load_images, read_samples
 from qe_dist.io.weights import SafetensorsSource
 
 ENCODING_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")

@@ -15,14 +15,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qe_dist import archs
+from qe_dist.checkpoint.serving import layout_linears
+from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.quantized import GroupInput, QuantizedLinear, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import LinearSpec
-from qe_dist.flow.serving import layout_linears, parts_of
-from qe_dist.flow.verify import Checkpoint
 from qe_dist.numerics.grid import dequantize, round_activations
 from qe_dist.numerics.packing import unpack
 from qe_dist.numerics.reference import linear_forward, prepare, route, salient_of
+from qe_dist.numerics.serving import parts_of
 from qe_dist.numerics.sharding import cut, inputs_dim, local_channels, outputs_dim
 
 TOKENS = 32
@@ -41,7 +42,7 @@ class _Group:
     router_x: Tensor
 
 
-def check_cuts(checkpoint: Checkpoint, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
+def check_ranks(checkpoint: Checkpoint, sizes: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Each size with a line for every linear that its ranks compute otherwise than the whole; the checkpoint must be
     sound, and the sizes such that it can be served."""
     of_model = archs.for_checkpoint(checkpoint.config).groups(checkpoint.config)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from qe_dist.serve.traffic import Message, Receive, Send, Traffic
+from qe_dist.serve.http.traffic import Message, Receive, Send, Traffic
 
 
 async def receive() -> Message:

@@ -13,11 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
-from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.flow import verify
-from qe_dist.flow.config import RunConfig
-from qe_dist.flow.local import quantize
-from qe_dist.flow.verify import (
+from qe_dist.checkpoint import verify
+from qe_dist.checkpoint.verify import (
     Checkpoint,
     check_finite,
     check_hashes,
@@ -26,6 +23,9 @@ from qe_dist.flow.verify import (
     check_source,
     image_effect,
 )
+from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.local import quantize
 from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.publish import sha256
 from qe_dist.methods.recipes import load_recipe, recipe_from
@@ -278,7 +278,7 @@ def test_the_command_lists_all_faults_and_ends_with_2(verify, folder):
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from qe_dist.flow import verify
+from qe_dist.checkpoint import verify
 
 def private():  # MiB that are this process's own; pages of mapped files can be dropped at any time
     said = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from qe_pipelines.demo import generate
 
 from qe_dist import archs
-from qe_dist.flow.evaluate import evaluate, save_reference
-from qe_dist.io.samples import load_images, read_samples
+from qe_dist.checkpoint.evaluate import evaluate, save_reference
+from qe_dist.data.samples import load_images, read_samples
 from tests.tiny import DATA, MODELS
 
 ARCH = archs.get("qwen2_vl")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from qe_pipelines.evaluate import encode, loaded, streamed
 
+from qe_dist.checkpoint.evaluate import measure, save_states
 from qe_dist.core.errors import ConfigError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.evaluate import measure, save_states
 from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.blocks import open_blocks

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qe_dist.flow.quality import Quality, SampleScore, difference, too_few
+from qe_dist.checkpoint.quality import Quality, SampleScore, difference, too_few
 
 
 @pytest.fixture

@@ -18,11 +18,20 @@ from safetensors.torch import load_file
 
 from qe_dist import archs
 from qe_dist.archs.base import Arch
+from qe_dist.checkpoint.compressed_tensors import (
+    ExportedBlock,
+    Layout,
+    LinearFormat,
+    exported_block,
+    lora_tensors,
+    losses,
+    rank_of,
+    why_not,
+)
+from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.flow.verify import Checkpoint
 from qe_dist.io.checkpoint import COPIED, INDEX
 from qe_dist.io.publish import make_folder, publish, publish_json, publish_one_by_one, publish_tensors, sha256
-from qe_dist.io.stock import Layout, StockBlock, StockFormat, lora_tensors, losses, rank_of, stock_block, why_not
 
 ADAPTER = "adapter"
 REPORT = "qe_export.json"
@@ -40,7 +49,7 @@ class Exported:
     rank: int
     """Of the LoRA; 0 where there is none."""
     lost: Counter[str] = field(default_factory=Counter)
-    """What stock engines will not do -> in how many input groups."""
+    """What other engines will not do -> in how many input groups."""
     changed: Counter[str] = field(default_factory=Counter)
     """What is written otherwise than it was -> in how many input groups."""
 
@@ -61,7 +70,7 @@ def export(folder: Path, output: Path, peft: bool) -> Exported:
     """Writes `output`: a compressed-tensors checkpoint of the codes alone and, with peft, the repair as a LoRA in
     `output/adapter`. Peak memory: one file of the checkpoint.
 
-    ConfigError where output exists or the recipe cannot be said to stock engines; CheckpointError where a file of the
+    ConfigError where output exists or the recipe cannot be said to other engines; CheckpointError where a file of the
     checkpoint is not what its manifest says, or the output cannot be written.
     """
     checkpoint = Checkpoint.open(folder)
@@ -85,7 +94,7 @@ def _refuse(checkpoint: Checkpoint, peft: bool) -> None:
     """What names and shapes tell is told before anything is written."""
     for prefix, name, group in _groups(checkpoint):
         try:
-            StockFormat.of(group)
+            LinearFormat.of(group)
         except ConfigError as error:
             raise ConfigError(f"{prefix}{name} cannot be exported: {error}") from None
         if why := why_not(group, peft):
@@ -154,7 +163,7 @@ class _Export:
             if file in blocks:
                 index = blocks[file]
                 prefix, layout = self.checkpoint.manifest["blocks"][index]["prefix"], self.checkpoint.layouts[index]
-                block = stock_block(prefix, layout, load_file(path), feeders, self.peft)
+                block = exported_block(prefix, layout, load_file(path), feeders, self.peft)
                 self.files[file] = publish_tensors(self.output / file, block.tensors)
                 self._note(index, block)
                 weight_map |= dict.fromkeys(block.tensors, file)
@@ -171,7 +180,7 @@ class _Export:
         found = self.checkpoint.weight_map.items()
         return {file: i for i, prefix in enumerate(prefixes) for name, file in found if name.startswith(prefix)}
 
-    def _note(self, index: int, block: StockBlock) -> None:
+    def _note(self, index: int, block: ExportedBlock) -> None:
         self.done.changed += block.changed
         self.dense |= {(index, linear) for linear in block.dense}
         if self.peft:
@@ -202,12 +211,12 @@ class _Export:
 
 def quantization_config(checkpoint: Checkpoint, arch: Arch, dense: set[tuple[int, str]]) -> dict[str, Any]:
     """What compressed-tensors reads. dense: (block, linear) of what is in 16 bits."""
-    blocks_of: dict[StockFormat, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    blocks_of: dict[LinearFormat, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for index, layout in enumerate(checkpoint.layouts):
         for group in layout.values():
             for linear in group["linears"]:
                 if (index, linear) not in dense:
-                    blocks_of[StockFormat.of(group)][linear].add(index)
+                    blocks_of[LinearFormat.of(group)][linear].add(index)
     every = set(range(len(checkpoint.layouts)))
     layers = arch.blocks.rpartition(".")[2]
 

@@ -20,9 +20,9 @@ from qe_dist.archs.base import Arch, Encoder
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.flow.source import padded
 from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.integrity import file_faults, settings_faults
+from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import DTYPES, read_json
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
@@ -166,9 +166,13 @@ def _source(folder: Path, manifest: Mapping[str, Any]) -> WeightSource:
     """Names and shapes of the model that was quantized: rotated, it may have a head that was tied; padded, its MLPs are
     wider."""
     source: WeightSource = SafetensorsSource(folder)
+    arch = archs.for_config(source.config)
     if manifest["recipe"].get("rotation") is not None:
-        source = RotatedSource(source, archs.for_config(source.config).rotation_sites(source), bases={})
-    return padded(source, manifest["padding"][1]) if "padding" in manifest else source
+        source = RotatedSource(source, arch.rotation_sites(source), bases={})
+    if "padding" in manifest:
+        width = manifest["padding"][1]
+        source = PaddedSource(source, arch.spec(source), arch.widened(source.config, width), width)
+    return source
 
 
 def _header(path: Path) -> dict[str, Described]:

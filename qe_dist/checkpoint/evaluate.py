@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from qe_dist.archs.base import Arch
+from qe_dist.checkpoint.encoded import lengths_of
+from qe_dist.checkpoint.quality import Quality, SampleScore
 from qe_dist.core.batch import IMAGE, MODALITIES
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example
-from qe_dist.flow.encoded import lengths_of
-from qe_dist.flow.quality import Quality, SampleScore
 from qe_dist.io.states import States, StatesWriter
 from qe_dist.numerics.prediction import Head, TokenScores, score_tokens
 

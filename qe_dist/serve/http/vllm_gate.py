@@ -1,4 +1,4 @@
-"""What of vLLM's server the world may reach: `vllm serve --middleware qe_dist.serve.vllm_gate.Gate`.
+"""What of vLLM's server the world may reach: `vllm serve --middleware qe_dist.serve.http.vllm_gate.Gate`.
 
 vLLM's API key guards paths below /v1 (and /v2, /inference, /cohere); /invocations, /tokenize, /generative_scoring and
 others answer without it. Here they do not exist. A body is read only as far as the limit.

@@ -1,0 +1,1 @@
+"""Tools for a finished checkpoint: verify, tensor-parallel check, export, evaluation."""

@@ -1,0 +1,1 @@
+"""The HTTP endpoint: options of vLLM, requests that are let in, images that are taken."""

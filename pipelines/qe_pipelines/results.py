@@ -19,12 +19,22 @@ PACKAGES = ("torch", "ray", "transformers", "safetensors", "scikit-learn", "nump
 def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "commit": _commit(),
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _portable(word: str) -> str:
+    """An option without the folders of this machine: paths in the project are written relative to it, others by name."""
+    option, equals, value = word.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    root = Path(__file__).parents[2]
+    return f"{option}{equals}{path.relative_to(root) if path.is_relative_to(root) else path.name}"
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def _portable(word: str) -> str:
-    """An option without folders of this machine: a path in the project is written relative to it, another by its name."""
+    """An option without folders of this machine: a path in the project is relative to it, another one is its name."""
     option, equals, value = word.rpartition("=")
     path = Path(value)
     if not path.is_absolute():

@@ -1,4 +1,4 @@
-"""Architectures are found by looking into this folder; each file answers for its `model_type`s."""
+"""Architectures are found by looking into this folder: each file beside base.py is one, for its `model_type`s."""
 
 import importlib
 import pkgutil
@@ -10,7 +10,7 @@ from qe_dist.core.errors import ConfigError
 
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "encoder"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "base")
 
 
 def get(name: str) -> Arch:

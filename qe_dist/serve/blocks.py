@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qe_dist.archs.base import Arch, BlockLoader, RunBlock, fill
+from qe_dist.archs.base import Arch, BlockLoader, RunBlock
+from qe_dist.archs.shared.modules import fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.source import WeightSource

@@ -1,10 +1,11 @@
-"""An architecture is composed: a decoder, a front end that embeds, and their names on disk.
+"""An architecture is composed: a decoder, a front end that embeds, and their names on disk and in engines.
 
 Modules come from transformers, empty, and are filled from the source. `config` without more is a `config.json`; the
 parts are given what transformers makes of it: the configuration of the whole model, or of its decoder (`text`).
 """
 
 import copy
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,23 +100,35 @@ class Decoder(Protocol):
 class Frontend(Protocol):
     """A way to embed. `config` is the configuration of the whole model, as transformers has it."""
 
+    auto_class: str
+    """The class of transformers that loads the whole model."""
     decoder: str
     """Prefix of the decoder in the model without head (`language_model.`, or nothing)."""
     unquantized: tuple[str, ...]
     """Linears outside of decoder and head, as compressed-tensors ignores them: names, or patterns after `re:`."""
     stream_writers: tuple[str, ...]
     """Linears that write into the residual stream in front of the first block, in the model without head."""
-
-    def whole(self) -> Any:
-        """The class of transformers whose `from_pretrained` loads the whole model."""
-        ...
+    modality_argument: str | None
+    """Keyword argument of the model that tells for every token whether it is of an image (not 0)."""
 
     def body(self, config: Any) -> nn.Module:
         """The model without head. `config` says one block and may be changed."""
         ...
 
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is that of a model that sees images."""
+        ...
+
     def images(self, folder: Path, config: Any) -> ImageReader | None:
         """None for a model of text only."""
+        ...
+
+    def image_ids(self, config: Any) -> tuple[int, ...]:
+        """Tokens that stand for parts of images or videos."""
+        ...
+
+    def pixels_per_token(self, config: Any) -> int:
+        """Of an image, about: enough to plan memory."""
         ...
 
     def vision_heads(self, config: Any) -> int:
@@ -128,6 +141,16 @@ class Frontend(Protocol):
 
 
 @dataclass(frozen=True)
+class EngineNames:
+    """What an engine calls the parts of a model."""
+
+    blocks: str
+    """Where its model has the blocks."""
+    modules: Mapping[str, str]
+    """Input group -> the linear that computes all linears of the group at once, both relative to the block."""
+
+
+@dataclass(frozen=True)
 class Arch:
     """The models of some `model_type`s; the first one is its name."""
 
@@ -136,6 +159,7 @@ class Arch:
     frontend: Frontend
     on_disk: Mapping[str, tuple[str, ...]]
     """Prefix in the model without head -> what files have in its place: the first that is there, or the last."""
+    in_vllm: EngineNames
     tiny: Mapping[str, Any]
     """A `config.json` of a model that takes milliseconds, for tests."""
 
@@ -169,6 +193,10 @@ class Arch:
         """Of that, the settings of the decoder."""
         return self.hf_config(config).get_text_config()
 
+    def auto_class(self) -> Any:
+        """The class of transformers whose `from_pretrained` loads the whole model."""
+        return getattr(importlib.import_module("transformers"), self.frontend.auto_class)
+
     def disk_name(self, name: str, source: WeightSource) -> str:
         """Name in the model without head -> name of the tensor in the files."""
         prefix = next(p for p in self.on_disk if name.startswith(p))
@@ -186,6 +214,14 @@ class Arch:
     def vision_heads(self, config: Mapping[str, Any]) -> int:
         """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
         return self.frontend.vision_heads(self.hf_config(config))
+
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is the `config.json` of a model that sees images."""
+        return self.frontend.has_vision(config)
+
+    def pixels_per_token(self, config: Mapping[str, Any]) -> int:
+        """Of an image, about: enough to plan memory."""
+        return self.frontend.pixels_per_token(self.hf_config(config))
 
     def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
         """`config.json` with another inner width of the MLPs. Published configs of models with images have it at the

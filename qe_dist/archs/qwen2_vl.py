@@ -1,8 +1,9 @@
 """Qwen2-VL (2B, 7B, 72B)."""
 
-from qe_dist.archs.base import Arch
+from qe_dist.archs.base import Arch, EngineNames
 from qe_dist.archs.decoders.qwen2 import Qwen2
 from qe_dist.archs.frontends.qwen2_vl import Qwen2VLFrontend
+from qe_dist.archs.shared.swiglu import FUSED
 
 ARCH = Arch(
     model_types=("qwen2_vl",),
@@ -12,6 +13,7 @@ ARCH = Arch(
         "visual.": ("visual.", "model.visual."),
         "language_model.": ("model.", "model.language_model."),
     },
+    in_vllm=EngineNames("language_model.model.layers", FUSED),
     tiny={
         "model_type": "qwen2_vl",
         "architectures": ["Qwen2VLForConditionalGeneration"],

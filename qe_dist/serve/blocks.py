@@ -59,7 +59,7 @@ def _quantized(
     device: str,
     dtype: torch.dtype,
 ) -> RunBlock:
-    modality = TokenModality(None)  # a batch tells it
+    modality = TokenModality()  # a batch tells it
     block = arch.empty_block(source.config, index)
     replace_linears(block, dict(layout), modality)
     modules = {f"{n}_input": g["input"] for n, g in layout.items()} | {

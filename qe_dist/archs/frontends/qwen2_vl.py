@@ -34,14 +34,11 @@ class Qwen2VLImages:
 
 
 class Qwen2VLFrontend:
+    auto_class = "AutoModelForImageTextToText"
     decoder = "language_model."
     unquantized = (r"re:.*\bvisual\..*",)
     stream_writers = ("visual.merger.mlp.2",)
-
-    def whole(self) -> Any:
-        from transformers import AutoModelForImageTextToText
-
-        return AutoModelForImageTextToText
+    modality_argument = "mm_token_type_ids"
 
     def body(self, config: Any) -> nn.Module:
         from transformers import Qwen2VLModel
@@ -49,8 +46,17 @@ class Qwen2VLFrontend:
         config.text_config.layer_types = ["full_attention"]
         return Qwen2VLModel(config)
 
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        return "vision_config" in config
+
     def images(self, folder: Path, config: Any) -> Qwen2VLImages:
         return Qwen2VLImages(folder, config.image_token_id)
+
+    def image_ids(self, config: Any) -> tuple[int, ...]:
+        return config.image_token_id, config.video_token_id
+
+    def pixels_per_token(self, config: Any) -> int:
+        return (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
 
     def vision_heads(self, config: Any) -> int:
         return config.vision_config.num_heads

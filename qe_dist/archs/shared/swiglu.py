@@ -13,6 +13,11 @@ from qe_dist.core.spec import Feeder, InputGroup, LinearSpec
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+FUSED = {
+    "self_attn.qkv": "self_attn.qkv_proj", "self_attn.o": "self_attn.o_proj",
+    "mlp.gate_up": "mlp.gate_up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+"""Input group -> vLLM's linear, in its models of this family."""
 
 
 class SwiGLUDecoder:

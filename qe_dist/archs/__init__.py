@@ -8,6 +8,8 @@ from typing import Any
 from qe_dist.archs.base import Arch
 from qe_dist.core.errors import ConfigError
 
+GUIDE = "docs/adding-a-model.md"
+
 
 def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "base")
@@ -30,5 +32,7 @@ def for_checkpoint(config: Mapping[str, Any]) -> Arch:
     known = {t: name for name in names() for t in get(name).model_types}
     found = config.get("model_type")
     if found not in known:
-        raise ConfigError(f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}. How to add one: {GUIDE}"
+        )
     return get(known[found])

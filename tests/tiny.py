@@ -1,4 +1,4 @@
-"""A two-block Qwen2-VL of random weights on disk, in a moment; tokenizer and image processor are the bundled ones."""
+"""A two-block model of random weights on disk, in a moment; tokenizer and image processor are the bundled ones."""
 
 import json
 import shutil
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from qe_dist import archs
+from qe_dist.core.sample import Sample
+from qe_dist.data.samples import read_samples
 
 MODELS = Path(__file__).parent.parent / "models"
 DATA = MODELS / "data"
@@ -22,12 +24,13 @@ def tiny_model(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Writes the model under the names that published checkpoints use. config: the architecture's tiny one."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config or archs.get(arch).tiny_config()))
+    config = config or archs.get(arch).tiny_config()
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    model = archs.get(arch).auto_class().from_config(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
@@ -36,15 +39,36 @@ def tiny_model(
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+    processor = ("preprocessor_config.json",) if archs.get(arch).has_vision(config) else ()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *processor):
         shutil.copyfile(MODELS / "plain" / name, folder / name)
     return folder
+
+
+def samples_for(folder: Path) -> list[Sample]:
+    """A conversation and two other samples of the bundled evaluation set: two images of different size, and plain text;
+    text alone for a model that sees no images."""
+    config = json.loads((folder / "config.json").read_text())
+    samples = read_samples(DATA / "evaluation.jsonl")
+    if archs.for_checkpoint(config).has_vision(config):
+        return [samples[0], samples[6], samples[-1]]
+    said = [("user", "What is an apple?"), ("assistant", "A fruit.")]
+    messages = tuple({"role": role, "content": [{"type": "text", "text": text}]} for role, text in said)
+    return [Sample(0, "here:1", "text", messages), *[sample for sample in samples if sample.text][-2:]]
 
 
 def with_blocks(count: int, arch: str = "qwen2_vl") -> dict[str, Any]:
     """The tiny configuration, deeper."""
     config = dict(archs.get(arch).tiny_config())
     return config | {"text_config": config["text_config"] | {"num_hidden_layers": count}}
+
+
+def stories(folder: Path, count: int = 6) -> Path:
+    """The last lines of the bundled calibration set, which are text alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "stories.jsonl"
+    path.write_text("\n".join((DATA / "calibration.jsonl").read_text().splitlines()[-count:]) + "\n")
+    return path
 
 
 def calibration(folder: Path, count: int = 6) -> Path:

@@ -144,6 +144,7 @@ def table_of(cases: list[Case]) -> Table:
 
 def show_answers(console: Console, model: Path, data: Path, output: Path) -> None:
     """Three evaluation images with question, expected answer, and what is generated before and after."""
+    from qe_dist import archs
     from qe_dist.data.samples import read_samples
     from qe_dist.serve.loading import load_model
 
@@ -154,33 +155,24 @@ def show_answers(console: Console, model: Path, data: Path, output: Path) -> Non
         f"RTN, {SHOWN_BITS}": load_model(output / f"rtn-{SHOWN_BITS}"),
         f"Quant Experts, {SHOWN_BITS}": load_model(output / f"qe-{SHOWN_BITS}"),
     }
-    encoder = _encoder(model)
+    arch = archs.for_config(json.loads((model / "config.json").read_text()))
+    encoder = arch.encoder(model)
     for sample in chosen:
         console.print(picture(sample.images[0]) if console.color_system else str(sample.images[0]))
         question, expected = (_text(sample.messages[i]) for i in (0, 1))
         console.print(f"[bold]{escape(question)}[/]  expected: {escape(expected)}", highlight=False)
         for name, speaker in speakers.items():
-            console.print(f"  {name:>22}: {escape(generate(speaker, encoder, sample))}", highlight=False)
+            console.print(f"  {name:>22}: {escape(generate(speaker, arch, encoder, sample))}", highlight=False)
 
 
-def generate(model: Any, encoder: Any, sample: Any, max_new_tokens: int = 48) -> str:
+def generate(model: Any, arch: Any, encoder: Any, sample: Any, max_new_tokens: int = 48) -> str:
     """Greedy answer to the sample's last question."""
     from qe_dist.data.samples import load_images
 
     prompt = encoder.prompt(sample, load_images(sample))
-    ids = prompt.input_ids[None].to(model.device)
-    vision = {k: v.to(model.device) for k, v in prompt.vision.items()}
-    kinds = prompt.modality[None].int().to(model.device)
-    out = model.generate(
-        input_ids=ids, mm_token_type_ids=kinds, **vision, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    return encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def _encoder(model: Path) -> Any:
-    from qe_dist import archs
-
-    return archs.for_config(json.loads((model / "config.json").read_text())).encoder(model)
+    inputs = {k: v.to(model.device) for k, v in arch.model_inputs([prompt], pad=0).items()}
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return encoder.tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
 
 
 def _text(message: Any) -> str:

@@ -106,10 +106,10 @@ def _blind(output: Path) -> list[str]:
     from qe_dist.serve.loading import load_model
 
     config = json.loads((output / "config.json").read_text())
-    if "vision_config" not in config:
+    arch = archs.for_checkpoint(config)
+    if not arch.has_vision(config):
         typer.echo("skipped  images: a model of text only")
         return []
-    arch = archs.for_checkpoint(config)
     effect = image_effect(load_model(output), arch, arch.encoder(output))
     if effect == 0:
         return ["logits: the same for two different images"]

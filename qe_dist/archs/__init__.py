@@ -1,4 +1,4 @@
-"""Architectures are found by looking into this folder; each file answers for its `model_type`s."""
+"""Architectures are found by looking into this folder: each file beside base.py is one, for its `model_type`s."""
 
 import importlib
 import pkgutil
@@ -8,9 +8,11 @@ from typing import Any
 from qe_dist.archs.base import Arch
 from qe_dist.core.errors import ConfigError
 
+GUIDE = "docs/adding-a-model.md"
+
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "encoder"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "base")
 
 
 def get(name: str) -> Arch:
@@ -30,5 +32,7 @@ def for_checkpoint(config: Mapping[str, Any]) -> Arch:
     known = {t: name for name in names() for t in get(name).model_types}
     found = config.get("model_type")
     if found not in known:
-        raise ConfigError(f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"config.json has model_type {found!r}; supported are: {', '.join(sorted(known))}. How to add one: {GUIDE}"
+        )
     return get(known[found])

@@ -1,6 +1,14 @@
-"""What an architecture file provides. Modules come from transformers, empty, and are filled from the source."""
+"""An architecture is composed: a decoder, a front end that embeds, and their names on disk and in engines.
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+Modules come from transformers, empty, and are filled from the source. `config` without more is a `config.json`; the
+parts are given what transformers makes of it: the configuration of the whole model, or of its decoder (`text`).
+"""
+
+import copy
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,16 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from qe_dist.archs.shared.modules import empty, fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.rotation import RotationSites
+from qe_dist.core.rotation import RotatedTensor, RotationSites, Space
 from qe_dist.core.sample import Example, Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, ModelSpec
+from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, LinearSpec, ModelSpec
 
 RunBlock = Callable[[Batch], Tensor]
 """A block with its weights: hidden states after it, [B, L, D]."""
 BlockLoader = Callable[[], RunBlock]
+HEAD = "lm_head.weight"
 
 
 @runtime_checkable
@@ -32,92 +42,299 @@ class Prelude(Protocol):
     def __call__(self, examples: Sequence[Example], index: int) -> Batch: ...
 
 
-@runtime_checkable
-class Arch(Protocol):
-    model_types: tuple[str, ...]
-    blocks: str
-    """Where the Hugging Face model has its blocks (`model.language_model.layers`)."""
-    unquantized: tuple[str, ...]
-    """Its linears outside of the blocks, as compressed-tensors ignores them: names, or patterns after `re:`."""
+class ImageReader(Protocol):
+    token: int
+    """The placeholder of an image in the tokens of a text."""
 
-    def warm_up(self) -> None:
-        """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
+    def __call__(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
+        """What the vision tower takes, and how many tokens each image becomes."""
         ...
 
-    def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
-        """Of one block, as `config.json` has them; whether linears have a bias is not known there."""
+
+@dataclass(frozen=True)
+class Site:
+    """What a linear writes and reads of that which a rotation can turn, and the norm in front of it."""
+
+    rows: Space | None
+    columns: Space | None
+    norm: str | None
+
+
+class Decoder(Protocol):
+    """The blocks of a family. All names are relative to a block."""
+
+    norms: tuple[str, ...]
+    """Modules whose weights stay as they are. The norm behind the last block is of the kind of the first one here."""
+    inner_width: str
+    """What the configuration calls the width of the input of the groups that have producers."""
+    sites: Mapping[str, Site]
+    """Of every linear."""
+    tiny: Mapping[str, Any]
+    """Settings of a decoder that takes milliseconds, for tests."""
+
+    def layer(self) -> type[nn.Module]:
+        """The class of a block, made from `text` and the index of the block. Imports what it is made of."""
         ...
 
-    def vision_heads(self, config: Mapping[str, Any]) -> int:
-        """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
+    def head_width(self, text: Any) -> int:
+        """Channels of an attention head."""
         ...
 
-    def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
-        """`config.json` with another inner width of the MLPs."""
+    def groups(self, text: Any) -> tuple[InputGroup, ...]:
+        """Of one block; whether linears have a bias is not known here."""
         ...
 
-    def spec(self, source: WeightSource) -> ModelSpec:
-        """Names and shapes, checked against the tensors on disk."""
+    def feeders(self, text: Any) -> Mapping[str, Feeder]:
+        """Of every linear."""
         ...
 
-    def encoder(self, folder: Path) -> Encoder: ...
-
-    def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> Prelude: ...
-
-    def empty_block(self, config: Mapping[str, Any], index: int) -> nn.Module:
-        """One decoder block on the meta device."""
+    def context(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a block needs beside hidden states, out of the keyword arguments that transformers calls it with."""
         ...
 
-    def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
-        """What stands between the last block and the head."""
-        ...
-
-    def head(self, source: WeightSource) -> str:
-        """Name of the tensor that is the head; that of the embeddings where they are tied."""
-        ...
-
-    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
-        """One decoder block with its weights. Peak memory: the block."""
-        ...
-
-    def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
+    def run(self, block: nn.Module, batch: Batch) -> Tensor:
         """Hidden states after the block, [B, L, D]."""
         ...
 
-    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-        """Right-padded keyword arguments of the whole Hugging Face model."""
+
+class Frontend(Protocol):
+    """A way to embed. `config` is the configuration of the whole model, as transformers has it."""
+
+    auto_class: str
+    """The class of transformers that loads the whole model."""
+    decoder: str
+    """Prefix of the decoder in the model without head (`language_model.`, or nothing)."""
+    unquantized: tuple[str, ...]
+    """Linears outside of decoder and head, as compressed-tensors ignores them: names, or patterns after `re:`."""
+    stream_writers: tuple[str, ...]
+    """Linears that write into the residual stream in front of the first block, in the model without head."""
+    modality_argument: str | None
+    """Keyword argument of the model that tells for every token whether it is of an image (not 0)."""
+
+    def body(self, config: Any) -> nn.Module:
+        """The model without head. `config` says one block and may be changed."""
         ...
 
-    def rotation_sites(self, source: WeightSource) -> RotationSites:
-        """Every tensor that writes or reads the residual stream, or an attention head's values."""
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is that of a model that sees images."""
         ...
+
+    def images(self, folder: Path, config: Any) -> ImageReader | None:
+        """None for a model of text only."""
+        ...
+
+    def image_ids(self, config: Any) -> tuple[int, ...]:
+        """Tokens that stand for parts of images or videos."""
+        ...
+
+    def pixels_per_token(self, config: Any) -> int:
+        """Of an image, about: enough to plan memory."""
+        ...
+
+    def vision_heads(self, config: Any) -> int:
+        """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
+        ...
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        """Right-padded keyword arguments of the whole model."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineNames:
+    """What an engine calls the parts of a model."""
+
+    blocks: str
+    """Where its model has the blocks."""
+    modules: Mapping[str, str]
+    """Input group -> the linear that computes all linears of the group at once, both relative to the block."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The models of some `model_type`s; the first one is its name."""
+
+    model_types: tuple[str, ...]
+    decoder: Decoder
+    frontend: Frontend
+    on_disk: Mapping[str, tuple[str, ...]]
+    """Prefix in the model without head -> what files have in its place: the first that is there, or the last."""
+    in_vllm: EngineNames
+    tiny: Mapping[str, Any]
+    """A `config.json` of a model that takes milliseconds, for tests."""
+
+    @property
+    def name(self) -> str:
+        return self.model_types[0]
+
+    @property
+    def blocks(self) -> str:
+        """Where the Hugging Face model has its blocks (`model.language_model.layers`)."""
+        return f"model.{self.frontend.decoder}layers"
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Linears outside of the blocks, as compressed-tensors ignores them: names, or patterns after `re:`."""
+        return (HEAD.removesuffix(".weight"), *self.frontend.unquantized)
+
+    def warm_up(self) -> None:
+        """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
+        import accelerate  # noqa: F401
+
+        self.decoder.layer()
+
+    def hf_config(self, config: Mapping[str, Any]) -> Any:
+        """What transformers makes of a `config.json`."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+
+    def text(self, config: Mapping[str, Any]) -> Any:
+        """Of that, the settings of the decoder."""
+        return self.hf_config(config).get_text_config()
+
+    def auto_class(self) -> Any:
+        """The class of transformers whose `from_pretrained` loads the whole model."""
+        return getattr(importlib.import_module("transformers"), self.frontend.auto_class)
+
+    def disk_name(self, name: str, source: WeightSource) -> str:
+        """Name in the model without head -> name of the tensor in the files."""
+        prefix = next(p for p in self.on_disk if name.startswith(p))
+        names = [f"{other}{name.removeprefix(prefix)}" for other in self.on_disk[prefix]]
+        return next((n for n in names if n in source.names()), names[-1])
+
+    def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
+        """Of one block, as `config.json` has them; whether linears have a bias is not known there."""
+        return self.decoder.groups(self.text(config))
 
     def feeders(self, config: Mapping[str, Any]) -> Mapping[str, Feeder]:
         """Of every linear of a block."""
-        ...
+        return self.decoder.feeders(self.text(config))
+
+    def vision_heads(self, config: Mapping[str, Any]) -> int:
+        """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
+        return self.frontend.vision_heads(self.hf_config(config))
+
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is the `config.json` of a model that sees images."""
+        return self.frontend.has_vision(config)
+
+    def pixels_per_token(self, config: Mapping[str, Any]) -> int:
+        """Of an image, about: enough to plan memory."""
+        return self.frontend.pixels_per_token(self.hf_config(config))
+
+    def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
+        """`config.json` with another inner width of the MLPs. Published configs of models with images have it at the
+        top, newer ones in `text_config`, some in both places."""
+        wider, name = copy.deepcopy(dict(config)), self.decoder.inner_width
+        for place in (wider.get("text_config", wider), *([wider] if name in wider else [])):
+            place[name] = width
+        return wider
+
+    def spec(self, source: WeightSource) -> ModelSpec:
+        """Names and shapes. CheckpointError where those on disk are not what config.json asks for."""
+        text, first = self.text(source.config), f"{self.decoder.norms[0]}.weight"
+        groups, blocks = self.decoder.groups(text), []
+        for i in range(text.num_hidden_layers):
+            name = self.disk_name(f"{self.frontend.decoder}layers.{i}.{first}", source)
+            blocks.append(self._block_spec(i, name.removesuffix(first), groups, source))
+        claimed = {n for b in blocks for n in source.names() if n.startswith(b.prefix)}
+        passthrough = tuple(sorted(set(source.names()) - claimed))
+        return ModelSpec(self.name, tuple(blocks), passthrough)
+
+    def _block_spec(self, index: int, prefix: str, groups: Sequence[InputGroup], source: WeightSource) -> BlockSpec:
+        """With biases as the source has them."""
+
+        def checked(linear: LinearSpec) -> LinearSpec:
+            name, wanted = f"{prefix}{linear.name}", (linear.out_features, linear.in_features)
+            if (found := source.shape(f"{name}.weight")) != wanted:
+                raise CheckpointError(
+                    f"{source.folder}: {name}.weight has shape {found}, config.json asks for {wanted}"
+                )
+            return replace(linear, bias=f"{name}.bias" in source.names())
+
+        own = tuple(replace(group, linears=tuple(map(checked, group.linears))) for group in groups)
+        return BlockSpec(index, prefix, own, tuple(f"{norm}.weight" for norm in self.decoder.norms))
+
+    def encoder(self, folder: Path) -> Encoder:
+        """CheckpointError where tokenizer, chat template or image processor is missing."""
+        from qe_dist.archs.shared.chat import ChatEncoder
+
+        config = self.hf_config(json.loads((folder / "config.json").read_text()))
+        end = config.get_text_config().eos_token_id
+        return ChatEncoder(folder, self.frontend.images(folder, config), end if isinstance(end, list) else [end])
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        """Right-padded keyword arguments of the whole Hugging Face model."""
+        return self.frontend.model_inputs(examples, pad)
+
+    def prelude(self, source: WeightSource, device: str, dtype: torch.dtype) -> Prelude:
+        from qe_dist.archs.shared.prelude import HFPrelude
+
+        return HFPrelude(self, source, device, dtype)
+
+    def empty_block(self, config: Mapping[str, Any], index: int) -> nn.Module:
+        """One decoder block on the meta device."""
+        text = self.text(config)
+        text._attn_implementation = "sdpa"
+        return empty(lambda: self.decoder.layer()(text, index), include_buffers=True)
+
+    def block(self, source: WeightSource, spec: BlockSpec, device: str, dtype: torch.dtype) -> nn.Module:
+        """One decoder block with its weights. Peak memory: the block."""
+        module = self.empty_block(source.config, spec.index)
+        disk = {n: spec.prefix + n for n, _ in module.named_parameters()}
+        return fill(module, source, disk, device, dtype)
+
+    def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
+        """Hidden states after the block, [B, L, D]."""
+        return self.decoder.run(block, batch)
+
+    def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
+        """What stands between the last block and the head."""
+        norm = self.empty_block(source.config, 0).get_submodule(self.decoder.norms[0])
+        return fill(norm, source, {"weight": self._last_norm(source)}, device, dtype)
+
+    def head(self, source: WeightSource) -> str:
+        """Name of the tensor that is the head; that of the embeddings where they are tied."""
+        return HEAD if HEAD in source.names() else self._embeddings(source)
+
+    def _last_norm(self, source: WeightSource) -> str:
+        return self.disk_name(f"{self.frontend.decoder}norm.weight", source)
+
+    def _embeddings(self, source: WeightSource) -> str:
+        return self.disk_name(f"{self.frontend.decoder}embed_tokens.weight", source)
+
+    def rotation_sites(self, source: WeightSource) -> RotationSites:
+        """Every tensor that writes or reads the residual stream, or an attention head's values."""
+        config = self.hf_config(source.config)
+        text, norm, embeddings = config.get_text_config(), self._last_norm(source), self._embeddings(source)
+        read = self.head(source) if config.tie_word_embeddings else HEAD
+        norms, tensors = {norm}, {
+            embeddings: RotatedTensor(embeddings, columns="stream", stored=True),
+            HEAD: RotatedTensor(read, columns="stream", gain=norm, stored=True),
+        }  # fmt: skip
+        for writer in self.frontend.stream_writers:
+            linear = self.disk_name(f"{writer}.weight", source).removesuffix("weight")
+            tensors |= {linear + n: RotatedTensor(linear + n, rows="stream", stored=True) for n in ("weight", "bias")}
+        for block in self.spec(source).blocks:
+            norms |= {block.prefix + n for n in block.others}
+            for linear, site in self.decoder.sites.items():
+                weight, bias = (f"{block.prefix}{linear}.{n}" for n in ("weight", "bias"))
+                gain = site.norm and f"{block.prefix}{site.norm}.weight"
+                tensors[weight] = RotatedTensor(weight, site.rows, site.columns, gain)
+                if site.rows and bias in source.names():
+                    tensors[bias] = RotatedTensor(bias, site.rows, stored=True)
+        widths: dict[Space, int] = {"stream": text.hidden_size, "head": self.decoder.head_width(text)}
+        return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
 
     def tiny_config(self) -> Mapping[str, Any]:
         """A `config.json` of a model that takes milliseconds, for tests."""
-        ...
+        return self.tiny
 
 
-def fill(
-    module: nn.Module,
-    source: WeightSource,
-    disk_name: Mapping[str, str],
-    device: str,
-    dtype: torch.dtype,
-    packed: Collection[str] = (),
-) -> nn.Module:
-    """Gives a module on the meta device its weights, by name, and freezes it. packed: those that stay as on disk."""
-    weights = {}
-    for name, parameter in module.named_parameters():
-        tensor = source.get(disk_name[name])
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"{source.folder}: {disk_name[name]} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(parameter.shape)}"
-            )
-        weights[name] = tensor.to(device=device, dtype=tensor.dtype if name in packed else dtype)
-    module.load_state_dict(weights, strict=False, assign=True)
-    return module.requires_grad_(False).eval().to(device)
+def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The head takes the last norm's gain, the embeddings do not. Older configs have the flag in `text_config`."""
+    untied = copy.deepcopy(dict(config)) | {"tie_word_embeddings": False}
+    if "tie_word_embeddings" in untied.get("text_config", {}):
+        untied["text_config"]["tie_word_embeddings"] = False
+    return untied

@@ -14,7 +14,6 @@ from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool
 
 CHARACTERS_PER_TOKEN = 2  # English has about four, other languages fewer
-PIXELS_PER_TOKEN = 28 * 28  # Qwen's vision towers: patches of 14 x 14, merged two by two
 TEMPLATE_TOKENS = 64
 
 
@@ -25,15 +24,15 @@ def make_batches(run: RunConfig) -> list[list[Sample]]:
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-def batch_tokens(batches: Sequence[Sequence[Sample]]) -> int:
+def batch_tokens(batches: Sequence[Sequence[Sample]], pixels_per_token: int) -> int:
     """About how many tokens the largest batch has when it is padded, without tokenizing: enough to plan memory."""
-    return max(len(batch) * max(map(_tokens, batch)) for batch in batches)
+    return max(len(batch) * max(_tokens(sample, pixels_per_token) for sample in batch) for batch in batches)
 
 
-def _tokens(sample: Sample) -> int:
+def _tokens(sample: Sample, pixels_per_token: int) -> int:
     said = [part.get("text", "") for message in sample.messages for part in message["content"]]
     characters = len(sample.text or "") + sum(map(len, said))
-    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + sample.pixels // PIXELS_PER_TOKEN
+    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + sample.pixels // pixels_per_token
 
 
 class Embedder:

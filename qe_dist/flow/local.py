@@ -82,7 +82,8 @@ class Prepared:
 
     @cached_property
     def task(self) -> Task:
-        return Task(self.model, self.runs, batch_tokens(self.samples), sum(map(len, self.samples)))
+        pixels = archs.get(self.model.arch).pixels_per_token(self.source.config)
+        return Task(self.model, self.runs, batch_tokens(self.samples, pixels), sum(map(len, self.samples)))
 
     @property
     def store(self) -> RunDir:
@@ -194,15 +195,19 @@ def _with_policy(run: RunConfig) -> RunConfig:
 
 
 def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
-    """Refuses a recipe for images where there are none."""
+    """Refuses a recipe for images where there are none, and images where the model sees none."""
+    shown = [sample for batch in samples for sample in batch if sample.images]
+    blind = not archs.for_config(source.config).has_vision(source.config)
     if not run.recipe.needs().images:
+        if shown and blind:
+            raise ConfigError(f"{shown[0].origin} has images, but {run.model} is a model of text only")
         return
     described = run.recipe.describe()
     names = " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
-    if "vision_config" not in source.config:
+    if blind:
         raise ConfigError(f"{run.model} is a model of text only, but {names} are made for images")
     below = held_out_below(sum(map(len, samples)))
-    ids = torch.tensor([sample.index for batch in samples for sample in batch if sample.images], dtype=torch.int64)
+    ids = torch.tensor([sample.index for sample in shown], dtype=torch.int64)
     if not (sample_keys(ids) >= below).any():
         found = "images only in samples that are held out to measure on" if len(ids) else "no image"
         raise ConfigError(f"{run.calibration} has {found}, but {names} must see some; add samples with images")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qe_dist.archs.base import Arch, BlockLoader, RunBlock, fill
+from qe_dist.archs.base import Arch, BlockLoader, RunBlock
+from qe_dist.archs.shared.modules import fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.source import WeightSource
@@ -58,7 +59,7 @@ def _quantized(
     device: str,
     dtype: torch.dtype,
 ) -> RunBlock:
-    modality = TokenModality(None)  # a batch tells it
+    modality = TokenModality()  # a batch tells it
     block = arch.empty_block(source.config, index)
     replace_linears(block, dict(layout), modality)
     modules = {f"{n}_input": g["input"] for n, g in layout.items()} | {

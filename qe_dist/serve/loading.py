@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 
+from qe_dist import archs
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.io.publish import read_json
 from qe_dist.serve.registration import register_on_import
 
 
 def load_model(folder: Path) -> Any:
     """The Hugging Face model in `folder`, quantized by us or not, ready to run."""
-    from transformers import AutoModelForImageTextToText
-
     register_on_import()
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} holds no config.json; give a model or a finished checkpoint")
+    whole = archs.for_checkpoint(read_json(folder / "config.json")).auto_class()
     gpu = torch.cuda.is_available()
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        model, found = whole.from_pretrained(
             folder, dtype=torch.bfloat16 if gpu else torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:

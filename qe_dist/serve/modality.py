@@ -5,7 +5,7 @@ while the call runs. Right in `generate` too: every decoding step is a call with
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ from qe_dist.core.errors import ConfigError
 
 
 class TokenModality:
-    def __init__(self, config: Any) -> None:
-        names = ("image_token_id", "video_token_id")
-        self.image_tokens = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+    """image_ids: tokens that stand for parts of images. argument: that of the model which tells the modality of every
+    token (not 0 for images), for calls without ids."""
+
+    def __init__(self, image_ids: Sequence[int] = (), argument: str | None = None) -> None:
+        self.image_ids, self.argument = image_ids, argument
         self._current: Tensor | None = None
 
     def follow(self, model: nn.Module) -> None:
@@ -35,7 +37,7 @@ class TokenModality:
             )
         if self._current.numel() != len(rows):
             raise ConfigError(
-                f"input_ids or mm_token_type_ids tell of {self._current.numel()} tokens, the model works on {len(rows)}"
+                f"input_ids or {self.argument} tell of {self._current.numel()} tokens, the model works on {len(rows)}"
             )
         return self._current.flatten().to(rows.device)
 
@@ -51,19 +53,19 @@ class TokenModality:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = given | given.get("kwargs", {})
-        self._current = self._told_by(given.get("input_ids"), given.get("mm_token_type_ids"))
+        self._current = self._told_by(given.get("input_ids"), given.get(self.argument))
 
     def _leave(self, *_: Any) -> None:
         self._current = None
 
     def _told_by(self, input_ids: Tensor | None, type_ids: Tensor | None) -> Tensor:
-        if input_ids is not None and self.image_tokens:
-            image = torch.stack([input_ids == token for token in self.image_tokens]).any(dim=0)
+        if input_ids is not None and self.image_ids:
+            image = torch.stack([input_ids == token for token in self.image_ids]).any(dim=0)
         elif type_ids is not None:
             image = type_ids != 0
         else:
             raise ConfigError(
                 "this checkpoint treats text and image tokens differently: call the model with input_ids, "
-                "or with mm_token_type_ids beside inputs_embeds"
+                f"or with {self.argument} beside inputs_embeds"
             )
         return torch.where(image, IMAGE, TEXT).to(torch.int8)

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qe_dist import archs
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.scheme import Scheme
 from qe_dist.serve import transformers_tp
@@ -69,7 +70,8 @@ class QEQuantizer(HfQuantizer):
         asked = getattr(model.config, "distributed_config", None)
         if asked is not None:
             self.cut = transformers_tp.plan(model, self.layouts, asked)
-        modality = TokenModality(model.config)
+        frontend = archs.for_checkpoint({"model_type": model.config.model_type}).frontend
+        modality = TokenModality(frontend.image_ids(model.config), frontend.modality_argument)
         for block, layout in zip(blocks, self.layouts, strict=True):
             replace_linears(block, layout, modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):

@@ -4,7 +4,6 @@ vLLM fuses q, k, v and gate, up; that is just what an input group is. What belon
 `group` of the fused linear. Where the router of a group reads another group's input, that group chooses the experts.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from vllm.model_executor.layers.quantization import QuantizationConfig, register
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, RowvLLMParameter
 
+from qe_dist import archs
+from qe_dist.archs.base import EngineNames
 from qe_dist.core.quantized import input_from_tensors, repair_from_tensors, rotated_block
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
@@ -31,7 +32,6 @@ from qe_dist.serve.format import METHOD, check_files, check_version
 from qe_dist.serve.group import Group, backend
 
 INPUT = "group"
-_BLOCK = re.compile(r"(?P<prefix>.*\blayers\.(?P<index>\d+)\.)(?P<name>.+)")
 Shapes = Mapping[str, Sequence[Any]]
 
 
@@ -44,6 +44,7 @@ class QEConfig(QuantizationConfig):
         self.layouts, self.block_layouts = layouts, block_layouts
         self.methods: dict[str, QELinearMethod] = {}
         """By the name of the group in the model."""
+        self.names: EngineNames
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QEConfig":
@@ -67,7 +68,12 @@ class QEConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """What belongs to the input of a group goes into the fused linear that reads it. Applied by a model and by each
         model within it, so that new names must not look like old ones."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"\.(\w+)_input\."): rf".\1_proj.{INPUT}."})
+        modules = self.names.modules.items()
+        return WeightsMapper(orig_to_new_substr={f".{group}_input.": f".{name}.{INPUT}." for group, name in modules})
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """vLLM calls it once it knows the model, before it makes a layer or reads a weight."""
+        self.names = archs.for_checkpoint({"model_type": hf_config.model_type}).in_vllm
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
@@ -85,14 +91,13 @@ class QEConfig(QuantizationConfig):
 
     def _find(self, prefix: str) -> tuple[str, str, Mapping[str, Any]] | None:
         """Prefix of the block, name of the group in it, and layout of the block of a fused linear that is quantized."""
-        found = _BLOCK.fullmatch(prefix)
-        if found is None or "visual" in prefix:
+        blocks = f"{self.names.blocks}."
+        index, _, name = prefix.removeprefix(blocks).partition(".")
+        group = next((group for group, module in self.names.modules.items() if module == name), None)
+        if not prefix.startswith(blocks) or group is None:
             return None
-        parent, _, name = found["name"].rpartition(".")
-        linears = {f"{parent}.{part}" for part in self.packed_modules_mapping.get(name, [name])}
-        layout = self.layouts[self.block_layouts[int(found["index"])]]
-        group = next((g for g, one in layout.items() if set(one["linears"]) == linears), None)
-        return None if group is None else (found["prefix"], group, layout)
+        layout = self.layouts[self.block_layouts[int(index)]]
+        return (f"{blocks}{index}.", group, layout) if group in layout else None
 
 
 @register_weight_loader_v2_supported_method

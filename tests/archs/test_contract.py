@@ -1,7 +1,10 @@
 """Every architecture file: block by block equals the Hugging Face model, and nothing of it is lost."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,9 @@ import torch
 from qe_dist import archs
 from qe_dist.checkpoint.compressed_tensors import folded
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.data.samples import load_images, read_samples
+from qe_dist.data.samples import load_images
 from qe_dist.io.weights import SafetensorsSource
-from tests.tiny import DATA, tiny_model
+from tests.tiny import samples_for, tiny_model
 
 
 @pytest.fixture(scope="module", params=archs.names())
@@ -24,21 +27,17 @@ def model(request, tmp_path_factory):
 def examples(model):
     arch, source = model
     encoder = arch.encoder(source.folder)
-    samples = read_samples(DATA / "evaluation.jsonl")
-    chosen = [samples[0], samples[6], samples[-1]]  # two images of different size, and plain text
-    return [encoder(s, load_images(s)) for s in chosen]
+    return [encoder(s, load_images(s)) for s in samples_for(source.folder)]
 
 
-def hf_model(source):
-    from transformers import AutoModelForImageTextToText
-
-    return AutoModelForImageTextToText.from_pretrained(source.folder, dtype=torch.float32).eval()
+def hf_model(arch, source):
+    return arch.auto_class().from_pretrained(source.folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def test_prelude_and_blocks_and_coda_equal_the_whole_model(model, examples):
     arch, source = model
-    whole = hf_model(source)
+    whole = hf_model(arch, source)
     batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
     for spec in arch.spec(source).blocks:
         block = arch.block(source, spec, "cpu", torch.float32)
@@ -71,6 +70,14 @@ def test_the_config_alone_tells_groups_and_heads(model):
     cut = {x.heads: x.out_features if x.split == "column" else x.in_features for g in unbiased for x in g.linears}
     assert all(width % heads == 0 for heads, width in cut.items() if heads)
     assert arch.vision_heads(source.config) >= 0
+
+
+def test_engines_have_a_linear_for_every_group(model):
+    """vLLM looks for `<module>` in a block, and takes it apart by the names of our linears."""
+    arch, source = model
+    modules = arch.in_vllm.modules
+    assert list(modules) == [group.name for group in arch.groups(source.config)]
+    assert len({*modules.values()}) == len(modules)
 
 
 def test_a_wider_config_changes_the_input_of_a_group_and_what_its_producers_make(model):
@@ -154,7 +161,7 @@ def test_feeders_absorb_a_scale_of_the_input(model, examples):
 
 def test_everything_that_is_not_in_a_block_is_named_as_unquantized(model):
     arch, source = model
-    whole = hf_model(source)
+    whole = hf_model(arch, source)
     ignored = [re.compile(n.removeprefix("re:") if n.startswith("re:") else re.escape(n)) for n in arch.unquantized]
     linears = {name for name, module in whole.named_modules() if isinstance(module, torch.nn.Linear)}
     inside = {name for name in linears if name.startswith(arch.blocks + ".")}
@@ -170,13 +177,13 @@ def test_padding_is_marked_and_images_are_told_from_text(model, examples):
         length = example.input_ids.numel()
         assert torch.equal(batch.modality[row, :length], example.modality)
         assert (batch.modality[row, length:] == -1).all()
-    assert (batch.modality == 1).any()
+    assert bool((batch.modality == 1).any()) == arch.has_vision(source.config)
 
 
 def test_labels_are_the_answers_and_their_end_marks(model, examples):
     arch, source = model
     encoder = arch.encoder(source.folder)
-    sample = read_samples(DATA / "evaluation.jsonl")[0]
+    sample = samples_for(source.folder)[0]
     example = encoder(sample, load_images(sample))
     answer = example.labels[example.labels != -100]
     expected = sample.messages[1]["content"][0]["text"] + encoder.tokenizer.eos_token
@@ -186,19 +193,16 @@ def test_labels_are_the_answers_and_their_end_marks(model, examples):
 
 
 def test_unknown_and_quantized_models_are_refused():
-    with pytest.raises(ConfigError, match="model_type 'gpt9'"):
+    with pytest.raises(ConfigError, match=r"model_type 'gpt9'; supported are: llama, .*docs/adding-a-model\.md"):
         archs.for_config({"model_type": "gpt9"})
+    assert (Path(__file__).parents[2] / archs.GUIDE).exists()
     with pytest.raises(ConfigError, match="quantized already"):
         archs.for_config({"model_type": "qwen2_vl", "quantization_config": {}})
 
 
 def test_a_shape_that_contradicts_the_config_is_named(model, tmp_path):
-    import json
-
-    arch, _ = model
-    folder = tiny_model(tmp_path / "wrong")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["intermediate_size"] = 128
-    (folder / "config.json").write_text(json.dumps(config))
+    arch, source = model
+    folder = shutil.copytree(source.folder, tmp_path / "wrong")
+    (folder / "config.json").write_text(json.dumps(arch.widened(source.config, 128)))
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj.*\(96, 64\).*\(128, 64\)"):
         arch.spec(SafetensorsSource(folder))

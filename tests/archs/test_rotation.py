@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from qe_dist import archs
 from qe_dist.core.batch import PADDING
 from qe_dist.core.errors import CheckpointError
-from qe_dist.data.samples import load_images, read_samples
+from qe_dist.data.samples import load_images
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.rotations.hadamard import Hadamard
-from tests.tiny import DATA, MODELS, tiny_model
+from tests.tiny import MODELS, samples_for, tiny_model
 
 ARCH = archs.get("qwen2_vl")
 TINY = dict(ARCH.tiny_config())
@@ -47,9 +47,9 @@ SIZES = {
 }
 
 
-def model(folder, config, dtype=torch.float32):
+def model(folder, config, dtype=torch.float32, arch="qwen2_vl"):
     """On disk; tied embeddings once; every bias and every gain is something."""
-    tiny_model(folder, config=config, dtype=dtype)
+    tiny_model(folder, arch, config=config, dtype=dtype)
     weights = load_file(folder / "model.safetensors")
     random = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
@@ -65,25 +65,22 @@ def model(folder, config, dtype=torch.float32):
 
 
 def rotated(source, rotation=QUAROT):
-    sites = ARCH.rotation_sites(source)
+    sites = archs.for_config(source.config).rotation_sites(source)
     gains = torch.stack([source.get(n).float() for n in sorted(sites.norms)])
     return RotatedSource(source, sites, rotation.bases(sites.widths, gains))
 
 
 def hf_model(source, folder):
     """What transformers makes of a source, in float64."""
-    from transformers import AutoModelForImageTextToText
-
     folder.mkdir()
     save_file({n: source.get(n) for n in source.names()}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(source.config))
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+    return archs.for_config(source.config).auto_class().from_pretrained(folder, dtype=torch.float64).eval()
 
 
-def examples(folder):
-    encoder = ARCH.encoder(folder)
-    samples = read_samples(DATA / "evaluation.jsonl")
-    return [encoder(s, load_images(s)) for s in (samples[0], samples[6], samples[-1])]  # two images, and plain text
+def examples(source):
+    encoder = archs.for_config(source.config).encoder(source.folder)
+    return [encoder(s, load_images(s)) for s in samples_for(source.folder)]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +94,21 @@ def examples(folder):
 @torch.no_grad()
 def test_the_rotated_model_is_the_same_function(config, rotation, tmp_path):
     """But for float32, in which weights are handed out and transformers computes norms."""
-    source = model(tmp_path / "source", config)
+    check_function(model(tmp_path / "source", config), rotation, tmp_path)
+
+
+LLAMA = archs.get("llama").tiny_config()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}])
+@torch.no_grad()
+def test_so_is_that_of_a_model_of_text(changes, tmp_path):
+    check_function(model(tmp_path / "source", LLAMA | changes, arch="llama"), QUAROT, tmp_path)
+
+
+def check_function(source, rotation, tmp_path):
     turned = rotated(source, rotation)
-    inputs = ARCH.model_inputs(examples(source.folder), pad=0)
+    inputs = archs.for_config(source.config).model_inputs(examples(source), pad=0)
     before, after = hf_model(source, tmp_path / "before"), hf_model(turned, tmp_path / "after")
     expected, found = (m(**inputs, use_cache=False).logits for m in (before, after))
     assert expected.std() > 0.1
@@ -158,7 +167,7 @@ def test_no_channel_of_the_rotated_outlier_model_stands_out():
 
 def peaks(source):
     """The worst of all blocks, of every input group."""
-    chosen = examples(source.folder)
+    chosen = examples(source)
     batch = ARCH.prelude(source, "cpu", torch.float32)(chosen, 0)
     worst = {}
     for spec in ARCH.spec(source).blocks:

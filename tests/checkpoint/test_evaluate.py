@@ -33,7 +33,7 @@ def test_exact_match_is_what_greedy_generation_gives(model, encoder):
         examples = [encoder(sample, load_images(sample))]
         counted = evaluate(model, ARCH, examples).summary()["accuracy"]
         expected = sample.messages[-1]["content"][0]["text"]
-        assert counted == (generate(model, encoder, sample) == expected), sample.messages
+        assert counted == (generate(model, ARCH, encoder, sample) == expected), sample.messages
 
 
 def test_batching_and_padding_change_nothing(model, encoder):

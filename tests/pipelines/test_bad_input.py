@@ -112,7 +112,7 @@ def test_wrong_dtype(quantize, model):
 def test_unknown_architecture(quantize, model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt9"}))
-    assert "model_type 'gpt9'; supported are: qwen2_vl" in quantize(model=model)
+    assert "model_type 'gpt9'; supported are: llama, qwen2_vl" in quantize(model=model)
 
 
 def test_a_recipe_for_images_with_a_model_of_text(quantize, model):

@@ -226,15 +226,10 @@ def test_who_does_not_need_it_is_not_asked(source: Path, prompts: list[Example],
         assert model(**as_embeddings(model, source, prompts[0]), use_cache=False).logits.isfinite().all()
 
 
-class _Config:
-    def __init__(self, **ids: int | None) -> None:
-        vars(self).update(ids)
-
-
 class _Listening(nn.Module):
-    def __init__(self, config: _Config) -> None:
+    def __init__(self, *image_ids: int) -> None:
         super().__init__()
-        self.modality = TokenModality(config)
+        self.modality = TokenModality(image_ids, "kinds")
         self.modality.follow(self)
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> list[int]:
@@ -245,25 +240,24 @@ IDS, TYPES = torch.tensor([[5, 9, 6]]), torch.tensor([[0, 1, 0]])
 
 
 @pytest.mark.parametrize(
-    ("config", "wanted"),
+    ("image_ids", "wanted"),
     [
-        (_Config(image_token_id=5), [1, 0, 0]),
-        (_Config(image_token_id=5, video_token_id=6), [1, 0, 1]),
-        (_Config(image_token_id=5, video_token_id=None), [1, 0, 0]),
-        (_Config(), [0, 1, 0]),  # no token stands for images, so the types must tell
+        ((5,), [1, 0, 0]),
+        ((5, 6), [1, 0, 1]),
+        ((), [0, 1, 0]),  # no token stands for images, so the types must tell
     ],
 )
-def test_token_ids_come_before_types(config: _Config, wanted: list[int]) -> None:
-    assert _Listening(config)(IDS, mm_token_type_ids=TYPES) == wanted
+def test_token_ids_come_before_types(image_ids: tuple[int, ...], wanted: list[int]) -> None:
+    assert _Listening(*image_ids)(IDS, kinds=TYPES) == wanted
 
 
 def test_ids_tell_nothing_where_no_token_stands_for_an_image() -> None:
-    with pytest.raises(ConfigError, match="mm_token_type_ids"):
-        _Listening(_Config())(IDS)
+    with pytest.raises(ConfigError, match="or with kinds beside inputs_embeds"):
+        _Listening()(IDS)
 
 
 def test_what_a_call_was_told_is_forgotten_when_it_fails() -> None:
-    model = _Listening(_Config(image_token_id=5))
+    model = _Listening(5)
     with pytest.raises(ConfigError, match="tell of 2 tokens, the model works on 3"):
         model(IDS[:, :2])
     with pytest.raises(ConfigError, match="only inside the model"):

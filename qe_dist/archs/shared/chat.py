@@ -4,43 +4,41 @@ AutoProcessor is not used: for Qwen2-VL it wants torchvision even for images. Th
 processor alone do the same, with torchvision and without it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from qe_dist.archs.base import ImageReader
 from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Example, Sample
 
 
 class ChatEncoder:
-    """Expands one placeholder per image to as many tokens as the vision tower will give."""
+    """Expands one placeholder per image to as many tokens as the vision tower will give.
 
-    def __init__(self, folder: Path, image_token: int, end_token: int) -> None:
+    images: None for a model of text only. end_tokens: each of them ends an answer.
+    """
+
+    def __init__(self, folder: Path, images: ImageReader | None, end_tokens: Collection[int]) -> None:
         from transformers import AutoTokenizer
-
-        # Before 5.18, what transformers itself calls so wants torchvision.
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            # Equal pixels on every machine; and before 5.18, transformers takes the other one without torchvision, too.
-            self.images = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: tokenizer or image processor cannot be loaded: {error}") from None
+            raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {error}") from None
         if not self.tokenizer.chat_template:
             raise CheckpointError(f"{folder} has no chat template")
-        self.image_token, self.end_token = image_token, end_token
+        self.images, self.end_tokens = images, end_tokens
 
     def __call__(self, sample: Sample, images: Sequence[Image.Image]) -> Example:
         if sample.text is not None:
             ids = self._ids(sample.text)
             return self._example(sample, ids, list(ids), {})
-        vision, counts = self._vision(images)
+        vision, counts = self._vision(sample, images)
         ids, labels = [], []
         for text, is_answer in self._segments(sample):
             part = self._expanded(self._ids(text), counts)
@@ -52,7 +50,7 @@ class ChatEncoder:
 
     def prompt(self, sample: Sample, images: Sequence[Image.Image]) -> Example:
         """Everything before the last answer, ready for generation."""
-        vision, counts = self._vision(images)
+        vision, counts = self._vision(sample, images)
         last = max(i for i, m in enumerate(sample.messages) if m["role"] == "assistant")
         ids = self._expanded(self._ids(self._render(sample, last, prompt=True)), counts)
         return self._example(sample, ids, [-100] * len(ids), vision)
@@ -78,26 +76,28 @@ class ChatEncoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _vision(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
+    def _vision(self, sample: Sample, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
         if not images:
             return {}, []
-        out: Any = self.images(list(images), return_tensors="pt")
-        counts = out["image_grid_thw"].prod(dim=1) // self.images.merge_size**2
-        return {k: out[k] for k in ("pixel_values", "image_grid_thw")}, counts.tolist()
+        if self.images is None:
+            raise ConfigError(f"{sample.origin} has images, but the model is one of text only")
+        return self.images(images)
 
     def _expanded(self, ids: list[int], counts: list[int]) -> list[int]:
         """Consumes a count for every placeholder."""
         expanded = []
         for token in ids:
-            expanded += [token] * (counts.pop(0) if token == self.image_token and counts else 1)
+            expanded += [token] * (counts.pop(0) if counts and self._is_image(token) else 1)
         return expanded
+
+    def _is_image(self, token: int) -> bool:
+        return self.images is not None and token == self.images.token
 
     def _answer_labels(self, ids: list[int]) -> list[int]:
         """The answer up to and with its end mark; what the template adds behind it is not predicted."""
-        stop = ids.index(self.end_token) + 1 if self.end_token in ids else len(ids)
+        stop = next((i + 1 for i, token in enumerate(ids) if token in self.end_tokens), len(ids))
         return ids[:stop] + [-100] * (len(ids) - stop)
 
     def _example(self, sample: Sample, ids: list[int], labels: list[int], vision: Mapping[str, Tensor]) -> Example:
-        tokens = torch.tensor(ids)
-        modality = torch.where(tokens == self.image_token, IMAGE, TEXT).to(torch.int8)
-        return Example(sample.index, sample.kind, tokens, torch.tensor(labels), modality, vision)
+        modality = torch.tensor([IMAGE if self._is_image(token) else TEXT for token in ids], dtype=torch.int8)
+        return Example(sample.index, sample.kind, torch.tensor(ids), torch.tensor(labels), modality, vision)

@@ -1,0 +1,71 @@
+"""Qwen2-VL's way to embed: a vision tower whose merger writes into the stream in place of image tokens."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.sample import Example
+
+
+class Qwen2VLImages:
+    """The image processor of a model. token: the placeholder of an image in the text."""
+
+    def __init__(self, folder: Path, token: int) -> None:
+        # Before 5.18, what transformers itself calls so wants torchvision.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            # Equal pixels on every machine; and before 5.18, transformers takes the other one without torchvision, too.
+            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: image processor cannot be loaded: {error}") from None
+        self.token = token
+
+    def __call__(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
+        out: Any = self.processor(list(images), return_tensors="pt")
+        counts = out["image_grid_thw"].prod(dim=1) // self.processor.merge_size**2
+        return {k: out[k] for k in ("pixel_values", "image_grid_thw")}, counts.tolist()
+
+
+class Qwen2VLFrontend:
+    auto_class = "AutoModelForImageTextToText"
+    decoder = "language_model."
+    unquantized = (r"re:.*\bvisual\..*",)
+    stream_writers = ("visual.merger.mlp.2",)
+    modality_argument = "mm_token_type_ids"
+
+    def body(self, config: Any) -> nn.Module:
+        from transformers import Qwen2VLModel
+
+        config.text_config.layer_types = ["full_attention"]
+        return Qwen2VLModel(config)
+
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        return "vision_config" in config
+
+    def images(self, folder: Path, config: Any) -> Qwen2VLImages:
+        return Qwen2VLImages(folder, config.image_token_id)
+
+    def image_ids(self, config: Any) -> tuple[int, ...]:
+        return config.image_token_id, config.video_token_id
+
+    def pixels_per_token(self, config: Any) -> int:
+        return (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
+
+    def vision_heads(self, config: Any) -> int:
+        return config.vision_config.num_heads
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad)
+        modality = pad_sequence([e.modality for e in examples], batch_first=True, padding_value=0)
+        inputs = {"input_ids": ids, "mm_token_type_ids": modality.int()}
+        with_images = [e.vision for e in examples if e.vision]
+        if with_images:
+            inputs |= {k: torch.cat([v[k] for v in with_images]) for k in with_images[0]}
+        return inputs

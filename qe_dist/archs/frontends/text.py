@@ -1,0 +1,38 @@
+"""A model of text only: the embeddings are all that stands in front of its blocks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from qe_dist.core.sample import Example
+
+
+class TextFrontend:
+    auto_class = "AutoModelForCausalLM"
+    decoder, unquantized, stream_writers, modality_argument = "", (), (), None
+
+    def body(self, config: Any) -> nn.Module:
+        from transformers import AutoModel
+
+        return AutoModel.from_config(config)
+
+    def has_vision(self, config: Mapping[str, Any]) -> bool:
+        return False
+
+    def images(self, folder: Path, config: Any) -> None:
+        return None
+
+    def image_ids(self, config: Any) -> tuple[int, ...]:
+        return ()
+
+    def pixels_per_token(self, config: Any) -> int:
+        return 1  # no sample has an image
+
+    def vision_heads(self, config: Any) -> int:
+        return 0
+
+    def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+        return {"input_ids": pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad)}

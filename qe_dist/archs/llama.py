@@ -1,0 +1,18 @@
+"""Llama and models of its shape, such as SmolLM2."""
+
+from qe_dist.archs.base import Arch, EngineNames
+from qe_dist.archs.decoders.llama import Llama
+from qe_dist.archs.frontends.text import TextFrontend
+from qe_dist.archs.shared.swiglu import FUSED
+
+ARCH = Arch(
+    model_types=("llama",),
+    decoder=Llama(),
+    frontend=TextFrontend(),
+    on_disk={"": ("model.",)},
+    in_vllm=EngineNames("model.layers", FUSED),
+    tiny={
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 24, "tie_word_embeddings": False,
+        **Llama.tiny,
+    },
+)  # fmt: skip

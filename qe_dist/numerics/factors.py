@@ -51,12 +51,10 @@ def adapter(
 
 
 def even_rank(
-    down: Float[Tensor, "*experts R I"] | None, up: Float[Tensor, "*experts O R"] | None
-) -> tuple[Tensor | None, Tensor | None]:
+    up: Float[Tensor, "*experts O R"], down: Float[Tensor, "*experts R I"]
+) -> tuple[Float[Tensor, "*experts O S"], Float[Tensor, "*experts S I"]]:
     """The pair with zeros added where its rank is odd: at 4 bits, two columns of `up` share a byte."""
-    if down is None or up is None or up.shape[-1] % 2 == 0:
-        return down, up
-    return pad(down, (0, 0, 0, 1)), pad(up, (0, 1))
+    return (pad(up, (0, 1)), pad(down, (0, 0, 0, 1))) if up.shape[-1] % 2 else (up, down)
 
 
 def row_scale_bits(factor_bits: int) -> int:

@@ -30,8 +30,11 @@ from qe_dist.methods.base import (
     Compensation,
     Correction,
     ErrorProblem,
+    Experts,
     GroupProblem,
+    LowRank,
     Quantizer,
+    SalientColumns,
     Transform,
 )
 from qe_dist.methods.recipe import Recipe
@@ -387,12 +390,20 @@ class Given:
         return self.correction
 
 
+@pytest.mark.parametrize("part", ["shared", "experts", "router", "salient"])
 def test_a_repair_with_a_nan_is_never_stored(
-    x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], same: Same
+    part: str, x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], same: Same
 ) -> None:
-    up = normal(0, 80, 2)
-    up[60, 1] = math.nan
-    recipe = replace(recipe_of(PLAIN), compensation=Given(Correction(shared_up=up, shared_down=normal(1, 2, WIDTH))))
+    up, down, router = normal(0, 80, 2), normal(1, 2, WIDTH), normal(2, 3, WIDTH)
+    bad = up.index_put((torch.tensor(60), torch.tensor(1)), torch.tensor(math.nan))
+    experts = Experts(up.expand(3, -1, -1), down.expand(3, -1, -1), router)
+    correction = {
+        "shared": Correction(LowRank(bad, down)),
+        "experts": Correction(experts=replace(experts, up=bad.expand(3, -1, -1))),
+        "router": Correction(experts=replace(experts, router=router * math.inf)),
+        "salient": Correction(salient=SalientColumns(torch.tensor([3, 4]), bad)),
+    }[part]
+    recipe = replace(recipe_of(PLAIN), compensation=Given(correction))
     problem = problem_for(recipe, x)
     group = recipe.fit(problem)
     assert group.report.fallbacks[-1] == "RTN without transform and compensation"
@@ -406,13 +417,9 @@ def test_an_extracted_channel_is_exact_whatever_else_repairs_it(
     """Low-rank factors may reach into extracted channels: the stored columns make up for it, up to their bf16."""
     channels = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))[:12].view(4, 3)
     correction = Correction(
-        shared_up=normal(3, 80, 2),
-        shared_down=0.1 * normal(4, 2, WIDTH),
-        shared_channels=channels[3],
-        expert_up=normal(5, 3, 80, 2),
-        expert_down=0.1 * normal(6, 3, 2, WIDTH),
-        expert_channels=channels[:3],
-        router=normal(7, 3, WIDTH),
+        LowRank(normal(3, 80, 2), 0.1 * normal(4, 2, WIDTH)),
+        Experts(normal(5, 3, 80, 2), 0.1 * normal(6, 3, 2, WIDTH), normal(7, 3, WIDTH), channels[:3]),
+        extracted=channels[3],
     )
     recipe = replace(
         recipe_of(PLAIN, "w4a4"),

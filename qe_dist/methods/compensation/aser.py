@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem, LowRank
 from qe_dist.numerics.affinity import RankBy, outlier_channels
 from qe_dist.numerics.factors import adapter
 from qe_dist.numerics.lowrank import gram_product
@@ -40,8 +40,8 @@ class ASER:
     def fit(self, problem: ErrorProblem) -> Correction:
         error = problem.stacked
         gram = problem.stats.total_gram.to(error.dtype)
-        up, down = adapter(error, gram_product(gram), problem.rank, problem.budget.factor_bits)
-        return Correction(shared_up=up, shared_down=down)
+        pair = adapter(error, gram_product(gram), problem.rank, problem.budget.factor_bits)
+        return Correction(shared=LowRank(*pair))
 
 
 METHOD = ASER

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from qe_dist.core.batch import IMAGE
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, Experts, GroupProblem
 from qe_dist.numerics.lowrank import gram_product, low_rank
 from qe_dist.numerics.stats import Needs
 
@@ -38,7 +38,7 @@ class CrossModal:
             return Correction()
         error = problem.error_of(IMAGE)
         up, down = low_rank(error, gram_product(stats.gram[IMAGE].to(error.dtype)), problem.rank)
-        return Correction(expert_up=up[None], expert_down=down[None])
+        return Correction(experts=Experts(up[None], down[None]))
 
 
 METHOD = CrossModal

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem, LowRank
 from qe_dist.numerics.factors import adapter
 from qe_dist.numerics.lowrank import diagonal_product
 from qe_dist.numerics.stats import Needs
@@ -37,8 +37,8 @@ class LQER:
     def fit(self, problem: ErrorProblem) -> Correction:
         error, size = problem.stacked, problem.stats.mean_abs.clamp_min(SMALLEST)
         scale = torch.ones_like(size) if self.metric == "identity" else size
-        up, down = adapter(error, diagonal_product(scale.to(error).square()), problem.rank, problem.budget.factor_bits)
-        return Correction(shared_up=up, shared_down=down)
+        pair = adapter(error, diagonal_product(scale.to(error).square()), problem.rank, problem.budget.factor_bits)
+        return Correction(shared=LowRank(*pair))
 
 
 METHOD = LQER

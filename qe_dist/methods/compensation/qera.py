@@ -11,7 +11,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem, LowRank
 from qe_dist.numerics.factors import adapter
 from qe_dist.numerics.lowrank import diagonal_product, gram_product, low_rank
 from qe_dist.numerics.stats import Needs
@@ -35,8 +35,8 @@ class QERA:
         return problem.gains(down)
 
     def fit(self, problem: ErrorProblem) -> Correction:
-        up, down = adapter(problem.stacked, self._metric(problem), problem.rank, problem.budget.factor_bits)
-        return Correction(shared_up=up, shared_down=down)
+        pair = adapter(problem.stacked, self._metric(problem), problem.rank, problem.budget.factor_bits)
+        return Correction(shared=LowRank(*pair))
 
     def _metric(self, problem: ErrorProblem) -> Callable[[Tensor], Tensor]:
         gram = problem.stats.total_gram.to(problem.dtype)

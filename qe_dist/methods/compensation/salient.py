@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem, LowRank, SalientColumns
 from qe_dist.numerics.factors import adapter, column_bits, columns_within, rank_within, store_factor
 from qe_dist.numerics.lowrank import gram_product
 from qe_dist.numerics.stats import Needs
@@ -49,15 +49,11 @@ class Salient:
     def fit(self, problem: ErrorProblem) -> Correction:
         channels, rank = self._sizes(problem.problem, problem.budget)
         weight, bits = torch.cat(list(problem.problem.weights.values())), problem.budget.factor_bits
-        up = down = None
+        shared = None
         if rank:
             error = _without_term(problem.stacked, weight, channels, bits)
-            up, down = adapter(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank, bits)
-        if not channels.numel():
-            return Correction(shared_up=up, shared_down=down)
-        return Correction(
-            shared_up=up, shared_down=down, salient_channels=channels, salient_columns=weight[:, channels]
-        )
+            shared = LowRank(*adapter(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank, bits))
+        return Correction(shared, salient=SalientColumns(channels, weight[:, channels]) if channels.numel() else None)
 
     def _sizes(self, problem: GroupProblem, budget: Budget) -> tuple[Tensor, int]:
         """(an even number of channels, the loudest first, for two 4-bit codes share a byte; rank of the adapter)"""

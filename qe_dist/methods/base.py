@@ -1,8 +1,9 @@
 """What transforms, quantizers and compensations are given, and what they must offer (DESIGN section 2)."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -14,7 +15,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import InputGroup, RouterInput
-from qe_dist.numerics.factors import FACTOR_BITS, column_bits, even_rank, rank_within
+from qe_dist.numerics.factors import FACTOR_BITS, even_rank, pair_bits, rank_within
 from qe_dist.numerics.hadamard import Orthogonal, Signs
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import GroupStats, Needs
@@ -108,12 +109,20 @@ class Budget:
         assert self.extra_bits is not None
         return rank_within(self.extra_bits * outputs * width, outputs, width, self.factor_bits)
 
+    def pair_bytes(self, outputs: int, width: int) -> int:
+        """Stored bytes at most of one low-rank pair [outputs, width]."""
+        if self.extra_bits is not None:
+            return int(self.extra_bits * outputs * width / 8)
+        return pair_bits(self.rank_for(outputs, width), outputs, width, self.factor_bits) // 8
+
     def less(self, bits: int, problem: GroupProblem) -> "Budget":
         """What is left of the group's byte budget after so many bits, next to nothing at least. A rank stays."""
         if self.extra_bits is None or not bits:
             return self
         return replace(self, extra_bits=max(1e-9, self.extra_bits - bits / problem.num_weights))
 
+
+NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
 
 LEAST_RANK = 32
 """Of a budget by ratio."""
@@ -181,53 +190,78 @@ def energy(rows: Float[Tensor, "R I"], gram: Float[Tensor, "I I"]) -> Float[Tens
 
 
 @dataclass(frozen=True)
-class Correction:
-    """A repair for a whole group; `up` matrices have the outputs of all its linears stacked."""
+class LowRank:
+    """A low-rank pair: (x~ down^T) up^T is added to the outputs of all linears of a group, which are stacked."""
 
-    shared_down: Float[Tensor, "R I"] | None = None
-    shared_up: Float[Tensor, "O R"] | None = None
-    shared_channels: Int[Tensor, " C"] | None = None
-    expert_down: Float[Tensor, "E S I"] | None = None
-    expert_up: Float[Tensor, "E O S"] | None = None
-    expert_channels: Int[Tensor, "E D"] | None = None
-    router: Float[Tensor, "E H"] | None = None
-    salient_channels: Int[Tensor, " K"] | None = None
-    salient_columns: Float[Tensor, "O K"] | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-    def carrying(self, lists: "Lists") -> "Correction":
-        """The repair and the lists beside it."""
-        return replace(self, shared_channels=lists.shared) if lists.shared.numel() else self
-
-    def with_even_ranks(self) -> "Correction":
-        shared_down, shared_up = even_rank(self.shared_down, self.shared_up)
-        expert_down, expert_up = even_rank(self.expert_down, self.expert_up)
-        return replace(self, shared_down=shared_down, shared_up=shared_up, expert_down=expert_down, expert_up=expert_up)
+    up: Float[Tensor, "*experts O R"]
+    down: Float[Tensor, "*experts R I"]
 
 
 @dataclass(frozen=True)
-class Lists:
-    """Channels that leave the activation grid, and are multiplied with their columns of W in 16 bits."""
+class Experts(LowRank):
+    """Low-rank pairs of which every token uses one at most; their number is the first dimension of each tensor."""
 
-    shared: Int[Tensor, " C"]
-    """Of every token. Their columns leave the codes, too."""
+    router: Float[Tensor, "E H"] | None = None
+    """Chooses the expert. None: the modality does, no expert for text and the first for images."""
+    channels: Int[Tensor, "E D"] | None = None
+    """Input channels that an expert extracts for its tokens, besides those that are extracted for every token."""
 
-    def bits(self, outputs: int) -> int:
-        """Stored, for so many outputs: bf16 columns and 32-bit indices."""
-        return column_bits(len(self.shared), outputs, 16)
+
+@dataclass(frozen=True)
+class SalientColumns:
+    """A second term of the weight, for input channels that stay on the activation grid."""
+
+    channels: Int[Tensor, " S"]
+    columns: Float[Tensor, "O S"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The repair of a whole group, as it is fitted. `methods.store.stored` rounds it to the form on disk."""
+
+    shared: LowRank | None = None
+    """Low-rank pair for every token."""
+    experts: Experts | None = None
+    extracted: Int[Tensor, " C"] | None = None
+    """Input channels that leave the activation grid for every token, and are multiplied with their columns of W in 16
+    bits. The columns are taken when the group is stored."""
+    salient: SalientColumns | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no tensor has a NaN or Inf."""
+        parts = (self.shared, self.experts, self.salient)
+        tensors = (t for part in parts if part is not None for t in vars(part).values() if t is not None)
+        return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+    def with_even_ranks(self) -> "Correction":
+        """The same repair, with zeros added to the low-rank pairs of odd rank."""
+        shared, experts = self.shared, self.experts
+        if shared is not None:
+            shared = LowRank(*even_rank(shared.up, shared.down))
+        if experts is not None:
+            experts = Experts(*even_rank(experts.up, experts.down), experts.router, experts.channels)
+        return replace(self, shared=shared, experts=experts)
+
+    def of_rows(self, rows: slice) -> "Correction":
+        """The part of one linear, whose outputs these are."""
+        shared = self.shared and replace(self.shared, up=self.shared.up[rows])
+        experts = self.experts and replace(self.experts, up=self.experts.up[:, rows])
+        salient = self.salient and replace(self.salient, columns=self.salient.columns[rows])
+        return replace(self, shared=shared, experts=experts, salient=salient)
 
 
 @runtime_checkable
-class Channels(Protocol):
-    """Chooses lists of channels beside an integer grid, from the token sample."""
+class ChoosesChannels(Protocol):
+    """Lists input channels that leave the activation grid for every token, from the token sample."""
 
     def bits_per_weight(self) -> float:
-        """Stored bits of the lists, per weight of a wide layer."""
+        """Stored bits of the columns, per weight of a wide layer."""
         ...
 
-    def choose(self, problem: GroupProblem) -> Lists: ...
+    def choose(self, problem: GroupProblem) -> Int[Tensor, " C"]:
+        """Their columns are stored in 16 bits and leave the codes."""
+        ...
 
 
 @runtime_checkable
@@ -257,15 +291,32 @@ class Bounded(Protocol):
 
 @runtime_checkable
 class Compensation(Protocol):
-    """Repairs the error of rounding within a budget."""
+    """Repairs the error of rounding within a budget. Methods inherit what they leave as it is."""
 
+    by_modality: ClassVar[bool] = False
+    """Whether it treats tokens of text and of images differently at run time."""
+
+    @abstractmethod
     def needs(self) -> Needs: ...
+
+    @abstractmethod
+    def fit(self, problem: ErrorProblem) -> Correction: ...
+
     def exempt(self, problem: GroupProblem) -> Int[Tensor, " C"]:
         """Columns it carries itself, which are rounded as zero; those that gain most first, for a byte budget may be
         too small for all of them, or for any."""
+        return NO_COLUMNS
+
+    @abstractmethod
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        """Stored bytes at most of what it adds to a group with so many outputs and input channels. router_width: of the
+        tensor that a router would read. Groups that share the byte budget of their block (`Shares`) keep to the sum."""
         ...
 
-    def fit(self, problem: ErrorProblem) -> Correction: ...
+    @abstractmethod
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        """Float32 numbers at most that `gains` and `fit` hold at once, beside the problem that they are given."""
+        ...
 
 
 @runtime_checkable
@@ -317,6 +368,3 @@ class HasConstraints(Protocol):
     def check(self, recipe: Any) -> None:
         """Raises ConfigError that names the two parts that clash, and what would work. recipe: a `Recipe`."""
         ...
-
-
-NO_COLUMNS = torch.zeros(0, dtype=torch.int64)

@@ -6,24 +6,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError, NumericalError
-from qe_dist.core.quantized import QuantizedGroup, all_finite
+from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import BlockSpec, Granularity, view_of
 from qe_dist.methods.base import (
     NO_COLUMNS,
     Budget,
-    Channels,
+    ChoosesChannels,
     Codes,
     Compensation,
     Correction,
     ErrorProblem,
     GroupProblem,
     HasConstraints,
-    Lists,
     Quantizer,
     Rotation,
     RoutesTokens,
@@ -35,7 +34,7 @@ from qe_dist.methods.base import (
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
-from qe_dist.numerics.factors import row_scale_bits, store_factor
+from qe_dist.numerics.factors import column_bits, row_scale_bits, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
@@ -58,7 +57,7 @@ class Recipe:
     budget: Budget = field(default_factory=lambda: Budget(rank=32))
     granularity: Granularity = "group"
     rotation: Rotation | None = None
-    channels: Channels | None = None
+    channels: ChoosesChannels | None = None
 
     def __post_init__(self) -> None:
         for member in (self.transform, self.quantizer, self.compensation, self.channels, self.rotation):
@@ -74,7 +73,7 @@ class Recipe:
     @property
     def by_modality(self) -> bool:
         """Whether tokens of text and of images are treated differently at run time (`GroupInput.by_modality`)."""
-        return getattr(self.compensation, "repairs_modalities", False)
+        return self.compensation.by_modality
 
     @property
     def list_bits(self) -> float:
@@ -120,10 +119,10 @@ class Recipe:
 
     def _attempt(self, problem: GroupProblem) -> "Draft":
         whole = self.transform.fit(problem)
-        lists = Lists(NO_COLUMNS) if self.channels is None else self.channels.choose(whole)
-        moved = whole.without(lists.shared)  # what a list carries is neither rounded nor repaired
-        budget = self.budget.less(lists.bits(moved.num_outputs), moved)
-        before = Draft(problem, ErrorProblem(moved, {}, budget, whole=whole), {}, lists)
+        extracted = NO_COLUMNS if self.channels is None else self.channels.choose(whole)
+        moved = whole.without(extracted)  # what a list carries is neither rounded nor repaired
+        budget = self.budget.less(column_bits(len(extracted), moved.num_outputs, 16), moved)
+        before = Draft(problem, ErrorProblem(moved, {}, budget, whole=whole), {}, extracted)
         exempt = self.compensation.exempt(moved).to(moved.stats.importance.device)
         if budget.extra_bits is None or not exempt.numel():
             return self._drafted(before, exempt)
@@ -163,7 +162,7 @@ class Recipe:
 
     def _repaired(self, repair: ErrorProblem) -> Correction:
         correction = self.compensation.fit(repair)
-        if not all_finite(correction.tensors()):
+        if not correction.is_finite:
             raise NumericalError("the compensation has a NaN or Inf")
         return correction
 
@@ -187,7 +186,10 @@ class Recipe:
                 draft = replace(draft, correction=self._repaired(replace(draft.repair, granted=granted)))
             except (NumericalError, torch.linalg.LinAlgError) as error:
                 draft = replace(draft, fallbacks=(*draft.fallbacks, f"no repair of rank {granted}: {error}"))
-        group = stored(draft.repair.whole, draft.codes, draft.correction.carrying(draft.lists), self.budget.factor_bits)
+        correction = draft.correction
+        if draft.extracted.numel():
+            correction = replace(correction, extracted=draft.extracted)
+        group = stored(draft.repair.whole, draft.codes, correction, self.budget.factor_bits)
         return with_report(group, draft.asked, draft.seconds + _since(start), draft.fallbacks)
 
     def describe(self) -> dict[str, Any]:
@@ -212,7 +214,8 @@ class Draft:
     """As it was before any transform."""
     repair: ErrorProblem
     codes: Mapping[str, Codes]
-    lists: Lists = field(default_factory=lambda: Lists(NO_COLUMNS))
+    extracted: Int[Tensor, " C"] = NO_COLUMNS
+    """Channels that a list takes off the activation grid for every token."""
     correction: Correction = field(default_factory=Correction)
     gains: Float[Tensor, " R"] | None = None
     seconds: float = 0.0
@@ -223,10 +226,10 @@ class Draft:
         """Squared error of the outputs that the codes and the shared part of the repair leave, both as they are stored.
         By the Gram matrix; what rounding the activations adds is not counted."""
         bits, error, c = self.repair.budget.factor_bits, self.repair.stacked, self.correction.with_even_ranks()
-        if c.shared_channels is not None:
-            error = error.index_fill(1, c.shared_channels, 0.0)
-        if c.shared_up is not None and c.shared_up.numel():
-            up, down = (store_factor(factor, bits).dense.to(error) for factor in (c.shared_up, c.shared_down))
+        if c.extracted is not None:
+            error = error.index_fill(1, c.extracted, 0.0)
+        if c.shared is not None and c.shared.up.numel():
+            up, down = (store_factor(factor, bits).dense.to(error) for factor in (c.shared.up, c.shared.down))
             error = error - up @ down
         return float(energy(error, self.repair.stats.total_gram.to(error)).sum())
 

@@ -1,6 +1,7 @@
 """From what a method found to what is stored: the one place where factors and columns are rounded."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,39 +18,40 @@ def stored(moved: GroupProblem, codes: Mapping[str, Codes], c: Correction, bits:
     bits: of the factors.
     """
     c = c.with_even_ranks() if bits == 4 else c
-    expert_down = c.expert_down
-    if expert_down is not None and c.shared_channels is not None:  # the shared columns are all of W there
-        expert_down = expert_down.index_fill(2, c.shared_channels, 0.0)
-    shared_down, expert_down = _stored(c.shared_down, bits), _stored(expert_down, bits)
-    sizes = [w.shape[0] for w in moved.weights.values()]
-    ups = zip(_rows(c.shared_up, sizes, 0), _rows(c.expert_up, sizes, 1), strict=True)
-    salient = dict(zip(moved.weights, _rows(c.salient_columns, sizes, 0), strict=True))
-    linears = {}
-    for (name, weight), (shared_rows, expert_rows) in zip(moved.weights.items(), ups, strict=True):
-        shared_up, expert_up = _stored(shared_rows, bits), _stored(expert_rows, bits)
-        shared, own = _pair(shared_up, shared_down), _pair(expert_up, expert_down)
-        linears[name] = QuantizedLinear(
-            codes=codes[name].codes,
-            scale=codes[name].scale,
-            shared_up=shared_up,
-            shared_columns=None if c.shared_channels is None else _columns(weight, c.shared_channels, shared),
-            expert_up=expert_up,
-            expert_columns=None
-            if c.expert_channels is None
-            else _expert_columns(weight, c.expert_channels, shared, own),
-            salient_columns=_stored(salient[name], bits),
-        )
+    shared, experts, salient = c.shared, c.experts, c.salient
+    if experts is not None and c.extracted is not None:  # the columns for every token are all of W there
+        experts = replace(experts, down=experts.down.index_fill(2, c.extracted, 0.0))
     part = GroupInput(
         input_scale=_bf16(moved.input_scale),
-        shared_down=shared_down,
-        shared_channels=_int32(c.shared_channels),
-        expert_down=expert_down,
-        expert_channels=_int32(c.expert_channels),
-        router=_bf16(c.router),
-        salient_channels=_int32(c.salient_channels),
+        shared_down=shared and _stored(shared.down, bits),
+        shared_channels=_int32(c.extracted),
+        expert_down=experts and _stored(experts.down, bits),
+        expert_channels=experts and _int32(experts.channels),
+        router=experts and _bf16(experts.router),
+        salient_channels=salient and _int32(salient.channels),
         rotation=moved.rotation,
     )
+    linears, start = {}, 0
+    for name, weight in moved.weights.items():
+        rows = slice(start, start + len(weight))
+        linears[name], start = _linear(weight, codes[name], c.of_rows(rows), part, bits), rows.stop
     return QuantizedGroup(moved.scheme, part, linears)
+
+
+def _linear(weight: Tensor, codes: Codes, c: Correction, part: GroupInput, bits: int) -> QuantizedLinear:
+    """c: the rows of this linear. part: what its group stores, the down matrices among it."""
+    shared_up, expert_up = c.shared and _stored(c.shared.up, bits), c.experts and _stored(c.experts.up, bits)
+    shared, own = _pair(shared_up, part.shared_down), _pair(expert_up, part.expert_down)
+    channels = c.experts and c.experts.channels
+    return QuantizedLinear(
+        codes=codes.codes,
+        scale=codes.scale,
+        shared_up=shared_up,
+        shared_columns=None if c.extracted is None else _columns(weight, c.extracted, shared),
+        expert_up=expert_up,
+        expert_columns=None if channels is None else _expert_columns(weight, channels, shared, own),
+        salient_columns=c.salient and _stored(c.salient.columns, bits),
+    )
 
 
 def _stored(matrix: Tensor | None, bits: int) -> Factor | None:
@@ -77,10 +79,6 @@ def _expert_columns(weight: Tensor, channels: Tensor, shared: Pairs, own: Pairs)
     """[E, O, C]"""
     own_of = [[(up[e], down[e]) for up, down in own] for e in range(len(channels))]
     return torch.stack([_columns(weight, channels[e], shared + own_of[e]) for e in range(len(channels))])
-
-
-def _rows(stacked: Tensor | None, sizes: list[int], dim: int) -> tuple[Tensor | None, ...]:
-    return (None,) * len(sizes) if stacked is None else stacked.split(sizes, dim=dim)
 
 
 def _bf16(t: Tensor | None) -> Tensor | None:

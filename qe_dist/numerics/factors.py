@@ -51,12 +51,10 @@ def adapter(
 
 
 def even_rank(
-    down: Float[Tensor, "*experts R I"] | None, up: Float[Tensor, "*experts O R"] | None
-) -> tuple[Tensor | None, Tensor | None]:
+    up: Float[Tensor, "*experts O R"], down: Float[Tensor, "*experts R I"]
+) -> tuple[Float[Tensor, "*experts O S"], Float[Tensor, "*experts S I"]]:
     """The pair with zeros added where its rank is odd: at 4 bits, two columns of `up` share a byte."""
-    if down is None or up is None or up.shape[-1] % 2 == 0:
-        return down, up
-    return pad(down, (0, 0, 0, 1)), pad(up, (0, 1))
+    return (pad(up, (0, 1)), pad(down, (0, 0, 0, 1))) if up.shape[-1] % 2 else (up, down)
 
 
 def row_scale_bits(factor_bits: int) -> int:
@@ -70,6 +68,13 @@ def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies
     spare = bits - copies * outputs * scale_bits
     rank = max(0, int(spare / (copies * (factor_bits * (outputs + inputs) + scale_bits))))
     return rank - rank % 2 if factor_bits == 4 else rank
+
+
+def pair_bits(rank: int, outputs: int, inputs: int, factor_bits: int, copies: int = 1) -> int:
+    """Stored bits of `copies` pairs [outputs, rank] and [rank, inputs], scales included; at 4 bits of an even rank."""
+    scale_bits = row_scale_bits(factor_bits)
+    rank += rank % 2 if factor_bits == 4 else 0
+    return copies * (rank * (factor_bits * (outputs + inputs) + scale_bits) + outputs * scale_bits)
 
 
 def columns_within(bits: float, outputs: int, factor_bits: int) -> int:

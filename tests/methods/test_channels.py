@@ -12,7 +12,7 @@ from torch import Tensor
 from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup, input_tensors, num_bytes, repair_tensors
-from qe_dist.methods.base import Channels, GroupProblem
+from qe_dist.methods.base import ChoosesChannels, GroupProblem
 from qe_dist.methods.channels.lists import ChannelLists
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe, recipe_from
@@ -54,7 +54,7 @@ def error_of(group: QuantizedGroup, problem: GroupProblem, x: Tensor) -> float:
 def test_a_member_is_a_frozen_dataclass_that_travels(name: str) -> None:
     kind = methods.get("channels", name)
     member = kind()  # every setting has a default
-    assert isinstance(member, Channels)
+    assert isinstance(member, ChoosesChannels)
     assert kind.__dataclass_params__.frozen
     assert pickle.loads(pickle.dumps(member)) == member
 
@@ -112,7 +112,7 @@ def test_the_list_is_chosen_after_the_transform(tokens: Any, problem_for: Proble
     recipe = with_lists("smoothquant+gptq-w4a6")
     problem = problem_for(recipe, tokens.x)
     moved = recipe.transform.fit(problem)
-    assert torch.equal(recipe.fit(problem).input.shared_channels.long(), LISTS.choose(moved).shared)
+    assert torch.equal(recipe.fit(problem).input.shared_channels.long(), LISTS.choose(moved))
 
 
 def test_every_token_counts_alike(tokens: Any, problem_for: Problem) -> None:
@@ -120,7 +120,7 @@ def test_every_token_counts_alike(tokens: Any, problem_for: Problem) -> None:
     recipe = with_lists("gptq-w4a6")
     loud = tokens.x.clone()
     loud[3] *= 1000
-    chosen = [LISTS.choose(problem_for(recipe, x)).shared for x in (tokens.x, loud)]
+    chosen = [LISTS.choose(problem_for(recipe, x)) for x in (tokens.x, loud)]
     assert torch.equal(*chosen)
 
 

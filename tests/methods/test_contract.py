@@ -30,8 +30,11 @@ from qe_dist.methods.base import (
     Compensation,
     Correction,
     ErrorProblem,
+    Experts,
     GroupProblem,
+    LowRank,
     Quantizer,
+    SalientColumns,
     Transform,
 )
 from qe_dist.methods.recipe import Recipe
@@ -387,12 +390,20 @@ class Given:
         return self.correction
 
 
+@pytest.mark.parametrize("part", ["shared", "experts", "router", "salient"])
 def test_a_repair_with_a_nan_is_never_stored(
-    x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], same: Same
+    part: str, x: Tensor, problem_for: Problem, normal: Callable[..., Tensor], same: Same
 ) -> None:
-    up = normal(0, 80, 2)
-    up[60, 1] = math.nan
-    recipe = replace(recipe_of(PLAIN), compensation=Given(Correction(shared_up=up, shared_down=normal(1, 2, WIDTH))))
+    up, down, router = normal(0, 80, 2), normal(1, 2, WIDTH), normal(2, 3, WIDTH)
+    bad = up.index_put((torch.tensor(60), torch.tensor(1)), torch.tensor(math.nan))
+    experts = Experts(up.expand(3, -1, -1), down.expand(3, -1, -1), router)
+    correction = {
+        "shared": Correction(LowRank(bad, down)),
+        "experts": Correction(experts=replace(experts, up=bad.expand(3, -1, -1))),
+        "router": Correction(experts=replace(experts, router=router * math.inf)),
+        "salient": Correction(salient=SalientColumns(torch.tensor([3, 4]), bad)),
+    }[part]
+    recipe = replace(recipe_of(PLAIN), compensation=Given(correction))
     problem = problem_for(recipe, x)
     group = recipe.fit(problem)
     assert group.report.fallbacks[-1] == "RTN without transform and compensation"
@@ -406,13 +417,9 @@ def test_an_extracted_channel_is_exact_whatever_else_repairs_it(
     """Low-rank factors may reach into extracted channels: the stored columns make up for it, up to their bf16."""
     channels = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))[:12].view(4, 3)
     correction = Correction(
-        shared_up=normal(3, 80, 2),
-        shared_down=0.1 * normal(4, 2, WIDTH),
-        shared_channels=channels[3],
-        expert_up=normal(5, 3, 80, 2),
-        expert_down=0.1 * normal(6, 3, 2, WIDTH),
-        expert_channels=channels[:3],
-        router=normal(7, 3, WIDTH),
+        LowRank(normal(3, 80, 2), 0.1 * normal(4, 2, WIDTH)),
+        Experts(normal(5, 3, 80, 2), 0.1 * normal(6, 3, 2, WIDTH), normal(7, 3, WIDTH), channels[:3]),
+        extracted=channels[3],
     )
     recipe = replace(
         recipe_of(PLAIN, "w4a4"),
@@ -460,6 +467,41 @@ def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem
     group = recipe.fit(problem_for(recipe, x))
     assert group.report.fallbacks == ()
     assert_stored_numbers_are_finite(group)
+
+
+BUDGETS = {
+    "rank": Budget(rank=7),
+    "rank of named recipes": Budget(rank=64, capped=True),
+    "ratio": Budget(ratio=0.5),
+    "rank at 8 bits": Budget(rank=6, factor_bits=8),
+    "odd rank at 4 bits": Budget(rank=7, factor_bits=4),
+    "bytes": Budget(extra_bits=4.0),
+    "bytes at 4 bits": Budget(extra_bits=2.0, factor_bits=4),
+    "next to no bytes": Budget(extra_bits=0.01, factor_bits=8),
+}
+SETTINGS = [
+    *((name, {}) for name in methods.names("compensation")),
+    ("quant_experts", {"extract": True}),
+    ("quant_experts", {"exempt_columns": False}),
+    ("salient", {"share": 0.5}),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_what_is_stored_is_never_more_than_a_compensation_states(
+    name: str, settings: dict[str, Any], budget: Budget, x: Tensor, problem_for: Problem
+) -> None:
+    compensation = methods.get("compensation", name)(**settings)
+    recipe = replace(recipe_of((*PLAIN[:2], name)), compensation=compensation, budget=budget)
+    group = recipe.fit(problem_for(recipe, x, router_x=x[:, :50].contiguous()))
+    parts = [input_tensors(group.input), *map(repair_tensors, group.linears.values())]
+    found = sum(tensor.nbytes for part in parts for tensor in part.values())
+    stated = compensation.most_bytes(80, WIDTH, 50, budget)
+    assert group.report.fallbacks == ()
+    assert found <= stated
+    if budget.extra_bits is None:  # of bytes, as many are used as whole ranks take
+        assert stated <= 1.05 * found
 
 
 @pytest.mark.parametrize("name", methods.names("compensation"))

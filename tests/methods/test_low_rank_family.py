@@ -53,8 +53,8 @@ def rounded(x: Tensor, problem_for: Build) -> ErrorProblem:
 
 def repair_of(compensation: Compensation, problem: ErrorProblem) -> Tensor:
     c = compensation.fit(problem)
-    assert c.shared_down.shape == (RANK, WIDTH)
-    return c.shared_up.double() @ c.shared_down.double()
+    assert c.shared.down.shape == (RANK, WIDTH)
+    return c.shared.up.double() @ c.shared.down.double()
 
 
 def by_svd(error: Tensor, s: Tensor, rank: int = RANK) -> Tensor:

@@ -112,7 +112,7 @@ def test_its_errors_are_those_of_the_papers_formulas(
     whiten = (vectors * values.sqrt()).T
     u, s, v = torch.linalg.svd(whiten @ (weight * scale[IMAGE] - rounded).T, full_matrices=False)
     paper = torch.linalg.solve(whiten, u[:, :32]) @ (s[:32, None] * v[:32])  # at least 32
-    ours = (found.expert_up[0] @ found.expert_down[0]).double().T
+    ours = (found.experts.up[0] @ found.experts.down[0]).double().T
 
     def error(modality: int, repair: Tensor) -> float:
         wanted, tokens = x[modality::2].double() @ weight.T, x[modality::2].double() / scale[modality]
@@ -194,14 +194,14 @@ def test_the_repair_is_that_of_theorem_2(problem: GroupProblem, x: Tensor, rank:
     left = after_rounding(problem, UNTRAINED)
     left = replace(left, budget=Budget(rank=rank * 16, capped=True))  # 16 of 1536 channels is one of 96
     correction = CrossModal().fit(left)
-    assert correction.expert_down.shape == (1, rank, WIDTH)
+    assert correction.experts.down.shape == (1, rank, WIDTH)
     error = left.error_of(IMAGE).double()
     tokens = x[1::2].double() / left.problem.input_scale[IMAGE].double()
     values, vectors = torch.linalg.eigh(tokens.T @ tokens)
     whiten = (vectors * values.sqrt()).T
     u, s, v = torch.linalg.svd(whiten @ error.T, full_matrices=False)
     paper = torch.linalg.solve(whiten, u[:, :rank]) @ (s[:rank, None] * v[:rank])
-    found = (correction.expert_up[0] @ correction.expert_down[0]).double().T
+    found = (correction.experts.up[0] @ correction.experts.down[0]).double().T
     smallest = (tokens @ (error.T - paper)).norm()
     assert smallest == pytest.approx(float(s[rank:].norm()), rel=1e-6)
     assert (tokens @ (error.T - found)).norm() <= smallest * (1 + 1e-3)  # a few steps of float32 iteration
@@ -256,7 +256,7 @@ def test_the_repair_makes_up_for_the_broken_function(problem_for: Problem, x: Te
 class NothingForImages(NoCompensation):
     """What no recipe may have."""
 
-    repairs_modalities = True
+    by_modality = True
 
 
 def test_without_a_sound_image_token_the_text_scale_serves_both(problem_for: Problem, x: Tensor) -> None:

@@ -145,9 +145,10 @@ def test_the_experts_are_the_kinds_of_tokens(errors: Tensor, tokens: Any) -> Non
 def test_each_routed_expert_beats_the_shared_one_alone_on_its_own_tokens(
     left_to_repair: ErrorProblem, correction: Correction, errors: Tensor, problem: GroupProblem
 ) -> None:
-    silent = replace(correction, expert_up=torch.zeros_like(correction.expert_up))
+    experts = correction.experts
+    silent = replace(correction, experts=replace(experts, up=torch.zeros_like(experts.up)))
     shared_alone = expert_errors(left_to_repair, silent)[:, 0].double()
-    chosen = choose_experts(problem.stats.sample.router_x, correction.router)
+    chosen = choose_experts(problem.stats.sample.router_x, correction.experts.router)
     for expert in range(KINDS):
         own = chosen == expert
         assert own.any()
@@ -164,8 +165,8 @@ def test_expert_errors_are_what_each_token_would_lose(
     weight = torch.cat(list(problem.weights.values())).double()
     error = left_to_repair.stacked.double()
     for expert in range(KINDS):
-        repair = correction.shared_up.double() @ correction.shared_down.double()
-        repair = repair + correction.expert_up[expert].double() @ correction.expert_down[expert].double()
+        repair = correction.shared.up.double() @ correction.shared.down.double()
+        repair = repair + correction.experts.up[expert].double() @ correction.experts.down[expert].double()
         lost = (x @ weight.T - rounded @ (weight - error).T - x @ repair.T).norm(dim=1)
         assert torch.allclose(errors[:, expert], lost, rtol=1e-3)  # float32
 
@@ -173,7 +174,7 @@ def test_expert_errors_are_what_each_token_would_lose(
 def test_the_router_is_better_than_chance_and_near_the_oracle(
     errors: Tensor, correction: Correction, problem: GroupProblem
 ) -> None:
-    chosen = choose_experts(problem.stats.sample.router_x, correction.router)
+    chosen = choose_experts(problem.stats.sample.router_x, correction.experts.router)
     routed, random, oracle = errors.gather(1, chosen[:, None]).mean(), errors.mean(), errors.amin(dim=1).mean()
     assert oracle <= routed < random
     assert random - routed > 0.7 * (random - oracle)
@@ -185,7 +186,7 @@ def test_the_router_without_regression_is_better_than_chance(
     """The paper's rule, mean|residual| of every channel."""
     correction = replace(PLAIN, router="mean_residual").fit(left_to_repair)
     errors = expert_errors(left_to_repair, correction).double()
-    chosen = choose_experts(problem.stats.sample.router_x, correction.router)
+    chosen = choose_experts(problem.stats.sample.router_x, correction.experts.router)
     assert errors.gather(1, chosen[:, None]).mean() < errors.mean()
 
 
@@ -195,10 +196,10 @@ def test_the_router_reads_the_input_as_it_comes(tokens: Any, problem_for: Proble
     moved = recipe.transform.fit(problem_for(recipe, tokens.x))
     left = after_rounding(moved)
     c = replace(PLAIN, router="mean_residual").fit(left)
-    residual = left.stacked - c.shared_up @ c.shared_down - c.expert_up @ c.expert_down
+    residual = left.stacked - c.shared.up @ c.shared.down - c.experts.up @ c.experts.down
     wanted = residual.abs().mean(dim=1) / moved.input_scale
     assert (moved.input_scale > 1).any()
-    assert torch.allclose(c.router, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(c.experts.router, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_routing_on_the_input_of_another_group_works_as_well(tokens: Any, problem_for: Problem) -> None:
@@ -289,14 +290,14 @@ def test_a_round_fits_each_expert_to_the_tokens_that_the_router_gave_it(
     left_to_repair: ErrorProblem, correction: Correction, problem: GroupProblem
 ) -> None:
     stats = problem.stats
-    chosen = choose_experts(stats.sample.router_x, correction.router)
+    chosen = choose_experts(stats.sample.router_x, correction.experts.router)
     again = replace(PLAIN, rounds=1).fit(left_to_repair)
-    left = left_to_repair.stacked.double() - again.shared_up.double() @ again.shared_down.double()
+    left = left_to_repair.stacked.double() - again.shared.up.double() @ again.shared.down.double()
     for expert in range(KINDS):
         x = stats.sample.x[chosen == expert].double()
         gram = x.T @ x + SHARED_WEIGHT * len(x) / TOKENS * stats.total_gram.double()
-        found = again.expert_up[expert].double() @ again.expert_down[expert].double()
-        best, first = best_repair(left, gram, rank=8), correction.expert_up[expert] @ correction.expert_down[expert]
+        found = again.experts.up[expert].double() @ again.experts.down[expert].double()
+        best, first = best_repair(left, gram, rank=8), correction.experts.up[expert] @ correction.experts.down[expert]
         lost, least, before = (energy(left - repair, gram) for repair in (found, best, first.double()))
         assert lost < 1.001 * least < before
 
@@ -319,7 +320,7 @@ def test_without_exempted_columns_the_codes_are_those_of_the_whole_weight(proble
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_routed_experts_start_from_the_shared_one_as_it_is_stored(left_to_repair: ErrorProblem, bits: int) -> None:
-    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits, capped=True))).shared_down
+    down = PLAIN.fit(replace(left_to_repair, budget=Budget(rank=128, factor_bits=bits, capped=True))).shared.down
     assert torch.equal(store_factor(down, bits).dense, down)
 
 

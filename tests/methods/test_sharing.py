@@ -138,7 +138,7 @@ class Fragile(QERA):
         if problem.granted is None or problem.problem.group.name != "down":
             return correction
         if self.says_nan:
-            return replace(correction, shared_up=correction.shared_up * math.nan)
+            return Correction(replace(correction.shared, up=correction.shared.up * math.nan))
         raise NumericalError("down is beyond me")
 
 

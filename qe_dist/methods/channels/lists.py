@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import GroupProblem, Lists
+from qe_dist.methods.base import GroupProblem
 from qe_dist.numerics.peaks import stretching_channels
 
 MOST = 0.02
@@ -46,11 +48,11 @@ class ChannelLists:
     def bits_per_weight(self) -> float:
         return 16 * self.share
 
-    def choose(self, problem: GroupProblem) -> Lists:
+    def choose(self, problem: GroupProblem) -> Int[Tensor, " C"]:
         x = problem.stats.sample.x.float()
         size = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         count = max(1, math.floor(self.share * x.shape[1]))
-        return Lists(stretching_channels(x / size, count))
+        return stretching_channels(x / size, count)
 
 
 METHOD = ChannelLists

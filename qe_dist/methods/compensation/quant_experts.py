@@ -24,16 +24,25 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import RouterInput
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import (
+    NO_COLUMNS,
+    Budget,
+    Compensation,
+    Correction,
+    ErrorProblem,
+    Experts,
+    GroupProblem,
+    LowRank,
+)
 from qe_dist.numerics.affinity import (
     assign_tokens,
     cluster_channels,
     split_channels,
     top_channels,
 )
-from qe_dist.numerics.factors import adapter, rank_within, store_factor
+from qe_dist.numerics.factors import adapter, column_bits, pair_bits, rank_within, store_factor
 from qe_dist.numerics.grid import round_activations
-from qe_dist.numerics.lowrank import capped, gram_product, token_product
+from qe_dist.numerics.lowrank import OVERSAMPLE, capped, gram_product, low_rank_floats, token_product
 from qe_dist.numerics.refine import Refinement, refine
 from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
@@ -43,7 +52,7 @@ SHARED_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
-class QuantExperts:
+class QuantExperts(Compensation):
     """Shared and routed low-rank experts; the budget's rank is split equally between the two (paper)."""
 
     k: int = 32
@@ -98,18 +107,18 @@ class QuantExperts:
         stats, error, bits = problem.stats, problem.stacked, problem.budget.factor_bits
         gram = stats.total_gram.to(error.dtype)
         shared = self._shared_channels(problem.problem)
-        rank = self._rank(problem)
+        rank = self._rank_of(problem)
         if self.extract:
             error = error.index_fill(1, shared, 0.0)
         up, down = adapter(error, gram_product(gram), rank, bits)
         down = store_factor(down, bits).dense.to(down)  # what storing it loses is left to the routed experts
         left = error - up @ down
-        common = Correction(shared_down=down, shared_up=up, shared_channels=shared if self.extract else None)
+        common = Correction(LowRank(up, down), extracted=shared if self.extract else None)
 
         owner, occurs = self._owners(problem.problem, shared)
         correction = self._with_experts(problem, common, left, owner, occurs)
         for _ in range(self.rounds):
-            owner = choose_experts(stats.sample.router_x, correction.router)
+            owner = choose_experts(stats.sample.router_x, correction.experts.router)
             correction = self._with_experts(problem, common, left, owner, occurs)
         return self._refined(problem, correction, left) if self.refine_epochs else correction
 
@@ -118,30 +127,42 @@ class QuantExperts:
     ) -> Correction:
         """Routed experts for the tokens of each, and their router."""
         stats, gram = problem.stats, problem.stats.total_gram.to(left)
-        rank, bits = self._rank(problem), problem.budget.factor_bits
-        channels = None
-        if common.shared_channels is not None:
-            channels = self._own_channels(owner, occurs, common.shared_channels)
+        rank, bits = self._rank_of(problem), problem.budget.factor_bits
+        channels = None if common.extracted is None else self._own_channels(owner, occurs, common.extracted)
         ups, downs = [], []
         for e in range(self.num_experts):
             target = left if channels is None else left.index_fill(1, channels[e], 0.0)
             up, down = adapter(target, self._metric(stats, gram, owner == e), rank, bits)
             ups.append(up)
             downs.append(down)
-        experts = replace(common, expert_up=torch.stack(ups), expert_down=torch.stack(downs), expert_channels=channels)
-        return replace(experts, router=self._router(problem, experts, left).to(left))
+        experts = Experts(torch.stack(ups), torch.stack(downs), channels=channels)
+        router = self._router(problem, replace(common, experts=experts), left).to(left)
+        return replace(common, experts=replace(experts, router=router))
 
-    def _rank(self, problem: ErrorProblem) -> int:
-        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
-        if problem.budget.extra_bits is None:
-            return max(1, problem.rank // 2)
-        outputs, inputs = problem.stacked.shape
-        experts, stats = self.num_experts, problem.stats
-        bits = problem.budget.extra_bits * problem.problem.num_weights
-        bits -= 16 * experts * stats.sample.router_x.shape[1]
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        rank, copies = self._rank(outputs, width, router_width, budget), 1 + self.num_experts
+        bits = pair_bits(rank, outputs, width, budget.factor_bits, copies) + 16 * self.num_experts * router_width
         if self.extract:
-            bits -= 16 * (1 + experts) * self._k(problem.problem) * outputs
-        return max(1, rank_within(bits, outputs, inputs, problem.budget.factor_bits, copies=1 + experts))
+            bits += copies * column_bits(capped(width, self.k), outputs, 16)
+        return bits // 8
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        rank = budget.rank_for(outputs, width)  # of an expert and the shared one together
+        experts = self.num_experts * (rank + OVERSAMPLE) * (outputs + width)
+        metrics = 2 * width * width + 3 * outputs * width + 9 * sample_tokens * (outputs + width)
+        return low_rank_floats(outputs, width, rank) + metrics + experts
+
+    def _rank(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
+        if budget.extra_bits is None:
+            return max(1, budget.rank_for(outputs, width) // 2)
+        bits = budget.extra_bits * (outputs * width) - 16 * self.num_experts * router_width
+        if self.extract:
+            bits -= 16 * (1 + self.num_experts) * capped(width, self.k) * outputs
+        return max(1, rank_within(bits, outputs, width, budget.factor_bits, copies=1 + self.num_experts))
+
+    def _rank_of(self, problem: ErrorProblem) -> int:
+        return self._rank(*problem.stacked.shape, problem.stats.sample.router_x.shape[1], problem.budget)
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""
@@ -179,7 +200,7 @@ class QuantExperts:
         stats, group = problem.stats, problem.problem.group
         if self.router == "regression" or group.router_input != group.name or problem.problem.rotation:
             return regress_errors(stats.sample.router_x, expert_errors(problem, c))
-        rows = [mean_residual(left - up @ down) for up, down in zip(c.expert_up, c.expert_down, strict=True)]
+        rows = [mean_residual(left - up @ down) for up, down in zip(c.experts.up, c.experts.down, strict=True)]
         router = torch.stack(rows)
         if problem.problem.input_scale is not None:  # the router reads x, the experts x / scale
             router = router / problem.problem.input_scale[0]
@@ -189,14 +210,9 @@ class QuantExperts:
         stats = problem.stats
         x = stats.sample.x.to(left)
         settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
-        expert_up, expert_down, router = refine(
-            x,
-            stats.sample.router_x.to(left),
-            x @ left.T,
-            (c.expert_up, c.expert_down, c.router),
-            settings,
-        )
-        return replace(c, expert_up=expert_up, expert_down=expert_down, router=router)
+        start = c.experts.up, c.experts.down, c.experts.router
+        trained = refine(x, stats.sample.router_x.to(left), x @ left.T, start, settings)
+        return replace(c, experts=Experts(*trained))
 
 
 def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> Tensor:
@@ -204,16 +220,16 @@ def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> T
 
     A token's output misses x (E - L_s - L_e)^T + (x - Qa(x)) Q(W)^T; an extracted channel of x misses nothing.
     """
-    x = problem.stats.sample.x.to(c.expert_up)
+    experts, x = c.experts, problem.stats.sample.x.to(c.experts.up)
     rounded = torch.cat(list(problem.problem.weights.values())) - problem.stacked
-    left = problem.stacked - c.shared_up @ c.shared_down
+    left = problem.stacked - c.shared.up @ c.shared.down
     scheme = problem.problem.scheme
-    errors = torch.empty(x.shape[0], c.expert_up.shape[0], device=x.device)
+    errors = torch.empty(x.shape[0], len(experts.up), device=x.device)
     for rows in torch.arange(x.shape[0], device=x.device).split(tokens):
         part, common = x[rows], None
-        for e, (up, down) in enumerate(zip(c.expert_up, c.expert_down, strict=True)):
-            if c.expert_channels is not None:
-                gone = torch.cat([c.shared_channels, c.expert_channels[e]])
+        for e, (up, down) in enumerate(zip(experts.up, experts.down, strict=True)):
+            if experts.channels is not None:
+                gone = torch.cat([c.extracted, experts.channels[e]])
                 part, common = x[rows].index_fill(1, gone, 0.0), None
             if common is None:
                 common = part @ left.T + (part - round_activations(part, scheme)) @ rounded.T

@@ -1,7 +1,7 @@
 """Who does which blocks, in which wave, and whether it can work at all. Pure, before the first byte of work."""
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,16 +11,15 @@ import torch
 
 from qe_dist.core.batch import held_out_below
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
-from qe_dist.flow.config import RunConfig, needs_of
+from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.flow.config import RunConfig
 from qe_dist.methods.base import Bounded, Shares
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.lowrank import capped
-from qe_dist.numerics.stats import M, held_out_size
+from qe_dist.numerics.stats import held_out_size
 
 FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
-MOVED = 1.2  # what a fit costs elsewhere, with the way there
 
 
 @dataclass(frozen=True)
@@ -137,37 +136,6 @@ class FitJob:
     group: str
 
 
-def balance(
-    costs: Mapping[FitJob, float],
-    owners: Mapping[FitJob, int],
-    speeds: Sequence[float],
-    stay: Collection[FitJob] = (),
-) -> dict[FitJob, int]:
-    """Which worker fits what. A job leaves its owner, who has the weights and statistics, only for one who is done
-    with it before the owner would be: longest first, each to who finishes it first.
-
-    stay: jobs that are too large to travel.
-    """
-    busy = [0.0] * len(speeds)
-    for job, owner in owners.items():
-        busy[owner] += costs[job] / speeds[owner]
-    placed = dict(owners)
-    for job in sorted(costs.keys() - set(stay), key=lambda j: (-costs[j], j.block, j.run, j.group)):
-        owner = owners[job]
-        other = min(range(len(speeds)), key=lambda w: (busy[w] + costs[job] / speeds[w], w))
-        if busy[other] + MOVED * costs[job] / speeds[other] < busy[owner]:
-            busy[owner] -= costs[job] / speeds[owner]
-            busy[other] += MOVED * costs[job] / speeds[other]
-            placed[job] = other
-    return placed
-
-
-def fit_cost(group: InputGroup) -> float:
-    """Multiplications of a fit, roughly: factorizing the Gram matrix, and a few products of weights with it."""
-    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    return float(width) ** 3 + 4.0 * outputs * width**2
-
-
 def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
     """Refuses what would fail later, whatever the workers."""
     for run in runs:
@@ -188,13 +156,6 @@ def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
             WorkerCapacity(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]), host_memory=host)
         ] * workers
     return [WorkerCapacity(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
-
-
-def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
-    """What goes to another worker that fits a group: weights, Gram matrices, token sample, in float32."""
-    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    gram = M * width * width if needs_of(task.runs, block).gram else 0
-    return 4 * (width * outputs + gram + 2 * task.sampled_tokens * width)
 
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:

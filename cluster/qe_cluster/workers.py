@@ -265,10 +265,10 @@ def loss_reason(error: RayError) -> str:
         cause = cause.cause
     if not isinstance(cause, RayError):
         raise cause from (None if isinstance(cause, QEError) else error)
-    said = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if getattr(cause, "actor_init_failed", False):
-        raise QEError(f"a worker could not start: {said[-1]}; is qe_dist installed on every node?") from None
-    line = next((line for line in said if " because " in line), said[0])
+        raise QEError(f"a worker could not start: {lines[-1]}; is qe_dist installed on every node?") from None
+    line = next((line for line in lines if " because " in line), lines[0])
     return f"a worker died: {line.partition(' Some common causes')[0]}"
 
 

@@ -1,4 +1,4 @@
-"""Who does which blocks, in which wave, and whether it can work at all. Pure, before the first byte of work."""
+"""Which worker gets which blocks in which wave, and what is refused before any work begins."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import held_out_size
 
-FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
+FREE_SHARE = 0.8  # of free memory; the rest is for Python, activations and other processes
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class WorkerCapacity:
     """What one worker offers."""
 
     memory: int
-    """Bytes for blocks: weights, statistics, fit."""
+    """Bytes for weights, statistics and fits of blocks."""
     speed: float = 1.0
-    """Relative to other workers; only ratios count."""
+    """Relative to the other workers."""
     node: str = "this machine"
     host_memory: int = 0
-    """Bytes for Gram matrices beside a device that has no room for them."""
+    """Bytes of the host for Gram matrices that do not fit on the device."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ Wave = tuple[StagePlan, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as far as plans ask."""
+    """What plans need to know of the work."""
 
     model: ModelSpec
     runs: tuple[RunConfig, ...]
-    """All that are served by one pass of the calibration (see `flow.local.quantize`)."""
+    """The runs that share one pass of the calibration (see `flow.local.quantize`)."""
     batch_tokens: int
-    """Of the largest batch, padding included."""
+    """Tokens of the largest batch, padding included."""
     num_samples: int
 
     @cached_property
@@ -66,7 +66,7 @@ class Task:
 
     @property
     def sampled_tokens(self) -> int:
-        """That a group keeps at most, held-out ones included."""
+        """Most tokens that a group keeps as its sample, held-out ones included."""
         size = self.runs[0].sample_tokens
         return size + (held_out_size(size) if self.held_out_below else 0)
 
@@ -77,7 +77,7 @@ class Task:
 
 
 def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int = 0) -> tuple[Wave, ...]:
-    """All waves from `first_block` on, if nobody comes or goes."""
+    """All waves from `first_block` on, if the workers stay the same. Raises ConfigError as `plan_wave` does."""
     waves: list[Wave] = []
     while first_block < len(task.model.blocks):
         waves.append(plan_wave(task, capacities, first_block))
@@ -86,7 +86,10 @@ def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int
 
 
 def plan_wave(task: Task, capacities: Sequence[WorkerCapacity], first_block: int) -> Wave:
-    """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size."""
+    """The blocks of the next wave: as many as fit, shared out by the speed of the workers, in waves of equal size.
+
+    Raises ConfigError when no worker has memory for a block.
+    """
     left = task.model.blocks[first_block:]
     needs = [task.footprint(block) for block in left]
     kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
@@ -119,7 +122,10 @@ def _gib(count: int) -> str:
 
 
 def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[int]:
-    """Gives `count` equal blocks to workers so that the slowest is done soonest; none gets more than has room."""
+    """Shares `count` equal blocks out so that the last worker is done as early as possible.
+
+    room: the most blocks of each worker. Returns the number of blocks of each.
+    """
     shares = [0] * len(room)
     for _ in range(min(count, sum(room))):
         free = [i for i, most in enumerate(room) if shares[i] < most]
@@ -129,7 +135,7 @@ def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[
 
 @dataclass(frozen=True)
 class FitJob:
-    """One input group of one block for one run."""
+    """The fit of one input group of one block for one run."""
 
     run: int
     block: int
@@ -137,7 +143,7 @@ class FitJob:
 
 
 def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
-    """Refuses what would fail later, whatever the workers."""
+    """Raises ConfigError for what would fail later with any workers: from_block, scheme, budget, disk space."""
     for run in runs:
         if run.from_block >= len(model.blocks):
             raise ConfigError(f"from_block is {run.from_block}, but the model ends with block {len(model.blocks) - 1}")
@@ -148,7 +154,7 @@ def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: i
 
 
 def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
-    """The workers that this machine alone can offer: 80 % of its free memory among them, or a GPU for each."""
+    """The workers that this machine alone can offer: each has a GPU, or its part of 80 % of the free memory."""
     workers = run.workers or 1
     if run.device == "cuda" and torch.cuda.is_available():
         host = run.host_memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers
@@ -191,7 +197,7 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
 
 
 def _check_budget(model: ModelSpec, run: RunConfig) -> None:
-    """A byte budget that the scales of an adapter's rows use up buys nothing."""
+    """Raises ConfigError when the scales of the low-rank factors alone use up a byte budget."""
     budget, block = run.recipe.budget, model.blocks[0]
     if budget.extra_bits is None or not isinstance(run.recipe.compensation, Shares):
         return

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu.work import Load, Rates, Shape, work
+from qe_cluster.balance import fit_cost
 from qe_pipelines.results import write_result
 from rich.console import Console
 from rich.table import Table
 from timeline import Costs, Timeline, Work, even_waves, predict
 
-from qe_dist.flow.plan import fit_cost
 from qe_dist.methods.footprint import footprint
 from qe_dist.methods.recipes import load_recipe
 

@@ -1,4 +1,4 @@
-"""The workers: plain classes of `qe_dist.flow` as Ray actors."""
+"""The stages and the embedder of `qe_dist.flow` as Ray actors."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from qe_dist.flow.stage import Stage
 
 @ray.remote(concurrency_groups={"watch": 1}, enable_tensor_transport=True)
 class StageActor(Stage):
-    """A stage that can be asked how it does while it works."""
+    """A stage that reports its usage while it works, and the node that it is on."""
 
     @ray.method(concurrency_group="watch")
     def usage(self) -> dict[str, Any]:

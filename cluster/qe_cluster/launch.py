@@ -1,4 +1,4 @@
-"""A Ray cluster to run on: the one that is given, or one started here and stopped again."""
+"""A Ray cluster to run on: connects to the one that is given, or starts one on this machine and stops it again."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qe_dist.core.errors import ConfigError
 
 PROBE_SECONDS = 120
-"""For a node to start one worker process, which may have to fetch the job's packages first."""
-TRIES = "RAY_gcs_server_port_wait_time_s"
-"""How often Ray asks a head node that does not answer. By default twenty times, even where it answered "no"."""
+"""A node has this long to start one worker process, which may have to fetch the job's packages first."""
+TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
+"""How often Ray asks a head node that does not answer: by default twenty times, even when it refused to connect."""
 TOKEN_HELP = (
     "set RAY_AUTH_MODE=token, and give the cluster's token in RAY_AUTH_TOKEN or in the file ~/.ray/auth_token "
     "(on its head node `ray get-auth-token` prints it)"
@@ -27,13 +27,13 @@ TOKEN_HELP = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run can count on."""
+    """CPU slots and GPUs that a run may use."""
 
     cpus: int
     gpus: int
 
     def workers(self, threads: int) -> int:
-        """One per GPU; without any, one per CPU slot but at most four."""
+        """Default number of workers: one per GPU; without a GPU one per `threads` CPU slots, at most four."""
         return self.gpus or max(1, min(4, self.cpus // threads))
 
     @property
@@ -42,7 +42,10 @@ class Resources:
 
 
 def resources(address: str | None) -> Resources:
-    """Of the given cluster, or of this machine (without starting anything)."""
+    """The resources of the cluster at `address` or in RAY_ADDRESS, else of this machine. Starts nothing.
+
+    Raises ConfigError as `ray_cluster` does.
+    """
     address = cluster_address(address)
     if address is None:
         return _here()
@@ -60,12 +63,12 @@ def _here() -> Resources:
 @contextmanager
 def ray_cluster(address: str | None, cpus: int, object_store_memory: int | None = None) -> Iterator[None]:
     """Connects to the cluster at `address` (without one, to that of RAY_ADDRESS, which is set inside a submitted
-    job), or starts Ray in this process's care.
+    job), or starts Ray on this machine and stops it at the end.
 
-    cpus, object_store_memory: at least so many CPU slots, and the size in bytes of the object store (Ray wants 75 MiB
-    or more; default: 30 % of what is free). For a cluster that is started here; one that is given has its own.
+    cpus, object_store_memory: for a cluster that is started here, the least number of CPU slots and the bytes of the
+    object store (Ray wants 75 MiB or more; default: 30 % of free memory).
 
-    Raises ConfigError where the cluster does not answer, refuses our token, or has other versions than we do.
+    Raises ConfigError when the cluster does not answer, refuses our token, or has other versions than this process.
     """
     address = cluster_address(address)
     if ray.is_initialized():  # by the caller, who keeps it
@@ -83,15 +86,15 @@ def ray_cluster(address: str | None, cpus: int, object_store_memory: int | None 
 
 
 def cluster_address(address: str | None) -> str | None:
-    """The cluster that is meant: the one that is named, that of RAY_ADDRESS, or None for one to be started here."""
+    """Returns `address`, else RAY_ADDRESS, else None: then a cluster is started on this machine."""
     return address or os.environ.get("RAY_ADDRESS")
 
 
 def _start(cpus: int, object_store_memory: int | None) -> None:
-    """Ray makes such a cluster ask for a token, and makes the token where there is none."""
+    """Starts Ray on this machine. Such a cluster asks for a token, which Ray makes when there is none."""
     here = _here()
     try:
-        with _as_we_want_it():
+        with _our_settings():
             ray.init(
                 address="local",
                 num_cpus=max(cpus, here.cpus),
@@ -110,17 +113,17 @@ def _start(cpus: int, object_store_memory: int | None) -> None:
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
-    _knock(address)
-    given = os.environ.setdefault(TRIES, "1")
+    _check_address(address)
+    given = os.environ.setdefault(TRIES_VARIABLE, "1")
     try:
-        with _as_we_want_it():
+        with _our_settings():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        ray.shutdown()  # what had been begun
-        raise ConfigError(_refusal(address, f"{error} {error.__cause__ or ''}")) from None
+        ray.shutdown()  # ends what `init` had begun
+        raise ConfigError(_connection_error(address, f"{error} {error.__cause__ or ''}")) from None
     finally:
-        if given == "1":  # a cluster that this process starts later has its own patience
-            del os.environ[TRIES]
+        if given == "1":  # a cluster that this process starts later needs Ray's default
+            del os.environ[TRIES_VARIABLE]
     try:
         yield
     finally:
@@ -128,9 +131,9 @@ def _connected(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _as_we_want_it() -> Iterator[None]:
-    """Ray puts a handler for SIGTERM in the place of ours, which ends the process at once. And it prints the errors of
-    every batch that was on its way to a worker that died, which the driver deals with."""
+def _our_settings() -> Iterator[None]:
+    """Keeps our handler of SIGTERM while Ray connects: Ray's own ends the process at once. Keeps Ray from printing the
+    errors of batches that were on their way to a worker that died, which the driver handles."""
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -138,8 +141,8 @@ def _as_we_want_it() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _knock(address: str) -> None:
-    """Ray waits for minutes, and then ends the whole process, when nobody listens at HOST:PORT."""
+def _check_address(address: str) -> None:
+    """Raises ConfigError when nothing listens at HOST:PORT: Ray would wait for minutes and then end this process."""
     if "://" in address:
         raise ConfigError(
             f"a run cannot join {address}: name HOST:PORT as `ray start` prints it, on a machine of the cluster; "
@@ -154,19 +157,19 @@ def _knock(address: str) -> None:
         raise ConfigError(f"no Ray cluster answers at {address}: {error}") from None
 
 
-def _refusal(address: str, said: str) -> str:
-    """Why the cluster cannot be used, from what Ray says of it."""
-    if "authentication token" in said.lower():
+def _connection_error(address: str, message: str) -> str:
+    """Our message for a cluster that cannot be used, from the message of Ray."""
+    if "authentication token" in message.lower():
         return f"the Ray cluster at {address} wants a token that we do not have: {TOKEN_HELP}"
-    if "Version mismatch" in said:
-        return f"the Ray cluster at {address} is not of our version: {' '.join(said.split())}"
-    return f"no Ray cluster answers at {address}: {said.strip().splitlines()[-1]}"
+    if "Version mismatch" in message:
+        return f"the Ray cluster at {address} is not of our version: {' '.join(message.split())}"
+    return f"no Ray cluster answers at {address}: {message.strip().splitlines()[-1]}"
 
 
 def _check_nodes() -> None:
-    """The same bytes from every node need the same code on every node."""
+    """Raises ConfigError when a node has other versions than this process: its bytes could differ."""
 
-    def versions() -> str:  # in here, it is sent as it is; functions of modules are sent by name
+    def versions() -> str:  # nested, so that Ray sends its code; a function of a module is sent by name
         from importlib.metadata import version
 
         try:

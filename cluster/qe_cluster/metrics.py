@@ -1,7 +1,7 @@
-"""What a run tells Prometheus, on the metrics port of the driver's node like everything that Ray says there.
+"""Metrics of a run for Prometheus, on the metrics port of the driver's node, beside Ray's own.
 
-`ray.util.metrics` collects; to serve the numbers a node needs `ray[default]`. Without it nothing is served, and
-nothing is harmed.
+`ray.util.metrics` collects them. A node serves them when `ray[default]` is installed there; without it the run goes on
+and nothing is served.
 """
 
 import threading
@@ -20,7 +20,10 @@ Tags = Mapping[str, str]
 
 
 class Metrics:
-    """A listener of the driver, for a `with` around the run, where Ray is connected. Prometheus sees `ray_qe_...`."""
+    """A listener of the driver, and a context manager around the run, for which Ray must be connected.
+
+    Prometheus sees the names with `ray_` in front.
+    """
 
     def __init__(self) -> None:
         worker = ("worker", "node")
@@ -33,13 +36,13 @@ class Metrics:
         self.seconds = Counter("qe_worker_seconds", "Time of workers by part of the work", (*worker, "part"))
         self.fit = Histogram("qe_block_fit_seconds", "To fit and publish a block", FIT_SECONDS)
         self.memory = Gauge("qe_worker_memory_bytes", "Memory of a worker's process", worker)
-        self.peak = Gauge("qe_worker_peak_memory_bytes", "The most that it was", worker)
+        self.peak = Gauge("qe_worker_peak_memory_bytes", "Peak memory of a worker's process", worker)
         self._finished = 0
         self._spent: dict[tuple[int, str], float] = {}
-        """Seconds of a worker by part, as far as they are counted."""
+        """Seconds that are added to `seconds` already, by worker and part."""
         self._model: dict[Gauge, float] = {}
         self._of_worker: dict[int, tuple[Tags, dict[Gauge, float]]] = {}
-        """What gauges say now."""
+        """Tags and current gauge values of each worker."""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="metrics", daemon=True)
 
@@ -83,12 +86,13 @@ class Metrics:
                 self.seconds.inc(new, {**_tags(data), "part": part})
 
     def _forget(self, worker: int) -> None:
-        """Its successor begins at nothing."""
+        """Drops the gauges of a lost worker. Its replacement counts its seconds from zero."""
         self._of_worker.pop(worker, None)
         for part in PARTS:
             self._spent.pop((worker, part), None)
 
     def _refresh(self) -> None:
+        """Sets the gauges again and again, in a thread, so that Ray does not drop them."""
         while not self._end.wait(REFRESH_SECONDS):
             self._set()
 

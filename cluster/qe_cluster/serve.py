@@ -31,11 +31,11 @@ from qe_dist.serve.http.vllm_options import arguments
 HEALTH_SECONDS = 5.0
 """How often Ray asks a replica whether its engine lives."""
 PROXY_SECONDS = 30.0
-"""For a proxy to listen."""
-TRIES = 2
-"""Starts of a replica, before an endpoint that never answered counts as failed."""
-OBJECT_STORE = 2**28
-"""Bytes. Requests and answers pass through it, weights do not."""
+"""A proxy has this long to start listening."""
+START_TRIES = 2
+"""A replica is started so many times before an endpoint that never answered counts as failed."""
+OBJECT_STORE_BYTES = 2**28
+"""Requests and answers pass through the object store, weights do not."""
 
 
 @serve.ingress()
@@ -71,7 +71,7 @@ class Service:
     """URLs, one for each node, where Prometheus finds vLLM's counters and Ray's."""
 
     def drain(self) -> None:
-        """Returns when all running requests have ended. QEError where they take too long."""
+        """Returns when all running requests have ended. Raises QEError when that takes more than `drain_seconds`."""
         try:
             self.handle.broadcast("drain").results(timeout_s=self.endpoint.drain_seconds, return_exceptions=True)
         except TimeoutError:
@@ -81,14 +81,19 @@ class Service:
             ) from None
 
 
-def application(said: dict[str, Any]) -> serve.Application:
-    """The endpoint that a Serve config file describes by the fields of Endpoint (cluster/rayservice.yaml). Its key is
-    VLLM_API_KEY, as the nodes have it. Nodes need not be there yet."""
-    return build(TypeAdapter(Endpoint).validate_python(said), None)
+def application(fields: dict[str, Any]) -> serve.Application:
+    """Builds the endpoint of a Ray Serve config file (cluster/rayservice.yaml), which gives the fields of Endpoint.
+
+    The API key is VLLM_API_KEY in the environment of the nodes. The cluster may still be without nodes.
+    """
+    return build(TypeAdapter(Endpoint).validate_python(fields), None)
 
 
 def build(endpoint: Endpoint, api_key: str | None) -> serve.Application:
-    """What `serve.run` deploys."""
+    """Returns the application that `serve.run` deploys. Starts nothing.
+
+    api_key: that requests must carry; None: VLLM_API_KEY of the nodes, if it is set there.
+    """
     engine, on_gpus = arguments(endpoint.vllm_options()), endpoint.device == "cuda"
     name = engine.pop("served_model_name")[0]
     config = LLMConfig(
@@ -103,13 +108,13 @@ def build(endpoint: Endpoint, api_key: str | None) -> serve.Application:
             "max_queued_requests": endpoint.max_requests,
             "graceful_shutdown_timeout_s": endpoint.drain_seconds,
             "health_check_period_s": HEALTH_SECONDS,
-            "max_constructor_retry_count": TRIES,
+            "max_constructor_retry_count": START_TRIES,
         },
     )
     return build_llm_deployment(
         config,
         deployment_cls=Replica,
-        bind_kwargs={"environment": endpoint.environment(), "api_key": api_key},  # these alone are not logged
+        bind_kwargs={"environment": endpoint.environment(), "api_key": api_key},  # Ray logs all other arguments
         override_serve_options={"backpressure_config": {"retry_after_s": 1}},
     )
 
@@ -124,7 +129,7 @@ def devices() -> tuple[int, int]:
 def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> Iterator[Service]:
     """An endpoint on the cluster that this process is connected to, for as long as the context lasts.
 
-    QEError where it does not start.
+    host, port: where the proxies of Ray Serve listen. Raises QEError when the endpoint does not start.
     """
     serve.start(http_options={"host": host, "port": port})
     _check_proxy(_address(host), port)
@@ -135,7 +140,7 @@ def running(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> It
 
 
 def leave() -> None:
-    """Ends Ray Serve on a cluster that goes on, unless it serves somebody else."""
+    """Ends Ray Serve unless it serves other applications. The cluster goes on."""
     if not serve.status().applications:
         serve.shutdown()
 
@@ -148,15 +153,15 @@ def _deploy(endpoint: Endpoint, api_key: str | None) -> DeploymentHandle:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What Ray Serve knows of an endpoint that did not start: the last exception of its traceback."""
-    told = serve.status().applications.get(name)
-    said = "\n".join(deployment.message for deployment in told.deployments.values()) if told else ""
-    *_, last = re.split(r"^(?=[\w.]+(?:Error|Exception):)", said or str(error), flags=re.MULTILINE)
+    """Why an endpoint did not start: the last exception in the traceback that Ray Serve has of it."""
+    status = serve.status().applications.get(name)
+    messages = "\n".join(deployment.message for deployment in status.deployments.values()) if status else ""
+    *_, last = re.split(r"^(?=[\w.]+(?:Error|Exception):)", messages or str(error), flags=re.MULTILINE)
     return f"{' '.join(last.split())} (its node has more in /tmp/ray/session_latest/logs)"
 
 
 def _check_proxy(address: str, port: int) -> None:
-    """QEError where nobody listens: options of a Serve that already runs stay as they are."""
+    """Raises QEError when nothing listens there: a Ray Serve that already runs keeps its own host and port."""
     deadline = time.monotonic() + PROXY_SECONDS
     while True:
         try:
@@ -171,7 +176,7 @@ def _check_proxy(address: str, port: int) -> None:
 
 
 def _address(host: str) -> str:
-    """Where the endpoint can be asked: at the head node, where it listens on all addresses."""
+    """The address that requests go to: the head node's when the endpoint listens on all addresses."""
     head = next(node for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
     return head["NodeManagerAddress"] if host == "0.0.0.0" else host
 

@@ -1,4 +1,4 @@
-"""Our own commands as jobs of a Ray cluster, through its Jobs API.
+"""Runs qe-dist commands as jobs of a Ray cluster, through its Jobs API.
 
 The nodes have torch, transformers and Ray; qe_dist travels with the job, as a wheel of this checkout or as it is
 installed here. It is unpacked and becomes the job's working directory, which comes first in the search for modules, on
@@ -30,10 +30,15 @@ PACKAGES = ("qe_dist", "qe_kernels", "qe_cluster", "qe_pipelines")
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """address: the cluster's dashboard, http://HOST:8265, or HOST:PORT of a cluster whose network this machine is in;
-    default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster of this machine."""
+    """Returns a client of the cluster's Jobs API.
+
+    address: the cluster's dashboard, http://HOST:8265, or HOST:PORT of a cluster whose network this machine is in;
+    default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster of this machine.
+
+    Raises ConfigError when no cluster answers, or when it refuses our token.
+    """
     if address is not None:
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else the variable wins over what was said
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable to an argument
     try:
         return JobSubmissionClient()
     except AuthenticationError as error:
@@ -46,7 +51,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, command: Sequence[str]) -> str:
-    """Starts `qe-dist COMMAND` on the head node, and returns the job's id."""
+    """Starts `qe-dist COMMAND` on the head node, and returns the job's id. Raises QEError when Ray refuses the job."""
     entrypoint = shlex.join(["python", "-m", "qe_pipelines.main", *command])
     with packages() as folder:
         try:
@@ -57,7 +62,8 @@ def submit(client: JobSubmissionClient, command: Sequence[str]) -> str:
 
 @contextmanager
 def packages() -> Iterator[Path]:
-    """A folder with our packages: those of a wheel of this checkout, or those that a wheel was installed to."""
+    """A temporary folder with our packages: from a wheel that is built of this checkout, or copied from where qe_dist
+    is installed. Raises QEError when no wheel can be built."""
     home = Path(qe_dist.__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         unpacked = Path(folder, "packages")
@@ -71,21 +77,25 @@ def packages() -> Iterator[Path]:
 
 
 def _wheel(source: Path, folder: Path) -> Path:
-    """Builds in `folder`: what setuptools leaves in a checkout, it puts into the next wheel."""
+    """Builds a wheel, and all that belongs to the build, in `folder`: what setuptools leaves in a checkout would get
+    into the next wheel."""
     config = folder / "build.cfg"
     config.write_text(f"[build]\nbuild_base = {folder / 'build'}\n[egg_info]\negg_base = {folder}\n")
     command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
     built = subprocess.run(command, env=os.environ | {"DIST_EXTRA_CONFIG": str(config)}, capture_output=True, text=True)
     if built.returncode != 0:
-        said = f"{built.stdout}\n{built.stderr}".strip()
-        raise QEError(f"no wheel could be built from {source}; that needs pip, setuptools >= 80 and wheel. {said}")
+        output = f"{built.stdout}\n{built.stderr}".strip()
+        raise QEError(f"no wheel could be built from {source}; that needs pip, setuptools >= 80 and wheel. {output}")
     return next(folder.glob("*.whl"))
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
-    """Hands the job's log to `write`, from its first line to its end, and returns the exit code of the command. Ray
-    keeps none of what was stopped, which can be continued (75), and of what never ran (1). Interrupting this leaves
-    the job as it is."""
+    """Passes the job's log to `write` until the job ends, and returns the exit code of its command.
+
+    Ray has no exit code of a job that was stopped (then 75 is returned, since the command can be continued) or that
+    never ran (1). An interrupt ends this function and leaves the job running. Raises ConfigError when there is no such
+    job, and QEError when the connection is lost.
+    """
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):

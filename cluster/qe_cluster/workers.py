@@ -1,4 +1,7 @@
-"""Who works: actors in placement groups, as many as are asked for or as the cluster has; they come, go and are lost."""
+"""The workers of a run: Ray actors in placement groups, added as the cluster has room and replaced when they are lost.
+
+A place is a bundle of a placement group. A worker that is lost leaves its place to its replacement.
+"""
 
 import itertools
 import statistics
@@ -9,64 +12,72 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qe_cluster.actors import EmbedActor, StageActor
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import ConfigError, QEError
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FREE_SHARE, WorkerCapacity
+from qe_dist.flow.plan import FREE_SHARE, StagePlan, Wave, WorkerCapacity
 
-SOON = 10.0  # seconds in which a cluster gives what it has
-SILENT = 60.0  # seconds after which a worker that says nothing counts as lost
-START = 180.0  # seconds that a worker may take to start: imports over a network file system are slow
+PLACEMENT_SECONDS = 10.0  # for a cluster to give the room that it has
+USAGE_SECONDS = 10.0  # for each worker to report its usage at the end of a run
+ANSWER_SECONDS = 60.0  # after which a worker that does not answer counts as lost
+START_SECONDS = 180.0  # for a worker to start: imports over a network file system are slow
+STORE_SHARE = 4  # a batch in flight may lie in the object store twice, and half of the store is left to others
 
 Place = tuple[PlacementGroup, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Worker:
+    """An actor that has started, and what it reported of its machine then."""
+
     actor: Any
     place: Place
-    """Placement group and bundle, which it leaves to its replacement."""
     node: str
+    """Ray's id of the node."""
     address: str
     kind: str
+    """Name of the device; devices of one kind count as equally fast."""
     speed: float
     free: int
-    """Bytes on its device before it loaded anything."""
+    """Free bytes on its device before it loaded anything."""
     host: int
-    """Bytes of its node then."""
+    """Free bytes on its node before it loaded anything."""
     has_nixl: bool
 
 
 class WorkerPool:
-    """The workers of a run, in the order in which batches pass through them. Who has no block helps to fit."""
+    """The workers of a run, in the order in which batches pass through them. Those without blocks help to fit."""
 
     def __init__(self, runs: Sequence[RunConfig], arch: str, patience: float) -> None:
+        """patience: seconds to wait for the workers that were asked for."""
         self.runs, self.run, self.arch, self.patience = runs, runs[0], arch, patience
         self.workers: list[Worker] = []
-        self.vacant: list[Place] = []
-        """Of workers that were lost and not replaced; Ray finds such a bundle another node when there is one."""
+        self.lost_places: list[Place] = []
+        """Places of lost workers without a replacement. Ray moves them to another node when one has room."""
         self.groups: list[PlacementGroup] = []
         self.embedders: list[Any] = []
 
-    def acquire(self) -> list[Worker]:
-        """Those at hand, and others that the cluster has by now. Only the first call waits for as many as were asked
-        for; later, what is left of a cluster is made do with."""
-        placed = [place for place in self.vacant if _is_placed(*place)]
-        self.vacant = [place for place in self.vacant if place not in placed]
-        self.workers += self._welcome(placed)
-        missing = (self.run.workers or max(1, self._slots())) - len(self.workers) - len(self.vacant)
-        if self.groups or not self._hire(missing, self.patience):
-            self._hire(min(missing, self._free_slots()), SOON)
-        if not self.workers:
-            raise self._refusal()
-        self.workers.sort(key=lambda worker: worker.node)  # neighbours on one node; stable
-        return self.workers
+    def acquire(self) -> None:
+        """Adds the workers that the cluster has room for by now, up to the number that was asked for.
 
-    def _refusal(self) -> ConfigError:
+        Only the first call waits `patience` seconds for all of them; later calls take what is there. Raises
+        ConfigError when there is no worker at all.
+        """
+        placed = [place for place in self.lost_places if _is_placed(*place)]
+        self.lost_places = [place for place in self.lost_places if place not in placed]
+        self.workers += self._start(placed)
+        missing = (self.run.workers or max(1, self._slots())) - len(self.workers) - len(self.lost_places)
+        if self.groups or not self._add_workers(missing, self.patience):
+            self._add_workers(min(missing, self._free_slots()), PLACEMENT_SECONDS)
+        if not self.workers:
+            raise self._no_worker_error()
+        self.workers.sort(key=lambda worker: worker.node)  # neighbours on one node; stable
+
+    def _no_worker_error(self) -> ConfigError:
         have, free = ray.cluster_resources(), ray.available_resources()
         counted = ", ".join(f"{free.get(k, 0):g} of {have.get(k, 0):g} {k}s free" for k in self._bundle())
         return ConfigError(
@@ -75,7 +86,7 @@ class WorkerPool:
         )
 
     def capacities(self) -> list[WorkerCapacity]:
-        """What the workers offer to a plan. Workers on equal devices count as equally fast."""
+        """What each worker offers to a plan. Workers on the same kind of device count as equally fast."""
         rates: dict[str, list[float]] = {}
         for worker in self.workers:
             rates.setdefault(worker.kind, []).append(worker.speed)
@@ -91,73 +102,91 @@ class WorkerPool:
             )
         return capacities
 
+    def label(self, number: int) -> dict[str, Any]:
+        """How events name a worker."""
+        return {"worker": number, "node": self.workers[number].address}
+
+    def load(self, wave: Wave, numbers: Sequence[int]) -> None:
+        """Has these workers load their blocks of a wave, and returns when they have. Raises RayError for a lost one."""
+        parts = {part.worker: part for part in wave}
+        ray.get([self.workers[n].actor.load.remote(parts.get(n, StagePlan(n, ()))) for n in numbers])
+
     def forward(self, number: int) -> Callable[[Any], Any]:
-        """Submits a batch to a worker. Its result goes from GPU to GPU where NIXL is installed for all, else through
-        Ray's object store."""
+        """Returns a function that sends a batch through a worker and returns a reference to the result.
+
+        The result goes from GPU to GPU when all workers have NIXL, else through Ray's object store.
+        """
         method = self.workers[number].actor.forward
         if all(worker.has_nixl and self.run.device == "cuda" for worker in self.workers):
             return lambda batch: method.options(tensor_transport="nixl").remote(batch, stay=True)
         return method.remote
 
     def usage(self) -> list[dict[str, Any]]:
-        """Of those who answer."""
+        """The usage of every worker that answers."""
         asked = [worker.actor.usage.remote() for worker in self.workers]
-        return [ray.get(ref) for ref in asked if _answered(ref, SOON)]
+        return [ray.get(ref) for ref in asked if _answered(ref, USAGE_SECONDS)]
 
     def check_embedder(self) -> None:
-        """Forgets one that died."""
-        if self.embedders and not _answered(self.embedders[0].flush.remote(), SILENT):
+        """Forgets the embedder when it does not answer, so that `embedder` starts another one."""
+        if self.embedders and not _answered(self.embedders[0].flush.remote(), ANSWER_SECONDS):
             self.embedders = []
 
     def lost(self) -> list[Worker]:
-        """Who does not answer. Returns when every worker has answered, died, or kept silent for too long."""
+        """The workers that died, or do not answer within ANSWER_SECONDS."""
         asked = {worker.actor.usage.remote(): worker for worker in self.workers}
-        ray.wait(list(asked), num_returns=len(asked), timeout=SILENT)
+        ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         return [worker for ref, worker in asked.items() if not _answered(ref, 0)]
 
     def replace(self, worker: Worker) -> bool:
-        """Puts a new worker in the place of a lost one, where there is room for it soon; else goes on without."""
+        """Starts a new worker in the place of a lost one. Returns False, and removes the lost one from the pool, when
+        the cluster has no room for it within PLACEMENT_SECONDS."""
         ray.kill(worker.actor)
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PLACEMENT_SECONDS
         while not _is_placed(*worker.place) and time.monotonic() < deadline:
             time.sleep(0.2)
         if _is_placed(*worker.place):
             with suppress(RayError):  # a node may die again
-                self.workers[self.workers.index(worker)] = self._welcome([worker.place])[0]
+                self.workers[self.workers.index(worker)] = self._start([worker.place])[0]
                 return True
         self.workers.remove(worker)
-        self.vacant.append(worker.place)
+        self.lost_places.append(worker.place)
         return False
 
     def close(self) -> None:
-        """Gives all workers and their places back."""
+        """Ends all workers and returns their resources to the cluster."""
         self.dismiss_embedders()
         for worker in self.workers:
             ray.kill(worker.actor)
         for group in self.groups:
             remove_placement_group(group)
 
+    # -- embedders
+
     def embedder(self) -> Any:
-        """Makes the first block's inputs beside the workers, on any node."""
+        """The actor that makes the first block's inputs, on any node; started by the first call."""
         if not self.embedders:
             self.embedders = [EmbedActor.options(num_cpus=0).remote(self.run, self.arch)]
         return self.embedders[0]
 
     def embed_on_gpus(self, samples: Mapping[int, Any]) -> None:
-        """Spools the first block's inputs by one embedder for every GPU, which then are free for the workers."""
+        """Spools these batches of samples as inputs of the first block, by one embedder per GPU.
+
+        When this returns, the GPUs are free for the workers. Raises ConfigError when no embedder can start.
+        """
         count = min(max(1, self._slots()), self.run.workers or len(samples), len(samples))
         self.embedders = [EmbedActor.options(num_cpus=0, num_gpus=1).remote(self.run, self.arch) for _ in range(count)]
-        waiting = START if self._slots() else self.patience
+        waiting = START_SECONDS if self._slots() else self.patience
         try:
             ray.get([embedder.flush.remote() for embedder in self.embedders], timeout=waiting)
         except GetTimeoutError:
-            raise self._refusal() from None
+            raise self._no_worker_error() from None
         turns = itertools.cycle(self.embedders)
         ray.get([next(turns).spool_only.remote(i, batch) for i, batch in samples.items()])
         ray.get([embedder.flush.remote() for embedder in self.embedders])
         self.dismiss_embedders()
 
     def dismiss_embedders(self) -> None:
+        """Ends the embedders, when nothing is left to embed."""
         for embedder in self.embedders:
             ray.kill(embedder)
         self.embedders = []
@@ -165,6 +194,7 @@ class WorkerPool:
     # -- places
 
     def _bundle(self) -> dict[str, float]:
+        """The resources that Ray reserves for one worker."""
         bundle: dict[str, float] = {"CPU": self.run.threads}
         if self.run.device == "cuda":
             bundle["GPU"] = 1
@@ -173,7 +203,7 @@ class WorkerPool:
         return bundle
 
     def _slots(self) -> int:
-        """How many workers the living nodes could hold if nobody else used them."""
+        """The number of workers that the living nodes could hold if nothing else ran there."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return sum(min(int(node.get(kind, 0) // need) for kind, need in self._bundle().items()) for node in nodes)
 
@@ -181,9 +211,12 @@ class WorkerPool:
         free = ray.available_resources()
         return min(int(free.get(kind, 0) // need) for kind, need in self._bundle().items())
 
-    def _hire(self, count: int, timeout: float) -> bool:
-        """So many more workers, or none: on GPUs close together, for batches travel; on CPUs apart, for memory and
-        its bandwidth are what neighbours share."""
+    def _add_workers(self, count: int, timeout: float) -> bool:
+        """Adds `count` workers, or none and returns False when there is no room for all within `timeout` seconds.
+
+        Workers on GPUs are placed close together, since batches travel between them; workers on CPUs are spread, since
+        those on one node share its memory and memory bandwidth.
+        """
         if count <= 0:
             return False
         group = placement_group([self._bundle()] * count, strategy="PACK" if self.run.device == "cuda" else "SPREAD")
@@ -191,13 +224,15 @@ class WorkerPool:
         if not group.wait(timeout):
             remove_placement_group(self.groups.pop())
             return False
-        self.workers += self._welcome([(group, i) for i in range(count)])
+        self.workers += self._start([(group, i) for i in range(count)])
         return True
 
-    def _welcome(self, places: Sequence[Place]) -> list[Worker]:
+    def _start(self, places: Sequence[Place]) -> list[Worker]:
+        """Starts an actor in each place and asks it for its machine. When one fails, all are ended and its error is
+        raised."""
         actors = [self._actor(*place) for place in places]
         try:
-            facts = ray.get([actor.survey.remote() for actor in actors], timeout=START)
+            facts = ray.get([actor.survey.remote() for actor in actors], timeout=START_SECONDS)
         except Exception:
             for actor in actors:
                 ray.kill(actor)
@@ -214,6 +249,29 @@ class WorkerPool:
         ).remote(self.runs, self.arch)
 
 
+def transfer_bytes() -> int:
+    """Bytes that a run may have in any node's object store at a time: a share of the smallest store."""
+    stores = [node["Resources"].get("object_store_memory", 2**30) for node in ray.nodes() if node["Alive"]]
+    return int(min(stores)) // STORE_SHARE
+
+
+def loss_reason(error: RayError) -> str:
+    """Says in one line why a worker was lost.
+
+    Raises an error of the work itself, such as a CheckpointError, as it is, and QEError for a worker that cannot start.
+    """
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if not isinstance(cause, RayError):
+        raise cause from (None if isinstance(cause, QEError) else error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if getattr(cause, "actor_init_failed", False):
+        raise QEError(f"a worker could not start: {lines[-1]}; is qe_dist installed on every node?") from None
+    line = next((line for line in lines if " because " in line), lines[0])
+    return f"a worker died: {line.partition(' Some common causes')[0]}"
+
+
 def _is_placed(group: PlacementGroup, bundle: int) -> bool:
     """Whether a living node holds the bundle."""
     node = placement_group_table(group)["bundles_to_node_id"].get(bundle)
@@ -221,6 +279,7 @@ def _is_placed(group: PlacementGroup, bundle: int) -> bool:
 
 
 def _answered(ref: Any, timeout: float) -> bool:
+    """Whether a call returns without an error within `timeout` seconds."""
     try:
         ray.get(ref, timeout=timeout)
     except RayError:

@@ -1,4 +1,4 @@
-"""`qe-dist compare`: any set of recipes over one pass of statistics; who wins at which size."""
+"""`qe-dist compare`: fits any set of recipes in one pass of the calibration, and shows which is best at which size."""
 
 import sys
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def compare(
     from qe_dist.methods.recipes import load_recipe
 
     loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}
-    encoded = encode(model, data)  # what is wrong with them shall be said before any work
+    encoded = encode(model, data)  # raises for a faulty sample, before any work
     here = launch.resources(ray_address)
     runs = [
         RunConfig(
@@ -78,7 +78,7 @@ def compare(
 
 
 def fit(runs: Sequence[Any]) -> None:
-    """All checkpoints; runs of the same rotated model share one pass of the calibration."""
+    """Makes the checkpoints of all runs. Runs that rotate the model alike share one pass of the calibration."""
     from qe_cluster import driver
 
     from qe_dist.flow.config import by_rotation
@@ -89,7 +89,10 @@ def fit(runs: Sequence[Any]) -> None:
 
 
 def _folders(names: Sequence[str]) -> dict[str, str]:
-    """Recipes by the folders of their checkpoints: a recipe's name; of a file, without folder and ending."""
+    """The recipes by the names of their checkpoints' folders: a recipe's name, or the stem of its file.
+
+    Raises ConfigError when two would share a folder.
+    """
     from qe_dist.core.errors import ConfigError
 
     folders: dict[str, str] = {}
@@ -102,11 +105,12 @@ def _folders(names: Sequence[str]) -> dict[str, str]:
 
 
 def _console() -> Console:
-    """A pipe has no width; rich would fold the table at 80 columns."""
+    """A console that is wide enough for the table in a pipe, which rich would fold at 80 columns."""
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _print_members() -> None:
+    """Prints the parts of recipes, and the arithmetic of each named recipe."""
     from qe_dist import methods
     from qe_dist.methods.recipes import METHODS, SCHEMES, arithmetics
 

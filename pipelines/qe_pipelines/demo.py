@@ -1,4 +1,4 @@
-"""`qe-dist demo`: the bundled models, quantized by Quant Experts and its rivals, in one table."""
+"""`qe-dist demo`: quantizes the bundled models by Quant Experts and by other methods, and compares them in a table."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ METHODS = {
     "qe": "Quant Experts",
 }
 COMPARED = {"plain": ("rtn", "smoothquant+gptq", "qe"), "outlier": tuple(METHODS)}
-"""The whole field on the model that needs it."""
+"""The methods for each model: all of them for the model with outliers."""
 MARKER = ".qe-demo"
 SHOWN_KINDS = ("describe", "order", "digit")
 SHOWN_BITS = "w4a4"
@@ -45,7 +45,7 @@ class Case:
     bits: str
     method: str
     arithmetic: str
-    """What its product executes."""
+    """What the product executes: `a16` or `int8`."""
     bits_per_weight: float
     accuracy: float
     perplexity: float
@@ -88,7 +88,7 @@ def demo(
 
 
 def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
-    """The model in full precision, then every method at every number format."""
+    """Quantizes a model by every method at every number format. Returns the case of full precision, then theirs."""
     from qe_dist.checkpoint.evaluate import evaluate
     from qe_dist.flow.config import RunConfig
     from qe_dist.methods.recipes import load_recipe
@@ -113,7 +113,7 @@ def _of_stories(quality: Mapping[str, Any]) -> float:
 
 
 def recovered(case: Case, cases: list[Case]) -> dict[str, float]:
-    """Share of what RTN loses that a method wins back, by KL and by accuracy."""
+    """The share of RTN's loss that a method wins back, by KL and, if RTN loses any, by accuracy."""
     full = next(c for c in cases if c.model == case.model and c.bits == "bf16")
     rtn = next(c for c in cases if (c.model, c.bits, c.method) == (case.model, case.bits, METHODS["rtn"]))
     shares = {"kl": 1 - case.kl / rtn.kl}
@@ -143,7 +143,7 @@ def table_of(cases: list[Case]) -> Table:
 
 
 def show_answers(console: Console, model: Path, data: Path, output: Path) -> None:
-    """Three evaluation images with question, expected answer, and what is generated before and after."""
+    """Prints some evaluation images with question, expected answer, and the answers before and after quantization."""
     from qe_dist import archs
     from qe_dist.data.samples import read_samples
     from qe_dist.serve.loading import load_model

@@ -1,4 +1,4 @@
-"""What `compare` knows of a recipe, and its tables and plots: who wins at which size, and against which control."""
+"""The measured recipes of `compare`, their tables and plots: which is best at which size, and against its control."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ SLACK = 0.05
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe, measured. Sizes are per quantized weight, losses against the model in full precision."""
+    """A measured recipe. Sizes are per quantized weight, losses relative to the model in full precision."""
 
     recipe: str
     scheme: str
     bits: float
-    """Stored."""
+    """Bits stored."""
     active_bits: float
-    """Read for one token."""
+    """Bits read for one token."""
     macs: float
     """Multiplications for one token; 1.0 is the linear alone."""
     accuracy: float | None
@@ -30,21 +30,21 @@ class Entry:
     fit_seconds: float
     fallbacks: int
     arithmetic: str = ""
-    """What its product executes: `a16` or `int8`."""
+    """What the product executes: `a16` or `int8`."""
     control: bool = False
-    """Whether others must beat it to be worth anything: weights alone in 4 bits, or plain GPTQ at W4A8 int8."""
+    """Whether it is a control that other recipes must beat: W4A16, or GPTQ alone at W4A8 int8."""
     mib: float = 0.0
-    """All files of the checkpoint."""
+    """Size of all files of the checkpoint."""
     agreement: float | None = None
     intervals: Mapping[str, Any] = field(default_factory=dict)
     modalities: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
-    """Every sample's numbers, by column (`flow.quality.SampleScore`)."""
+    """Every sample's numbers, by column (`checkpoint.quality.SampleScore`)."""
 
 
 def scheme_of(written: str) -> str:
-    """The number format that recipes are compared in: bits of weights and activations. Scale groups and dynamic outlier
-    channels are how a recipe fills it, and are in its sizes."""
+    """The number format in which recipes are compared, such as `w4a8`: bits of weights and activations. Scale groups
+    and dynamic outlier channels do not count, since the sizes have them."""
     from qe_dist.core.scheme import Scheme
 
     scheme = Scheme.parse(written)
@@ -52,7 +52,7 @@ def scheme_of(written: str) -> str:
 
 
 def is_control(recipe: Mapping[str, Any]) -> bool:
-    """Of a recipe as the manifest describes it."""
+    """Whether a recipe, as the manifest describes it, is a control."""
     from qe_dist.core.scheme import Scheme
 
     scheme, arithmetic = scheme_of(recipe["scheme"]), Scheme.parse(recipe["scheme"]).arithmetic
@@ -61,20 +61,23 @@ def is_control(recipe: Mapping[str, Any]) -> bool:
 
 
 def by_arithmetic(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
-    """Titles and entries of the tables: of what executes alike and has the same number format, by KL."""
+    """Title and entries of each table, sorted by KL. A table has the entries of one arithmetic and number format."""
     for arithmetic, scheme in sorted({(e.arithmetic, e.scheme) for e in entries}):
         own = [e for e in entries if (e.arithmetic, e.scheme) == (arithmetic, scheme)]
         yield f"{scheme}-{arithmetic}", sorted(own, key=lambda e: e.kl)
 
 
 def control_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The best control that is not larger; an entry is none of its own."""
+    """The best control that is not larger than an entry, and not the entry itself; None when there is none."""
     fair = [e for e in entries if e.control and e.recipe != entry.recipe and e.bits <= entry.bits + SLACK]
     return min(fair, key=lambda e: e.kl, default=None)
 
 
 def front(entries: Sequence[Entry], size: str) -> list[Entry]:
-    """Those that no other one beats at the same size or a smaller one (`bits`, `active_bits` or `macs`)."""
+    """The entries with a smaller KL than every entry of at most the same size.
+
+    size: `bits`, `active_bits` or `macs`.
+    """
 
     def key(entry: Entry) -> tuple[float, float]:
         return getattr(entry, size), entry.kl
@@ -91,7 +94,7 @@ PAIRED = ("agreement", "95 % of KL", "KL less that of the control, 95 %", "contr
 
 
 def cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
-    """An entry as a row under HEADER. It wins at a size where no other one is as good for as little."""
+    """An entry as a row under HEADER. It wins at the sizes at which it belongs to the front."""
     names = {"bits": "bytes", "active_bits": "active bytes", "macs": "multiplications"}
     wins = [name for size, name in names.items() if entry in front(entries, size)]
     return (
@@ -108,7 +111,7 @@ def cells(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
 
 
 def paired(entry: Entry, entries: Sequence[Entry]) -> tuple[str, ...]:
-    """The same under PAIRED: what the samples leave open."""
+    """The cells of an entry under PAIRED: intervals over the samples, also of its difference from its control."""
     from qe_dist.checkpoint.quality import Quality, difference
 
     agreement = "" if entry.agreement is None else f"{entry.agreement:.1%}"
@@ -129,7 +132,7 @@ def _written(found: Sequence[float] | None, sign: str) -> str:
 
 
 def table_of(title: str, own: Sequence[Entry], entries: Sequence[Entry]) -> Table:
-    """own: the rows; entries: all of the comparison, whose controls stand below them."""
+    """A table with a row for each of `own`, and below them the controls among all `entries` of the comparison."""
     table = Table(*HEADER, *PAIRED, title=title)
     for entry in own:
         style = "bold" if entry in front(own, "bits") else None
@@ -141,7 +144,7 @@ def table_of(title: str, own: Sequence[Entry], entries: Sequence[Entry]) -> Tabl
 
 
 def plot(entries: Sequence[Entry], title: str, path: Path) -> None:
-    """Stored bits against KL; the line is what no other recipe beats."""
+    """Plots KL over stored bits into `path`. The line is the front."""
     import matplotlib
 
     matplotlib.use("Agg")

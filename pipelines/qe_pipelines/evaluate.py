@@ -1,4 +1,4 @@
-"""`qe-dist eval`: exact match, perplexity, KL and agreement with a reference, by kind of task and by modality."""
+"""`qe-dist eval`: measures exact match, perplexity, KL and agreement with a reference, by kind and by modality."""
 
 import json
 import tempfile
@@ -49,7 +49,7 @@ def evaluate(
 
 
 def loaded(folder: Path, arch: Any, _: Path) -> Any:
-    """The whole model, as transformers runs it."""
+    """Loads the whole model, as transformers runs it. Raises ConfigError when it does not fit into memory."""
     from qe_dist.checkpoint.evaluate import WholeModel
     from qe_dist.checkpoint.memory import check_memory
     from qe_dist.serve.loading import load_model
@@ -59,7 +59,7 @@ def loaded(folder: Path, arch: Any, _: Path) -> Any:
 
 
 def streamed(folder: Path, arch: Any, work: Path) -> Any:
-    """Its blocks one after the other; what is between them lies in `work`."""
+    """Opens the model to run block after block, with the activations between blocks in files under `work`."""
     import torch
 
     from qe_dist.checkpoint.stream import StreamedModel
@@ -80,7 +80,7 @@ def encode(folder: Path, data: Path) -> tuple[Any, Any]:
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    """A row for each kind, each modality and all; numbers with their intervals where there are any."""
+    """A row for each kind, each modality and all samples; numbers have their intervals, if there are any."""
     table = Table("samples of", "number", *COLUMNS.values())
     for kind, row in result["kinds"].items():
         table.add_row(f"kind {kind}", *_cells(row))

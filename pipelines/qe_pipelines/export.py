@@ -1,4 +1,4 @@
-"""`qe-dist export`: a checkpoint for engines that do not know us, and what it loses."""
+"""`qe-dist export`: writes a checkpoint for engines without qe-dist, and says what it loses."""
 
 from pathlib import Path
 from typing import Annotated

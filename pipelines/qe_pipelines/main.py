@@ -1,4 +1,4 @@
-"""`qe-dist <command>`. Modules of commands are light; what they need is imported when they run."""
+"""`qe-dist <command>`. Modules of commands import quickly; each command imports what it needs when it runs."""
 
 import os
 import sys
@@ -39,8 +39,8 @@ def about() -> None:
 
 
 def main() -> None:
-    """Console script. Errors of the user's making end in one paragraph and exit code 2, a run that was asked to stop
-    with 75 (EX_TEMPFAIL: try again)."""
+    """The console script. An error that the user can correct ends in one paragraph and exit code 2, a run that was
+    asked to stop in exit code 75 (EX_TEMPFAIL: try again)."""
     try:
         app(standalone_mode=True)
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""Checkpoints measured against their model by Ray tasks, each in a process of its own, as many as memory allows."""
+"""Measures checkpoints against their model by Ray tasks, each in its own process, as many as memory allows."""
 
 import shutil
 import tempfile
@@ -12,9 +12,10 @@ GIB = 2**30
 
 
 def measure(runs: Sequence[Any], arch: Any, examples: Any) -> list[Entry]:
-    """Every checkpoint against the model in full precision; in the order of the runs.
+    """Measures the checkpoint of every run against the model in full precision. Returns entries in the order of the
+    runs.
 
-    The reference's hidden states lie beside the checkpoints, where every worker sees them, until this returns.
+    Until this returns, the reference's hidden states lie beside the checkpoints, where every worker can read them.
     """
     from qe_dist.checkpoint.memory import evaluation_bytes
 
@@ -31,8 +32,11 @@ def measure(runs: Sequence[Any], arch: Any, examples: Any) -> list[Entry]:
 
 
 def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: str) -> list[Any]:
-    """Results of function, arguments, what it measures, and bytes. Ray starts as many at a time as fit into the memory
-    of the nodes. One that is killed ends the command: it would be killed again."""
+    """Runs tasks on Ray, as many at a time as fit into the memory of the nodes, and returns their results in order.
+
+    tasks: function, arguments, the folder that it evaluates, and the bytes that it needs. Raises QEError when a process
+    is killed, since it would be killed again, and ConfigError when no node has enough memory.
+    """
     import ray
     from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
@@ -60,7 +64,7 @@ def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: st
 
 
 def _check_room(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]]) -> None:
-    """Ray would wait for ever for a node that is large enough."""
+    """Raises ConfigError for a task that no node has memory for: Ray would wait for ever."""
     import ray
 
     from qe_dist.core.errors import ConfigError

@@ -1,4 +1,4 @@
-"""An image as coloured half blocks, two pixels to a character."""
+"""Shows an image in a terminal, as coloured half blocks of two pixels to a character."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ WIDTH = 48
 
 
 def picture(path: Path) -> Text:
-    """What a terminal can show of an image; on a terminal without colours, its path."""
+    """The path of an image, and the image as text of WIDTH characters per line."""
     with Image.open(path) as image:
         height = max(2, round(WIDTH * image.height / image.width) // 2 * 2)
         pixels = image.convert("RGB").resize((WIDTH, height), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: bars with the time left, a line per finished block, and what went wrong."""
+"""The view of a command on its run: bars with the time left, a line per finished block, and a line per problem."""
 
 import logging
 import os
@@ -17,11 +17,14 @@ from qe_dist.io.journal import Record
 from qe_pipelines.status import time_left
 
 log = logging.getLogger("qe_dist")
-log.addHandler(logging.NullHandler())  # without a log file, nothing
+log.addHandler(logging.NullHandler())  # without a log file, lines go nowhere
 
 
 def set_up_logging(log_file: Path | None) -> None:
-    """Our own lines to the file; the chatter of libraries to nobody."""
+    """Sends our log lines to a file, if one is given, and silences libraries.
+
+    Raises ConfigError when the file cannot be written.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -36,14 +39,14 @@ def set_up_logging(log_file: Path | None) -> None:
 
 
 class RunView:
-    """Listens to the driver."""
+    """A listener of the driver that shows its events."""
 
     def __init__(self, console: Console, bar: Progress, lines: bool = True) -> None:
         self.console, self.bar, self.lines = console, bar, lines
         self.state, self.begin = RunState(), monotonic()
 
     def without_lines(self) -> "RunView":
-        """No line per block, for a caller that prints its own table."""
+        """The view without a line per block, for a caller that prints its own table."""
         return RunView(self.console, self.bar, lines=False)
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
@@ -68,7 +71,7 @@ class RunView:
 
 
 def line_of(event: str, data: Mapping[str, Any]) -> str | None:
-    """What is worth a line of its own."""
+    """The line of an event; None for an event without one."""
     match event:
         case "block":
             return block_line(data)
@@ -84,6 +87,7 @@ def line_of(event: str, data: Mapping[str, Any]) -> str | None:
 
 
 def block_line(report: Mapping[str, Any]) -> str:
+    """The line of a finished block: seconds, error of each group, fall-backs."""
     errors = {g.rsplit(".")[-1]: r["error"] for g, r in report["groups"].items()}
     parts = [f"{g} {'unmeasured' if e is None else format(e, '.4f')}" for g, e in errors.items()]
     note = f"  {len(report['fallbacks'])} fall-backs" if report["fallbacks"] else ""
@@ -92,6 +96,7 @@ def block_line(report: Mapping[str, Any]) -> str:
 
 @contextmanager
 def run_view(quiet: bool) -> Iterator[RunView]:
+    """A view with bars, which disappear at the end. quiet: shows nothing."""
     console = Console(quiet=quiet)
     columns = (
         TextColumn("{task.description:>10}"),

@@ -1,4 +1,4 @@
-"""`qe-dist quantize`: a model in, a low-bit checkpoint out, continued where it was interrupted."""
+"""`qe-dist quantize`: quantizes a model into a low-bit checkpoint, and continues a run that was interrupted."""
 
 import json
 import signal
@@ -78,7 +78,8 @@ def quantize(
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM, which lets what is in flight end; the second one ends the process."""
+    """An event that the first Ctrl-C or SIGTERM sets, so that what is in flight is finished; a second one ends the
+    process."""
     stop = threading.Event()
 
     def ask(number: int, _: Any) -> None:
@@ -94,7 +95,7 @@ def stopping() -> Iterator[threading.Event]:
 
 
 def num_bytes(option: str, text: str | None) -> int | None:
-    """Of a size like 20GiB, 500MB or 1000000."""
+    """Bytes of a size such as 20GiB, 500MB or 1000000. Raises ConfigError, naming the option, for anything else."""
     try:
         return None if text is None else TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
@@ -124,7 +125,7 @@ def summary_lines(summary, output: Path) -> list[str]:
 
 
 def cost_lines(manifest: Mapping[str, Any], output: Path) -> Iterator[str]:
-    """What a checkpoint costs: on disk, and for one token."""
+    """What a checkpoint costs on disk, and per quantized weight for one token."""
     size = manifest["checkpoint_bytes"]
     macs = " + ".join(f"{count:.3f} {name}" for name, count in manifest["macs_by_arithmetic"].items() if count)
     yield (

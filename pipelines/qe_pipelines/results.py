@@ -1,4 +1,4 @@
-"""What a result needs beside its numbers to be believed: machine, versions, commit, command."""
+"""Writes results with the environment in which they were measured: machine, versions, commit, command."""
 
 import json
 import os
@@ -17,6 +17,7 @@ PACKAGES = ("torch", "ray", "transformers", "safetensors", "scikit-learn", "nump
 
 
 def environment() -> dict[str, Any]:
+    """Date, command, commit, machine and versions, as JSON can store them."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
@@ -38,7 +39,8 @@ def _portable(word: str) -> str:
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
-    """One JSON file: the environment, then the numbers. A plain list is one line, for samples are many."""
+    """Writes a JSON file with the environment and then the content. A list of numbers is on one line, since there are
+    many samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(), **content}, indent=1)
     text = re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", _on_one_line, text)
@@ -57,11 +59,11 @@ def _version(name: str) -> str | None:
 
 
 WRITTEN = ("benchmarks/results", "*.md", "*.png")
-"""What measuring itself writes; that it differs from the commit makes no other program of it."""
+"""Files that measuring writes. A change of these alone does not make a commit `-dirty`."""
 
 
 def _commit() -> str | None:
-    """Short, and with `-dirty` where what was run is not what was committed."""
+    """The short commit, with `-dirty` when the code differs from it; None without git."""
     changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
     try:
         commit = _said(["git", "rev-parse", "--short", "HEAD"])

@@ -1,4 +1,4 @@
-"""`qe-dist sensitivity`: by how much MBQ should weigh image tokens, measured on a model that fits into memory."""
+"""`qe-dist sensitivity`: measures how much MBQ should weight image tokens, on a model that fits into memory."""
 
 from pathlib import Path
 from typing import Annotated

@@ -55,13 +55,13 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         typer.echo(f"warning: whoever reaches {host}:{port} may use the model; --api-key asks for a key", err=True)
     if local:
-        _alone(endpoint, cluster, host, port, api_key)
+        _serve_locally(endpoint, cluster, host, port, api_key)
     else:
-        _on_ray(endpoint, cluster, host, port, api_key)
+        _serve_on_ray(endpoint, cluster, host, port, api_key)
 
 
 def check(endpoint: Endpoint) -> None:
-    """What can be said before anything starts. ConfigError or CheckpointError, naming the option."""
+    """Checks an endpoint before anything starts. Raises ConfigError, naming the option, or CheckpointError."""
     from qe_dist.checkpoint.serving import serving_problems
     from qe_dist.checkpoint.verify import Checkpoint, check_index, check_layout
     from qe_dist.serve.format import check_version
@@ -79,8 +79,8 @@ def check(endpoint: Endpoint) -> None:
     check_installed()
 
 
-def _alone(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
-    """Becomes vLLM, so that signals and the exit code are vLLM's own."""
+def _serve_locally(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
+    """Replaces this process by vLLM, so that signals and the exit code are vLLM's own."""
     if cluster or endpoint.replicas != 1:
         raise ConfigError("--local is one replica on this machine; leave out --cluster and --replicas, or --local")
     _check_port(host, port)
@@ -88,16 +88,18 @@ def _alone(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_ke
 
     _check_devices(endpoint, torch.cuda.device_count(), "this machine")
     command = ["serve", endpoint.checkpoint, "--host", host, "--port", str(port), *endpoint.vllm_options()]
-    typer.echo("\n".join(["when vLLM says that it has started:", *told(endpoint, host, port, api_key)]))
+    typer.echo("\n".join(["when vLLM says that it has started:", *how_to_ask(endpoint, host, port, api_key)]))
     sys.stdout.flush()
     key = {"VLLM_API_KEY": api_key} if api_key else {}  # as an option, `ps` would show it
     variables = endpoint.environment() | os.environ | key
     os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command], variables)
 
 
-def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
-    logging.disable(logging.ERROR)  # Ray's and vLLM's own lines on how they do it
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, as Ctrl-C: what has started is stopped
+def _serve_on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_key: str | None) -> None:
+    """Serves on a Ray cluster until Ctrl-C or SIGTERM. Raises ConfigError for options that do not fit the cluster, and
+    QEError when the endpoint does not start."""
+    logging.disable(logging.ERROR)  # log lines of Ray and vLLM
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while it starts, SIGTERM is like Ctrl-C
     try:
         from qe_cluster import launch
         from qe_cluster import serve as on_ray
@@ -108,14 +110,14 @@ def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_k
     here = launch.cluster_address(cluster) is None
     if here:
         _check_port(host, port)
-    arguments(endpoint.vllm_options())  # what vLLM does not take, it says now
+    arguments(endpoint.vllm_options())  # raises for an option that vLLM does not have
     ranks = endpoint.replicas * endpoint.tensor_parallel_size
-    with launch.ray_cluster(cluster, ranks, on_ray.OBJECT_STORE):
+    with launch.ray_cluster(cluster, ranks, on_ray.OBJECT_STORE_BYTES):
         gpus, cpus = on_ray.devices()
         endpoint = replace(endpoint, device="cuda" if gpus else "cpu")
         _check_devices(endpoint, gpus or cpus, "the Ray cluster", "GPUs" if gpus else "CPU slots")
         with on_ray.running(endpoint, host, port, api_key) as service:
-            lines = told(endpoint, service.host, port, api_key)
+            lines = how_to_ask(endpoint, service.host, port, api_key)
             typer.echo("\n".join([*lines, *(f"metrics: {url}" for url in service.metrics)]))
             with stopping() as stop:
                 stop.wait()
@@ -125,8 +127,8 @@ def _on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int, api_k
             on_ray.leave()
 
 
-def told(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> list[str]:
-    """Where the endpoint is, and a command that asks it."""
+def how_to_ask(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> list[str]:
+    """Lines with the URL of the endpoint, and a command that sends it a request."""
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     asked = {"model": endpoint.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
     variable = next((name for name in KEYS if os.environ.get(name)), KEYS[0])
@@ -139,6 +141,7 @@ def told(endpoint: Endpoint, host: str, port: int, api_key: str | None) -> list[
 
 
 def _check_port(host: str, port: int) -> None:
+    """Raises ConfigError when this process cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,7 +152,10 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_devices(endpoint: Endpoint, found: int, where: str, of: str = "GPUs") -> None:
-    """Ranks share no device. A machine without GPUs is taken for one that serves on its CPU (found = 0)."""
+    """Raises ConfigError when there are fewer devices than ranks, since each rank needs its own.
+
+    found: number of devices; 0: a machine without GPUs, which serves on its CPU.
+    """
     wanted = endpoint.replicas * endpoint.tensor_parallel_size
     if found and wanted > found:
         raise ConfigError(

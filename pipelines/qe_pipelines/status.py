@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from qe_dist.io.lock import Owner
 
 REFRESH_SECONDS = 1.0
-SILENCE = 600.0
-"""Seconds without a word after which a run without a lock counts as dead: a batch or block takes less."""
+SILENCE_SECONDS = 600.0
+"""A run without a lock counts as dead after so long without an event: a batch or block takes less."""
 CONTINUE = "type the same command again to continue"
 
 
@@ -48,7 +48,10 @@ def status(
 
 
 def watch(run_dir: Path) -> Iterator[RenderableType]:
-    """What there is to see, again and again until the run ends."""
+    """Yields a view of the run each time it is asked, until the run has ended.
+
+    Raises ConfigError when `run_dir` holds no run, and CheckpointError for a journal of another version.
+    """
     from qe_dist.io.run_dir import RunDir
 
     run = RunDir(run_dir)
@@ -62,7 +65,7 @@ def watch(run_dir: Path) -> Iterator[RenderableType]:
             state = read_state(records, state)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is of another version of qe_dist: {error!r}") from None
-        condition = judge(state, signs(state, run.locks))
+        condition = judge(state, heartbeat(state, run.locks))
         alive = condition.alive
         yield picture(run_dir, state, condition)
 
@@ -71,24 +74,27 @@ def watch(run_dir: Path) -> Iterator[RenderableType]:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """What there is to know of the driver besides its own words."""
+class Heartbeat:
+    """What files say of the driver, besides its own events."""
 
     owner: "Owner | None"
-    """Who holds the lock of the run, or held it last."""
+    """The process that holds the lock of the run, or held it last."""
     quiet: float
-    """Seconds since the owner, or without one the driver in the journal, gave a heartbeat."""
+    """Seconds since the last heartbeat of the owner; without an owner, since the last event in the journal."""
 
 
 @dataclass(frozen=True)
 class Condition:
+    """Whether a run goes on, in words."""
+
     alive: bool
     text: str
     style: str
 
 
-def signs(state: RunState, locks: Path) -> Signs:
-    """Compares clocks of two hosts, where the run is on another one: good enough to look at, not to take it over."""
+def heartbeat(state: RunState, locks: Path) -> Heartbeat:
+    """The last heartbeat of a run. Compares the clocks of two hosts when the run is on another one: that is good enough
+    to show, and not to take the lock over."""
     from qe_dist.io.lock import Owner
 
     newest = max(locks.glob("[0-9]*"), default=None)
@@ -96,30 +102,30 @@ def signs(state: RunState, locks: Path) -> Signs:
         owner, last = Owner(**json.loads(newest.read_text())), newest.stat().st_mtime
     except (AttributeError, OSError, ValueError, TypeError):  # there is none, or it is being taken
         owner, last = None, datetime.fromisoformat(state.time).timestamp() if state.time else time.time()
-    return Signs(owner, time.time() - last)
+    return Heartbeat(owner, time.time() - last)
 
 
-def judge(state: RunState, signs: Signs) -> Condition:
-    """A driver that was killed says nothing, and may have died between two words."""
+def judge(state: RunState, last: Heartbeat) -> Condition:
+    """Whether the run goes on. The journal alone does not tell: a driver that was killed wrote no last event."""
     if state.end == "done":
         return Condition(False, "finished", "green")
-    missing = _missing(signs)
-    if missing is None and (signs.owner or state.end is None):  # after a `stop` too: about to end, or begun anew
-        return Condition(True, f"running: {signs.owner or 'an unknown process'}", "bold")
+    missing = _missing(last)
+    if missing is None and (last.owner or state.end is None):  # after a `stop` too: it is about to end, or begun again
+        return Condition(True, f"running: {last.owner or 'an unknown process'}", "bold")
     if state.end == "stop":
         return Condition(False, f"stopped: {state.reason}; {CONTINUE}", "yellow")
     return Condition(False, f"{missing}; {CONTINUE}", "red")
 
 
-def _missing(signs: Signs) -> str | None:
-    """How the driver ended, where it seems that nobody works there any more."""
-    from qe_dist.io.lock import BEAT, PATIENCE
+def _missing(last: Heartbeat) -> str | None:
+    """How the driver ended; None when it seems to be alive."""
+    from qe_dist.io.lock import HEARTBEAT_SECONDS, MISSED_HEARTBEATS
 
-    owner, who = signs.owner, signs.owner or "an unknown process"
+    owner, name = last.owner, last.owner or "an unknown process"
     if owner is not None and owner.is_gone:
-        return f"ended early, without a last word: {who}" if owner.released else f"dead: {who}"
-    if signs.quiet > (SILENCE if owner is None else BEAT * PATIENCE):
-        return f"probably dead: no heartbeat for {duration(signs.quiet)} of {who}"
+        return f"ended early, without a last word: {name}" if owner.released else f"dead: {name}"
+    if last.quiet > (SILENCE_SECONDS if owner is None else HEARTBEAT_SECONDS * MISSED_HEARTBEATS):
+        return f"probably dead: no heartbeat for {duration(last.quiet)} of {name}"
     return None
 
 
@@ -127,6 +133,7 @@ def _missing(signs: Signs) -> str | None:
 
 
 def picture(run_dir: Path, state: RunState, condition: Condition) -> RenderableType:
+    """The view of a run: its state, and a table of its workers while it goes on."""
     head = Table.grid(padding=(0, 2))
     head.add_row(Text(str(run_dir)), Text(condition.text, style=condition.style))
     for name, text in _lines(state):
@@ -164,22 +171,25 @@ def _workers(state: RunState) -> Table:
 
 
 def time_left(state: RunState) -> str:
+    """The estimate of the time left; a lower bound before every part was measured."""
     left = state.left
     return duration(left.seconds) if left.whole else f"over {duration(left.seconds)} (not all is measured yet)"
 
 
 def span(first: int, last: int) -> str:
+    """A range of blocks, both ends included."""
     return str(first) if first == last else f"{first}-{last}"
 
 
 def mib(value: float | None) -> str:
+    """MiB with a unit; empty for None."""
     if value is None:
         return ""
     return f"{value:.0f} MiB" if value < 10 * 1024 else f"{value / 1024:.1f} GiB"
 
 
 def duration(seconds: float) -> str:
-    """In its largest unit and the one below."""
+    """Seconds in their largest unit and the one below."""
     left, counts = round(seconds), []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)

@@ -1,4 +1,4 @@
-"""`qe-dist submit`: any other command as a job of a Ray cluster."""
+"""`qe-dist submit`: runs any other command as a job of a Ray cluster."""
 
 import logging
 from typing import Annotated
@@ -28,7 +28,7 @@ def submit(
     from qe_cluster.submit import connect, follow
     from qe_cluster.submit import submit as start
 
-    logging.disable(logging.INFO)  # Ray's own lines on how it does it
+    logging.disable(logging.INFO)  # log lines of Ray
     client = connect(address)
     job = attach or start(client, context.args)
     again = f"qe-dist submit --attach {job}"

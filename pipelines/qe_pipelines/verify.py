@@ -1,4 +1,4 @@
-"""`qe-dist verify`: what a checkpoint must be, looked at again, each fault by its file or tensor."""
+"""`qe-dist verify`: checks a finished checkpoint, and names each fault by its file or tensor."""
 
 import json
 import math
@@ -44,9 +44,9 @@ def verify(
     for title, check in steps.items():
         count += _tell(title, check(checkpoint))
     if count == 0:
-        count += _tell("images change the answer", _blind(output))
+        count += _tell("images change the answer", _image_faults(output))
         why = _unservable(checkpoint, sizes)
-        count += _cut(checkpoint, [size for size in sizes if size not in why])
+        count += _check_ranks(checkpoint, [size for size in sizes if size not in why])
     else:
         why = {}
         typer.echo("skipped  images and tensor parallelism: a damaged checkpoint is not loaded")
@@ -70,7 +70,7 @@ def _sizes(text: str | None) -> list[int]:
 
 
 def _unservable(checkpoint: "Checkpoint", sizes: list[int]) -> dict[int, tuple[str, ...]]:
-    """The sizes at which it cannot be served, each with its reasons, which are shown."""
+    """The sizes at which the checkpoint cannot be served, each with its reasons. Prints them."""
     from qe_dist.checkpoint.serving import serving_problems
 
     why = {size: problems for size in sizes if (problems := serving_problems(checkpoint.config, size))}
@@ -81,8 +81,9 @@ def _unservable(checkpoint: "Checkpoint", sizes: list[int]) -> dict[int, tuple[s
     return why
 
 
-def _cut(checkpoint: "Checkpoint", sizes: list[int]) -> int:
-    """What ranks compute otherwise than the whole does, at all sizes in one pass over the blocks."""
+def _check_ranks(checkpoint: "Checkpoint", sizes: list[int]) -> int:
+    """Prints what tensor-parallel ranks compute differently than one device, and returns the number of faults. Checks
+    all sizes in one pass over the blocks."""
     from qe_dist.checkpoint.tp_check import check_ranks
 
     faults = list(check_ranks(checkpoint, sizes)) if sizes else []
@@ -93,14 +94,15 @@ def _cut(checkpoint: "Checkpoint", sizes: list[int]) -> int:
 
 
 def _tell(title: str, faults: list[str]) -> int:
+    """Prints the result of a check, and returns the number of faults."""
     typer.echo(f"{'FAULTS ' if faults else 'ok     '}  {title}")
     for fault in faults:
         typer.echo(f"         {fault}")
     return len(faults)
 
 
-def _blind(output: Path) -> list[str]:
-    """Loads the whole checkpoint, as whoever uses it does."""
+def _image_faults(output: Path) -> list[str]:
+    """A fault when the logits do not depend on the image. Loads the whole checkpoint."""
     from qe_dist import archs
     from qe_dist.checkpoint.verify import image_effect
     from qe_dist.serve.loading import load_model

@@ -25,7 +25,7 @@ def make_batches(run: RunConfig) -> list[list[Sample]]:
 
 
 def batch_tokens(batches: Sequence[Sequence[Sample]], pixels_per_token: int) -> int:
-    """About how many tokens the largest batch has when it is padded, without tokenizing: enough to plan memory."""
+    """Estimates the tokens of the largest batch, padding included, without tokenizing: enough to plan memory."""
     return max(len(batch) * max(_tokens(sample, pixels_per_token) for sample in batch) for batch in batches)
 
 
@@ -36,7 +36,7 @@ def _tokens(sample: Sample, pixels_per_token: int) -> int:
 
 
 class Embedder:
-    """Makes what enters block 0: embeddings and vision tower, loaded when the first batch is asked for."""
+    """Makes the inputs of block 0. Embeddings and vision tower are loaded when the first batch is asked for."""
 
     def __init__(self, run: RunConfig, arch: str) -> None:
         self.run, self.arch = run, archs.get(arch)
@@ -46,8 +46,8 @@ class Embedder:
         self.encoder: Encoder | None = None
 
     def embed(self, index: int, samples: Sequence[Sample]) -> Batch:
-        """Batch `index` as it enters block 0; goes to the spool as well."""
-        pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
+        """Returns batch `index` as it enters block 0, and spools it."""
+        pin(self.run.threads)  # a setting of the thread, and this need not be the one that ran `__init__`
         if self.prelude is None or self.encoder is None:
             source = open_source(self.run)
             self.encoder = self.arch.encoder(source.folder)
@@ -57,13 +57,13 @@ class Embedder:
         return batch
 
     def spool_only(self, index: int, samples: Sequence[Sample]) -> None:
-        """Makes the batch ready for block 0 without handing it over."""
+        """Spools the batch as it enters block 0, without returning it."""
         self.embed(index, samples)
 
     def flush(self) -> None:
-        """Returns when what was embedded is on disk."""
+        """Returns when every embedded batch is on disk."""
         self.spool.flush()
 
     def close(self) -> None:
-        """Nothing is written after this; what was not flushed may be missing."""
+        """Ends the threads of the spool. Batches that were not flushed may be missing."""
         self.spool.close()

@@ -1,4 +1,4 @@
-"""What a run is asked to do."""
+"""The settings of a run, its identity, and which runs can share a pass of the calibration."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,45 +24,48 @@ _COUNTS = (
 )  # fmt: skip
 
 STATISTICS = 2
-"""Of what is gathered and reported of the same samples; raised where that changes, for a block is not made by two."""
+"""Version of the statistics and reports; increased when the same samples give other ones, which a run must not mix."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Settings of one run. Raises ConfigError for a value out of range. Paths become absolute, since workers may run in
+    other directories."""
+
     model: Path | str
     """A directory, or a URL that fsspec opens."""
     recipe: Recipe
     calibration: Path
     output: Path
     workers: int | None = 1
-    """The most to use; None: as many as the cluster has whenever a wave begins."""
+    """Most workers to use; None: as many as the cluster has room for when a wave begins."""
     resume: Resume = "auto"
     device: str = "cpu"
     embed_device: str | None = None
-    """Where embeddings and vision tower run; None: like everything else. `cpu` lets nodes without a GPU do it."""
+    """Device of embeddings and vision tower; None: `device`. With `cpu`, nodes without a GPU can embed."""
     samples_per_batch: int = 8
     sample_tokens: int = 4096
     """Size of the token sample of every input group."""
     blocks_per_worker: int | None = None
-    """None: as many as needed for one wave, if memory allows."""
+    """Most blocks of a worker in a wave; None: as many as memory allows."""
     memory: int | None = None
-    """Bytes that a worker may use on its device; None: most of what is free there."""
+    """Bytes that a worker may use on its device; None: most of the free ones."""
     host_memory: int | None = None
-    """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of what is free."""
+    """Bytes of the host that a worker with a GPU may use for Gram matrices; None: most of the free ones."""
     tensor_parallel_size: int = 1
-    """Ranks that the checkpoint must be servable over: the model is padded for them, or the run refused."""
+    """Ranks that will serve the checkpoint: the model is padded for them, or the run is refused."""
     mirror: str | None = None
-    """URL that gets a copy of every finished file, and from which a directory that is gone is made again."""
+    """URL that gets a copy of every finished file, and from which a lost directory is restored."""
     from_block: int = 0
-    """Where the recipe begins to hold; blocks before it keep what an earlier call was asked for."""
+    """First block of `recipe`. Blocks before it keep the recipe of an earlier call."""
     earlier: tuple[tuple[int, Recipe], ...] = ()
-    """The recipes of those calls, each with its first block; read from the run directory."""
+    """First block and recipe of those calls, read from the run directory."""
     threads: int = 1
-    """Of each worker; part of what makes a result repeatable to the bit."""
+    """CPU threads of each worker. Their number can change the bits of a result."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("model", "calibration", "output"):  # workers may run in other directories
+        for name in ("model", "calibration", "output"):
             if name != "model" or not is_url(self.model):
                 object.__setattr__(self, name, Path(getattr(self, name)).resolve())
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
@@ -79,28 +82,30 @@ class RunConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the calibration forward: full precision on CPU, the model's own bf16 on a GPU."""
+        """Type of the calibration forward: float32 on a CPU, bf16 on a GPU."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
     def embeds_on(self) -> str:
+        """Device of embeddings and vision tower."""
         return self.embed_device or self.device
 
     def recipe_for(self, block: int) -> Recipe:
+        """The recipe of a block."""
         return self._policy(block)[1]
 
     def start_of(self, block: int) -> int:
-        """The first block of those that have this block's recipe."""
+        """The first block with the recipe of this block."""
         return self._policy(block)[0]
 
     def _policy(self, block: int) -> tuple[int, Recipe]:
         return next(p for p in ((self.from_block, self.recipe), *reversed(self.earlier)) if p[0] <= block)
 
     def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
-        """What must be equal for a run to be continued. Places on disk, and the number and kind of workers, may change;
-        the latter is part of a block's report.
+        """Everything that must be equal for a run to be continued, as JSON can store it. Places on disk and the number
+        and kind of workers may change; a block's report has its kind of worker.
 
-        images: those that the calibration file names.
+        images: paths that the calibration file names.
         """
         return {
             "model": SafetensorsSource(self.model).fingerprint(),
@@ -121,17 +126,17 @@ class RunConfig:
 
 
 def padded_alike(run: RunConfig, recipe: Recipe) -> bool:
-    """Whether at the run's tensor-parallel size another recipe wants the model as its own does."""
+    """Whether another recipe pads the model as the run's own does, at the run's tensor-parallel size."""
     step, other = (padding_step(r.scheme, run.tensor_parallel_size) for r in (run.recipe, recipe))
     return step == other
 
 
 POLICY = ("recipe", "from_block", "earlier")
-"""What of an identity `--from-block` may change."""
+"""Entries of an identity that `--from-block` may change."""
 
 
 def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
-    """The statistics of a block that serve all of these runs."""
+    """The statistics of a block that all of these runs need together."""
     needs = Needs()
     for run in runs:
         needs |= run.recipe_for(block).needs()
@@ -139,7 +144,7 @@ def needs_of(runs: Sequence[RunConfig], block: int) -> Needs:
 
 
 def by_rotation(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Runs in groups that can share one pass of the calibration: those that rotate the model alike."""
+    """Groups of runs that can share one pass of the calibration, since they rotate the model alike."""
     groups: dict[Rotation | None, list[RunConfig]] = {}
     for run in runs:
         groups.setdefault(run.recipe.rotation, []).append(run)
@@ -147,7 +152,7 @@ def by_rotation(runs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 
 def check_siblings(runs: Sequence[RunConfig]) -> None:
-    """Runs that share one pass of the calibration may differ in recipe and output only."""
+    """Raises ConfigError for runs that cannot share a pass of the calibration, or that would share an output."""
     first = runs[0]
     for run in runs[1:]:
         own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}

@@ -1,7 +1,7 @@
-"""Who does which blocks, in which wave, and whether it can work at all. Pure, before the first byte of work."""
+"""Which worker gets which blocks in which wave, and what is refused before any work begins."""
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,15 +11,14 @@ import torch
 
 from qe_dist.core.batch import held_out_below
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.spec import BlockSpec, InputGroup, ModelSpec
-from qe_dist.flow.config import RunConfig, needs_of
+from qe_dist.core.spec import BlockSpec, ModelSpec
+from qe_dist.flow.config import RunConfig
 from qe_dist.methods.base import Bounded, Shares
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
-from qe_dist.numerics.stats import M, held_out_size
+from qe_dist.numerics.stats import held_out_size
 
-FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
-MOVED = 1.2  # what a fit costs elsewhere, with the way there
+FREE_SHARE = 0.8  # of free memory; the rest is for Python, activations and other processes
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class WorkerCapacity:
     """What one worker offers."""
 
     memory: int
-    """Bytes for blocks: weights, statistics, fit."""
+    """Bytes for weights, statistics and fits of blocks."""
     speed: float = 1.0
-    """Relative to other workers; only ratios count."""
+    """Relative to the other workers."""
     node: str = "this machine"
     host_memory: int = 0
-    """Bytes for Gram matrices beside a device that has no room for them."""
+    """Bytes of the host for Gram matrices that do not fit on the device."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,13 @@ Wave = tuple[StagePlan, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be done, as far as plans ask."""
+    """What plans need to know of the work."""
 
     model: ModelSpec
     runs: tuple[RunConfig, ...]
-    """All that are served by one pass of the calibration (see `flow.local.quantize`)."""
+    """The runs that share one pass of the calibration (see `flow.local.quantize`)."""
     batch_tokens: int
-    """Of the largest batch, padding included."""
+    """Tokens of the largest batch, padding included."""
     num_samples: int
 
     @cached_property
@@ -66,7 +65,7 @@ class Task:
 
     @property
     def sampled_tokens(self) -> int:
-        """That a group keeps at most, held-out ones included."""
+        """Most tokens that a group keeps as its sample, held-out ones included."""
         size = self.runs[0].sample_tokens
         return size + (held_out_size(size) if self.held_out_below else 0)
 
@@ -77,7 +76,7 @@ class Task:
 
 
 def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int = 0) -> tuple[Wave, ...]:
-    """All waves from `first_block` on, if nobody comes or goes."""
+    """All waves from `first_block` on, if the workers stay the same. Raises ConfigError as `plan_wave` does."""
     waves: list[Wave] = []
     while first_block < len(task.model.blocks):
         waves.append(plan_wave(task, capacities, first_block))
@@ -86,7 +85,10 @@ def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int
 
 
 def plan_wave(task: Task, capacities: Sequence[WorkerCapacity], first_block: int) -> Wave:
-    """The next blocks, cut into a stage for every worker: as many as fit, by speed, in waves of equal size."""
+    """The blocks of the next wave: as many as fit, shared out by the speed of the workers, in waves of equal size.
+
+    Raises ConfigError when no worker has memory for a block.
+    """
     left = task.model.blocks[first_block:]
     needs = [task.footprint(block) for block in left]
     kept, passing = max(n.kept for n in needs), max(n.passing for n in needs)
@@ -119,7 +121,10 @@ def _gib(count: int) -> str:
 
 
 def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[int]:
-    """Gives `count` equal blocks to workers so that the slowest is done soonest; none gets more than has room."""
+    """Shares `count` equal blocks out so that the last worker is done as early as possible.
+
+    room: the most blocks of each worker. Returns the number of blocks of each.
+    """
     shares = [0] * len(room)
     for _ in range(min(count, sum(room))):
         free = [i for i, most in enumerate(room) if shares[i] < most]
@@ -129,46 +134,15 @@ def share_out(count: int, room: Sequence[int], speeds: Sequence[float]) -> list[
 
 @dataclass(frozen=True)
 class FitJob:
-    """One input group of one block for one run."""
+    """The fit of one input group of one block for one run."""
 
     run: int
     block: int
     group: str
 
 
-def balance(
-    costs: Mapping[FitJob, float],
-    owners: Mapping[FitJob, int],
-    speeds: Sequence[float],
-    stay: Collection[FitJob] = (),
-) -> dict[FitJob, int]:
-    """Which worker fits what. A job leaves its owner, who has the weights and statistics, only for one who is done
-    with it before the owner would be: longest first, each to who finishes it first.
-
-    stay: jobs that are too large to travel.
-    """
-    busy = [0.0] * len(speeds)
-    for job, owner in owners.items():
-        busy[owner] += costs[job] / speeds[owner]
-    placed = dict(owners)
-    for job in sorted(costs.keys() - set(stay), key=lambda j: (-costs[j], j.block, j.run, j.group)):
-        owner = owners[job]
-        other = min(range(len(speeds)), key=lambda w: (busy[w] + costs[job] / speeds[w], w))
-        if busy[other] + MOVED * costs[job] / speeds[other] < busy[owner]:
-            busy[owner] -= costs[job] / speeds[owner]
-            busy[other] += MOVED * costs[job] / speeds[other]
-            placed[job] = other
-    return placed
-
-
-def fit_cost(group: InputGroup) -> float:
-    """Multiplications of a fit, roughly: factorizing the Gram matrix, and a few products of weights with it."""
-    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    return float(width) ** 3 + 4.0 * outputs * width**2
-
-
 def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
-    """Refuses what would fail later, whatever the workers."""
+    """Raises ConfigError for what would fail later with any workers: from_block, scheme, budget, disk space."""
     for run in runs:
         if run.from_block >= len(model.blocks):
             raise ConfigError(f"from_block is {run.from_block}, but the model ends with block {len(model.blocks) - 1}")
@@ -179,7 +153,7 @@ def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: i
 
 
 def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
-    """The workers that this machine alone can offer: 80 % of its free memory among them, or a GPU for each."""
+    """The workers that this machine alone can offer: each has a GPU, or its part of 80 % of the free memory."""
     workers = run.workers or 1
     if run.device == "cuda" and torch.cuda.is_available():
         host = run.host_memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers
@@ -187,13 +161,6 @@ def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
             WorkerCapacity(run.memory or int(FREE_SHARE * torch.cuda.mem_get_info()[0]), host_memory=host)
         ] * workers
     return [WorkerCapacity(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
-
-
-def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
-    """What goes to another worker that fits a group: weights, Gram matrices, token sample, in float32."""
-    width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-    gram = M * width * width if needs_of(task.runs, block).gram else 0
-    return 4 * (width * outputs + gram + 2 * task.sampled_tokens * width)
 
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
@@ -225,7 +192,7 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
 
 
 def _check_budget(model: ModelSpec, run: RunConfig) -> None:
-    """A byte budget that the scales of an adapter's rows use up buys nothing."""
+    """Raises ConfigError when the scales of the low-rank factors alone use up a byte budget."""
     budget, block = run.recipe.budget, model.blocks[0]
     if budget.extra_bits is None or not isinstance(run.recipe.compensation, Shares):
         return

@@ -1,9 +1,9 @@
-"""How a run is doing, as a pure fold over its journal: the same for the command's own view and for `qe-dist status`.
+"""The state of a run, computed from the events in its journal, for the command's own view and for `qe-dist status`.
 
 The driver's events and their data:
 
     start   batches, blocks, done, first, workers, host, pid, version     done: blocks that earlier calls finished
-    wave    number, first, last, stages: [{worker, node, blocks}]         its blocks are loaded, then batches stream
+    wave    number, first, last, stages: [{worker, node, blocks}]         blocks are loaded, then batches stream
     worker  worker, node, activity (load, forward, fit or idle), blocks, memory_mib, peak_mib, and its seconds of each
     batch   wave, index, tokens                                           has gone through the wave
     block   the block's report, worker, seconds                           is published
@@ -26,7 +26,7 @@ from qe_dist.io.journal import Record
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker said last."""
+    """The last report of a worker."""
 
     node: str
     blocks: tuple[int, ...]
@@ -47,26 +47,28 @@ class Lost:
 
 @dataclass(frozen=True)
 class Wave:
-    """Blocks that are held by workers at the same time. Seconds are those of the call."""
+    """Blocks that workers hold at the same time. Times are seconds since the call began."""
 
     number: int
     first: int
     last: int
     stages: tuple[tuple[int, ...], ...]
-    """The blocks of each worker, which it fits one after another."""
+    """The blocks of each worker, which fits them one after another."""
     begun: float
     """When it began, or was last streamed again."""
     opening: str = "load"
-    """What comes before its first batch: with the first wave, or for who was lost, processes `start`, too."""
+    """What comes before its first batch: `load`, or `start` when processes start too, for the first wave or for a
+    lost worker."""
     batches: int = 0
-    """That have gone through."""
+    """Number of batches that have passed through."""
     since: float | None = None
-    """When the first batch since then had gone through."""
+    """When the first batch since `begun` had passed through."""
     until: float = 0.0
-    """When the last one had."""
+    """When the last batch had passed through."""
     gaps: int = 0
-    """Batches between the two, and their tokens."""
+    """Batches after the first one."""
     tokens: int = 0
+    """Tokens of those batches."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -76,13 +78,14 @@ class Wave:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run after some of its events; what is said of `this call` begins anew when the command is typed again."""
+    """A run after some of its events. What concerns one call begins anew when the command is typed again."""
 
     call: str = ""
     calls: int = 0
     began: str = ""
-    """Wall clock when this call began, and at the last event."""
+    """Wall clock when this call began."""
     time: str = ""
+    """Wall clock at the last event."""
     elapsed: float = 0.0
     """Seconds of this call at the last event."""
     batches: int = 0
@@ -90,43 +93,44 @@ class RunState:
     before: int = 0
     """Number of blocks that were finished before this call."""
     earlier: frozenset[int] = frozenset()
-    """Which they are, as far as the journal knows."""
+    """The indices of those blocks, as far as the journal has them."""
     finished: frozenset[int] = frozenset()
     """Blocks that this call finished."""
     wave: Wave | None = None
     workers: Mapping[int, Worker] = field(default_factory=dict)
     end: str | None = None
-    """`done` or `stop`, and why."""
+    """`done` or `stop`; None while the call goes on."""
     reason: str = ""
+    """Why it stopped."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Measured so far, in any call: of a wave until its first batch is through (`start` or `load`), of a `batch`, and
-    of the `fit` of a block."""
+    """Duration of each part of the work, as last measured in any call: of a wave until its first batch has passed
+    through (`start` or `load`), of a `batch`, and of the `fit` of a block."""
     lost: tuple[Lost, ...] = ()
-    """Of all calls."""
+    """Workers lost in all calls."""
     fallbacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Steps of the ladder by layer, of all calls."""
     notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
-        """Finished blocks."""
+        """Number of finished blocks."""
         return self.before + len(self.finished)
 
     @property
     def waves(self) -> int:
-        """Of this call, if the others are as long as this one."""
+        """Number of waves of this call, if the following ones have as many blocks as this one."""
         wave = self.wave
         return 0 if wave is None else wave.number + -(-(self.blocks - 1 - wave.last) // (wave.last - wave.first + 1))
 
     @property
     def left(self) -> "Left":
-        """Time until the end, at the last event."""
+        """The time left, at the last event."""
         work = {} if self.end else self._work()
         known = sum(count * self.seconds.get(part, 0.0) for part, count in work.items())
         return Left(known, bool(self.wave) and all(part in self.seconds for part, count in work.items() if count))
 
     def _work(self) -> dict[str, float]:
-        """What is still to do one after another, by part."""
+        """How often each part of the work (the keys of `seconds`) is still to do, one after another."""
         wave = self.wave
         if wave is None:
             return {}
@@ -144,17 +148,20 @@ class RunState:
 
 @dataclass(frozen=True)
 class Left:
+    """An estimate of the time left."""
+
     seconds: float
     whole: bool
-    """Else there are parts that were never measured yet, and it takes longer."""
+    """Whether every part of the work was measured; if not, `seconds` is a lower bound."""
 
 
 def read_state(records: Iterable[Record], state: RunState | None = None) -> RunState:
-    """The state after these records, which follow those of `state`."""
+    """The state after these records, which follow those that led to `state`."""
     return reduce(step, records, state or RunState())
 
 
 def step(state: RunState, record: Record) -> RunState:
+    """The state after one more record. Unknown events change nothing but the time."""
     if record.call != state.call:
         state = RunState(
             call=record.call,
@@ -230,16 +237,16 @@ def _lost(state: RunState, data: Mapping[str, Any]) -> RunState:
     lost = Lost(state.time, data["worker"], data["node"], data["reason"])
     worker = Worker(data["node"], tuple(data["blocks"]), "lost")
     workers = {**state.workers, lost.worker: worker}
-    return replace(state, lost=(*state.lost, lost), workers=workers, wave=_anew(state, state.wave))
+    return replace(state, lost=(*state.lost, lost), workers=workers, wave=_measured_anew(state, state.wave))
 
 
 def _again(state: RunState, data: Mapping[str, Any]) -> RunState:
-    wave = _anew(state, state.wave)
+    wave = _measured_anew(state, state.wave)
     return replace(state, wave=wave and replace(wave, batches=data["from_batch"]))
 
 
-def _anew(state: RunState, wave: Wave | None) -> Wave | None:
-    """Measures from now on: until here it waited for a worker."""
+def _measured_anew(state: RunState, wave: Wave | None) -> Wave | None:
+    """The wave with its times measured from now on, since until now it waited for a worker."""
     return wave and replace(wave, begun=state.elapsed, opening="start", since=None, gaps=0, tokens=0)
 
 

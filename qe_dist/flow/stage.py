@@ -1,6 +1,6 @@
 """The work of one worker: forward batches through its blocks, gather statistics, fit and publish.
 
-Plain Python; Ray makes an actor of it. Batches are counted in order of their index: statistics are sums, and only a
+Ray makes an actor of it. Batches are counted in order of their index: statistics are sums, and only a
 fixed order of summation gives the same bits whatever the number of workers. A batch that was counted already is only
 forwarded, so a wave may be streamed again for a worker that was lost. One pass of statistics serves any number of runs
 that differ in their recipe.
@@ -37,7 +37,7 @@ from qe_dist.numerics.stats import GroupStats, TokenSample
 
 
 class Stage:
-    """Consecutive blocks on one device, others in every wave. Blocks that are finished only forward."""
+    """Consecutive blocks on one device, other ones in every wave. Finished blocks only forward."""
 
     def __init__(self, runs: Sequence[RunConfig], arch: str) -> None:
         self.run, self.runs, self.arch = runs[0], runs, archs.get(arch)
@@ -53,7 +53,7 @@ class Stage:
         self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
 
     def load(self, part: StagePlan) -> None:
-        """Reads the weights of the blocks of a wave, and forgets those of the one before."""
+        """Reads the weights of the blocks of a wave, and drops those of the wave before."""
         with self._busy("load"):
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.source = self.source or open_source(self.run)
@@ -61,18 +61,20 @@ class Stage:
             self.blocks = {spec.index: _Block(self, spec, part) for spec in part.blocks}
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
-        """Has the weights of the next wave read ahead, if there is time."""
+        """Begins to read the weights of the next wave, and returns at once."""
         names = self.source.names()
         self.source.prefetch([name for spec in blocks for name in names if name.startswith(spec.prefix)])
 
     def counted(self) -> int | None:
-        """Batches in the statistics; None where every block is finished and nothing is counted."""
+        """Number of batches in the statistics; None when every block is finished, so that nothing is counted."""
         return self.num_counted if any(block.stats for block in self.blocks.values()) else None
 
     def forward(self, batch: Batch | Spooled, stay: bool = False) -> Batch:
-        """Hidden states after this stage's blocks; counts the batch into the statistics, unless it was before.
+        """Returns the batch with the hidden states after this stage's blocks. Counts it into the statistics, unless it
+        was counted before.
 
-        stay: leaves the batch on the device, for a transport that takes it from there.
+        stay: leaves the batch on the device, for a transport that takes it from there. Raises LookupError when batches
+        before this one are missing.
         """
         with self._busy("forward"):
             if isinstance(batch, Spooled):
@@ -87,24 +89,25 @@ class Stage:
             return here if stay else batch.with_hidden(here.hidden).to("cpu")
 
     def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
-        """Forward where a batch ends; spools what enters `next_block`. Returns its tokens and bytes."""
+        """Forwards a batch through the last stage of a wave and spools it as input of `next_block`, if there is one.
+        Returns its tokens and bytes."""
         batch = self.forward(batch)
         if next_block is not None:
             self.spool.put(next_block, batch)
         return batch.num_tokens, batch.num_bytes
 
     def flush(self) -> None:
-        """Returns when what was spooled is on disk."""
+        """Returns when every spooled batch is on disk."""
         self.spool.flush()
 
     def close(self) -> None:
-        """Nothing is written after this; what was not flushed may be missing."""
+        """Ends the threads of the spool. Batches that were not flushed may be missing."""
         self.spool.close()
 
-    # -- fits: each group where there is time for it, each block published by its owner
+    # -- fits: any worker may fit a group, the worker that holds the block publishes it
 
     def jobs(self) -> list[FitJob]:
-        """What is to be fitted here: every group of every block that is not finished, block by block."""
+        """The fits of every group of every unfinished block here, block by block."""
         return [
             FitJob(run, index, group.name)
             for index, block in self.blocks.items()
@@ -114,23 +117,26 @@ class Stage:
         ]
 
     def problem(self, job: FitJob) -> GroupProblem:
-        """All that a fit needs, for another worker."""
+        """Everything that a fit needs, to send to another worker."""
         block, run = self.blocks[job.block], self.runs[job.run]
         return block.problem(block.view(run).group(job.group), run)
 
     def draft(self, job: FitJob, problem: GroupProblem | None = None) -> Ask | None:
-        """Transforms and rounds a group, ours or another worker's. Returns what it could make of the block's budget."""
+        """Transforms and rounds a group. Returns what it asks of the block's byte budget, if it does.
+
+        problem: of a group whose block another worker holds.
+        """
         with self._busy("fit"):
             self.drafts[job] = self.runs[job.run].recipe_for(job.block).draft(problem or self.problem(job))
             return self.drafts[job].ask
 
     def settle(self, job: FitJob, granted: int | None) -> QuantizedGroup:
-        """The drafted group with the repair that was granted to it."""
+        """Adds the repair that was granted to a drafted group, and returns the group."""
         with self._busy("fit"):
             return self.runs[job.run].recipe_for(job.block).settle(self.drafts.pop(job), granted)
 
     def publish(self, run: int, index: int, names: Sequence[str], *groups: QuantizedGroup) -> dict[str, Any]:
-        """Writes a block whose groups are settled; forgets its statistics after the last run. Returns its report."""
+        """Writes a block whose groups are settled, and returns its report. Drops its statistics after the last run."""
         with self._busy("fit"):
             block, store = self.blocks[index], self.stores[run]
             view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
@@ -143,7 +149,7 @@ class Stage:
             return store.block_report(index)
 
     def fit(self, index: int) -> None:
-        """All of it in this process, one group after the other."""
+        """Fits and publishes a block in this process, one group after the other."""
         for run in range(len(self.runs)):
             jobs = [job for job in self.jobs() if (job.run, job.block) == (run, index)]
             asks = {job.group: self.draft(job) for job in jobs}
@@ -151,10 +157,10 @@ class Stage:
             if jobs:
                 self.publish(run, index, list(asks), *(self.settle(job, granted[job.group]) for job in jobs))
 
-    # -- what others want to know
+    # -- reports
 
     def usage(self) -> dict[str, Any]:
-        """What it does, seconds by activity, memory of this process now and at its peak in MiB."""
+        """Current activity, seconds by activity, blocks, and memory of this process in MiB, now and at its peak."""
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -178,7 +184,7 @@ class Stage:
 
     @contextmanager
     def _busy(self, activity: str) -> Iterator[None]:
-        pin(self.run.threads)  # of the thread that runs this, which need not be the one that made us
+        pin(self.run.threads)  # a setting of the thread, and this need not be the one that ran `__init__`
         self.activity, start = activity, time.perf_counter()
         if activity != "forward":
             give_back_memory()
@@ -192,6 +198,8 @@ class Stage:
 
 
 class _Block:
+    """One block of a stage: its module, and the statistics of its groups while it is not finished."""
+
     def __init__(self, stage: Stage, spec: BlockSpec, part: StagePlan) -> None:
         run, self.arch, self.spec, self.held_out_below = stage.run, stage.arch, spec, part.held_out_below
         self.module = stage.arch.block(stage.source, spec, run.device, run.dtype)
@@ -217,7 +225,7 @@ class _Block:
         return run.recipe_for(self.spec.index).view(self.spec)
 
     def _catcher(self, name: str):
-        inputs = self.inputs  # not self, which holds the module: nothing but the garbage collector would free them
+        inputs = self.inputs  # self holds the module: with it, only the garbage collector would free both
 
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs[name] = args[0]
@@ -225,10 +233,11 @@ class _Block:
         return catch
 
     def rotation_of(self, group: InputGroup) -> Signs:
-        """What is rotated at run time: all that is fitted is fitted, and measured, in these coordinates."""
+        """The factors of the rotation at run time. Groups are fitted and measured in the rotated coordinates."""
         return () if self.rotation is None else self.rotation.at_run_time(group, self.ranks)
 
     def weights(self, group: InputGroup) -> Mapping[str, Tensor]:
+        """Weights of the group's linears by name, in float32, rotated as at run time."""
         modules = {x.name: self.module.get_submodule(x.name) for x in group.linears}
         rotation = self.rotation_of(group)
         return {name: rotate_weight(module.weight.float(), rotation) for name, module in modules.items()}
@@ -250,7 +259,7 @@ class _Block:
         rows = {name: x[which] for name, x in self.inputs.items()}
         for group in (g for view in self.views.values() for g in view.groups):
             x = rows[group.name]
-            if rotation := self.rotation_of(group):  # as at run time
+            if rotation := self.rotation_of(group):
                 factors = unit((factor.to(x.device) for factor in rotation), torch.float32)
                 x = rotate_blocks(x.float(), factors).to(x.dtype)
             add(self.stats[group.name], x, rows[group.router_input], modality, keys)
@@ -260,13 +269,13 @@ class _Block:
         weights, stats = self.weights(group), self.stats[group.name]
         if stats.gram is not None:
             stats = replace(stats, gram=stats.gram.to(next(iter(weights.values())).device))
-        if group.router_input == group.name:  # what it reads is sampled, whatever its router read in the statistics
+        if group.router_input == group.name:  # the router reads the group's own input, which is the sample
             sample, held_out = (_routed_on_own(t, self.rotation_of(group)) for t in (stats.sample, stats.held_out))
             stats = replace(stats, sample=sample, held_out=held_out)
         return GroupProblem(group, weights, stats, scheme, seed, rotation=self.rotation_of(group))
 
 
 def _routed_on_own(tokens: TokenSample, rotation: Signs) -> TokenSample:
-    """With routers that read what the group reads, before anything is rotated."""
+    """The sample with the group's own input, before rotation, as the input of the router."""
     back = tuple(factor.T for factor in rotation)
     return replace(tokens, router_x=rotate_weight(tokens.x, back))

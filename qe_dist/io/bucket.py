@@ -1,4 +1,4 @@
-"""A folder in object storage. Every error names the URL and says what to do; what may pass is tried again."""
+"""A folder in object storage. Errors name the URL and say what to do; requests that fail are tried again."""
 
 import contextlib
 import time
@@ -14,15 +14,17 @@ from qe_dist.io.shards import Span
 
 T = TypeVar("T")
 PAUSES = (1.0, 4.0)
-"""Seconds before it is tried again. The clients of s3 and gs have retries of their own inside each try."""
+"""Seconds before a request is tried again. The clients of s3 and gs also retry within each try."""
 
 
 def is_url(place: object) -> bool:
+    """Whether a path is a URL."""
     return "://" in str(place)
 
 
 class Bucket:
-    """s3://bucket/folder, gs://…, file:///…: whatever fsspec opens."""
+    """A folder at a URL that fsspec opens, such as s3://bucket/folder. Every method raises CheckpointError when the
+    storage cannot be reached."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -42,7 +44,7 @@ class Bucket:
         return f"{self.url}/{name}"
 
     def files(self, folder: str = "") -> dict[str, dict]:
-        """Files directly in a folder: name -> what the storage says of it, as "size". Empty where there is none."""
+        """The files directly in a folder, by name, each with its properties, such as "size". Empty for no folder."""
         place = self._path(folder).rstrip("/")
 
         def call() -> list[dict]:
@@ -56,7 +58,10 @@ class Bucket:
         return {f["name"].rpartition("/")[2]: f for f in found if f["type"] == "file"}
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
-        """Each is one request; those of a call run side by side."""
+        """The bytes of each span. Every span is one request, and the requests of a call run in parallel.
+
+        Raises CheckpointError for a file that is missing or shorter than expected.
+        """
         if not spans:
             return []
         paths = [self._path(span.file) for span in spans]
@@ -75,7 +80,8 @@ class Bucket:
         return found
 
     def fetch(self, name: str, path: Path) -> None:
-        """Copies a file to this machine. Not atomic: `publish` is."""
+        """Copies a file to a path on this machine, not atomically (see `publish`). Raises CheckpointError when the file
+        is missing."""
         try:
             self._attempt(self.shown(name), lambda: self._fs.get_file(self._path(name), str(path)))
         except FileNotFoundError:
@@ -91,7 +97,7 @@ class Bucket:
             ) from None
 
     def remove(self, name: str) -> None:
-        """Of a file that is not there, too."""
+        """Removes a file, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._attempt(self.shown(name), lambda: self._fs.rm_file(self._path(name)))
 
@@ -99,7 +105,8 @@ class Bucket:
         return f"{self._root}/{name}"
 
     def _attempt(self, shown: str, call: Callable[[], T]) -> T:
-        """FileNotFoundError goes through. Each kind of storage has its own exceptions, hence the broad net."""
+        """Calls up to three times. Raises FileNotFoundError at once, and CheckpointError for everything else, since
+        each kind of storage has exceptions of its own."""
         for pause in (*PAUSES, None):
             try:
                 return call()

@@ -1,4 +1,4 @@
-"""The files of a model: on disk, or in object storage, where only what is asked for travels."""
+"""The files of a model, on disk or in object storage. Of remote files only the requested bytes are transferred."""
 
 import contextlib
 import hashlib
@@ -20,39 +20,50 @@ from qe_dist.io.shards import Span, Stored, unreadable
 
 MIB = 2**20
 ADVISED_BYTES = 128 * 1024
-"""Linux cuts an advice down to the read-ahead window of the device, and this is its default."""
+"""Linux limits each posix_fadvise to the read-ahead window of the device; this is its default size."""
 AHEAD_BYTES = 2048 * MIB
-"""What a remote model may hold in memory of tensors that nobody asked for yet: a block of 72B in bf16 is 1.7 GiB."""
+"""Most bytes of a remote model that are read ahead and not yet requested: a block of 72B in bf16 has 1.7 GiB."""
 REQUEST_BYTES, REQUESTS = 16 * MIB, 8
-"""One connection to object storage is slow, so a long range is read as several requests side by side."""
+"""One connection to object storage is slow, so a long range is read by several parallel requests."""
 KEPT_BYTES = 64 * 1024
-"""Tensors as small as norms and biases are asked for more than once, and kept."""
+"""Tensors up to this size, such as norms and biases, are requested more than once, so they are kept."""
 SMALL_FILES = (".json", ".jinja", ".txt", ".model")
 
 
 class Files(Protocol):
+    """Reads the files of a model. Methods raise CheckpointError for what cannot be read."""
+
     folder: Path
-    """Where the small files lie on this machine: config, tokenizer, processor."""
+    """The folder of the small files on this machine: config, tokenizer, processor."""
 
     def shown(self, name: str) -> str:
         """How a message names a file."""
         ...
 
     def size(self, name: str) -> int | None:
-        """None where there is no such file."""
+        """Bytes of a file; None when there is no such file."""
         ...
 
-    def read(self, spans: Sequence[Span]) -> list[bytes]: ...
-    def get(self, name: str, stored: Stored) -> Tensor: ...
-    def prefetch(self, spans: Iterable[Span]) -> None: ...
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of each span."""
+        ...
+
+    def get(self, name: str, stored: Stored) -> Tensor:
+        """The tensor of this name, which lies at `stored`."""
+        ...
+
+    def prefetch(self, spans: Iterable[Span]) -> None:
+        """Begins to read these spans and returns at once."""
+        ...
 
 
 def open_files(model: Path | str) -> Files:
+    """model: a directory, or a URL that fsspec opens."""
     return RemoteFiles(str(model)) if is_url(model) else LocalFiles(Path(model))
 
 
 class LocalFiles:
-    """A model directory on disk. Tensors are maps of it: the kernel may drop their pages and read them again."""
+    """A model directory on disk. Tensors are memory-mapped: the kernel may drop their pages and read them again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +94,7 @@ class LocalFiles:
             raise unreadable(self.shown(stored.span.file), error) from None
 
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """Asks the kernel to read ahead into the page cache, which is memory that any process may take back."""
+        """Asks the kernel to read ahead into the page cache, which the kernel frees when memory is needed."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
         for span in spans:
@@ -94,7 +105,7 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """A model directory behind a URL: tensors come as ranges of their shards, and no shard is ever copied."""
+    """A model directory at a URL. Tensors are read as ranges of their shards; no shard is copied as a whole."""
 
     def __init__(self, url: str) -> None:
         self._bucket = Bucket(url)
@@ -132,7 +143,7 @@ class RemoteFiles:
         return content
 
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """Reads in a thread, at most AHEAD_BYTES ahead. Forgets what an earlier call brought and nobody took."""
+        """Reads in a thread, at most AHEAD_BYTES ahead. Drops what an earlier call read and no `get` returned."""
         wanted = [span for span in dict.fromkeys(spans) if span not in self._kept]
         self._ahead = {span: self._ahead[span] for span in wanted if span in self._ahead}
         self._queue = list(_groups(span for span in wanted if span not in self._ahead))
@@ -145,7 +156,7 @@ class RemoteFiles:
             self._ahead |= dict.fromkeys(group, self._reader.submit(self._read, group))
 
     def _read(self, spans: Sequence[Span]) -> dict[Span, Tensor]:
-        """The bytes of each span. Spans that touch each other are read as one."""
+        """The bytes of each span. Adjacent spans are read as one."""
         contents = {span: np.empty(span.size, np.uint8) for span in spans}
         requests = list(_requests(spans))
         for i in range(0, len(requests), REQUESTS):
@@ -157,7 +168,7 @@ class RemoteFiles:
 
 
 def _groups(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Lists of as many spans as can be read at a time; a larger one goes alone."""
+    """Groups of spans that are read at a time. A span that is larger than a group is a group of its own."""
     group: list[Span] = []
     for span in spans:
         if group and sum(s.size for s in group) + span.size > REQUESTS * REQUEST_BYTES:
@@ -169,7 +180,7 @@ def _groups(spans: Iterable[Span]) -> Iterator[list[Span]]:
 
 
 def _requests(spans: Sequence[Span]) -> Iterator[Span]:
-    """The bytes of all spans in as few pieces of at most REQUEST_BYTES as there can be."""
+    """Covers the bytes of all spans by as few pieces of at most REQUEST_BYTES as possible."""
     runs: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.file, s.begin)):
         if runs and runs[-1].file == span.file and runs[-1].end == span.begin:
@@ -182,15 +193,15 @@ def _requests(spans: Sequence[Span]) -> Iterator[Span]:
 
 
 def _copy_common(piece: Span, found: np.ndarray, span: Span, content: np.ndarray) -> None:
-    """Copies into a span's content what a piece of the same file has of it."""
+    """Copies the bytes that a piece and a span of the same file share into the span's content."""
     begin, end = max(piece.begin, span.begin), min(piece.end, span.end)
     if piece.file == span.file and begin < end:
         content[begin - span.begin : end - span.begin] = found[begin - piece.begin : end - piece.begin]
 
 
 def _fetch_small(bucket: Bucket, listed: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Config, tokenizer and processor as a folder, which transformers wants. A model that was changed in its place
-    gets another folder."""
+    """Copies config, tokenizer and processor into a folder, as transformers needs them, and returns the folder. A model
+    that was changed at the same URL gets another folder."""
     small = {n: about for n, about in sorted(listed.items()) if Path(n).suffix in SMALL_FILES or n == "LICENSE"}
     state = hashlib.sha256(f"{bucket.url} {small!r}".encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qe_dist" / "models" / state

@@ -12,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from qe_dist.io.publish import digest, sha256
 
 NAMED = 3
-"""Changed tensors of a file that are told by name."""
+"""Most changed tensors of a file that a fault names."""
 
 
 def settings_digest(quantization_config: Mapping[str, Any]) -> str:
-    """SHA-256 of what config.json says about the quantized linears; the rest of that file is the user's to edit."""
+    """SHA-256 of the quantization_config of config.json. Users may edit the rest of that file."""
     return hashlib.sha256(json.dumps(quantization_config, sort_keys=True).encode()).hexdigest()
 
 
 def settings_faults(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Whether config.json describes the tensors that the manifest lists (an older one does not tell)."""
+    """A fault when config.json is not the one that the manifest was written with; an older manifest does not say."""
     expected = manifest.get("quantization_config")
     if expected in (None, settings_digest(config["quantization_config"])):
         return []
@@ -29,9 +29,9 @@ def settings_faults(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> l
 
 
 def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong, file by file: missing, not listed, or not as written, with the tensors that changed.
+    """The faults of a checkpoint, at most one per file: missing, not listed, or changed, with the changed tensors.
 
-    Reads every file once, as many at a time as there are cores, some MiB of each.
+    Reads every file once, several at a time, a few MiB of each in memory.
     """
     listed, tensors = manifest["files"], manifest.get("tensors", {})
     with ThreadPoolExecutor() as pool:
@@ -50,7 +50,7 @@ def _fault(path: Path, expected: str, tensors: Mapping[str, str]) -> str:
 
 
 def _changed(path: Path, expected: Mapping[str, str]) -> str:
-    """Which tensors of a file differ; only their digests can tell, which an older manifest lacks."""
+    """Names the tensors of a file that differ from their digests; empty for an older manifest without digests."""
     if not expected:
         return ""
     try:

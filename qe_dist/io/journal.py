@@ -1,7 +1,7 @@
 """The journal of a run: a JSON line for every event of the driver, in OUTPUT/.run/journal.jsonl.
 
-It tells people how a run is doing (`qe-dist status`) and how it went; nothing is ever computed from it. So it is not
-synced to disk record by record, and a record that cannot be written is left out: no run is worth less than its log.
+`qe-dist status` shows it; no run depends on it. So records are not synced to disk, and a record that cannot be written
+is left out instead of ending the run.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 JOURNAL = "journal.jsonl"
 """Its name in the .run folder."""
 LEFT_OUT = ("layout", "tensors")
-"""Parts of a block's report that are as long as the model is deep; they are in the block's own file."""
+"""Parts of a block's report that are left out since they are long; the block's own report has them."""
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,32 @@ class Record:
     """One event."""
 
     call: str
-    """Which call of the command: they continue each other's run, in one journal."""
+    """Id of the call of the command. All calls that continue a run share its journal."""
     time: str
-    """Of the wall clock, for people. It may jump: differences are taken of `elapsed`."""
+    """Wall clock, to show. It may jump, so durations are differences of `elapsed`."""
     elapsed: float
-    """Seconds of this call, of a clock that never jumps."""
+    """Seconds since the call began, by a clock that never jumps."""
     event: str
     data: Mapping[str, Any]
 
 
 class Journal:
-    """A listener of the driver that appends every event to a file. One at a time writes there."""
+    """A listener of the driver that appends every event to a file. Only one process may write to it at a time."""
 
     def __init__(self, path: Path, listen: Callable[[str, dict[str, Any]], None] = lambda *_: None) -> None:
-        """listen: is told (event `note`) when the journal cannot be written, the first time that it happens."""
+        """listen: gets an event `note` the first time that the journal cannot be written."""
         self.path, self.listen = path, listen
         self.call, self.begin = uuid.uuid4().hex[:12], monotonic()
         self.complained = False
         self.heard: dict[int, float] = {}
-        """When a worker's state was last written."""
+        """Seconds of the call when each worker's usage was last written."""
 
     def __call__(self, event: str, data: Mapping[str, Any]) -> None:
         elapsed = monotonic() - self.begin
         if event == "worker" and not self._is_due(data["worker"], elapsed):
             return
         if event == "lost":
-            self.heard.pop(data["worker"], None)  # its successor is heard at once
+            self.heard.pop(data["worker"], None)  # the first event of its replacement is written at once
         kept = {key: value for key, value in data.items() if key not in LEFT_OUT}
         record = Record(self.call, now(), round(elapsed, 3), event, kept)
         try:
@@ -63,7 +63,8 @@ class Journal:
                 self.listen("note", {"text": f"{self.path} cannot be written ({why}); the run goes on without it"})
 
     def _is_due(self, worker: int, elapsed: float) -> bool:
-        """Workers tell how they are every few seconds; written is one of them per second, however many they are."""
+        """Whether to write the usage of a worker. Workers report every few seconds; one report per second is written,
+        of any number of workers."""
         if elapsed - self.heard.get(worker, -math.inf) < len(self.heard):
             return False
         self.heard[worker] = elapsed
@@ -71,11 +72,12 @@ class Journal:
 
 
 def now() -> str:
+    """The wall clock, in ISO format."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Opened and closed each time: on NFS, closing is what shows a line to other hosts."""
+    """Opens and closes the file each time, since on NFS other hosts see a line only after the file is closed."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
@@ -84,8 +86,8 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def read_journal(path: Path, start: int = 0) -> tuple[list[Record], int]:
-    """The records from byte `start` on, and where to go on reading. Skips what is torn, and leaves a last line without
-    its end to the next reader: it may be about to be written."""
+    """Returns the records from byte `start` on, and the byte to go on from. Skips damaged lines. A last line without
+    its end is left for the next call, since it may still be being written."""
     with path.open("rb") as file:
         file.seek(start)
         text = file.read()

@@ -1,14 +1,15 @@
 """One run per directory: a lock with owner and heartbeat, on local disks and on NFS.
 
-The lock is a folder of numbered files, and the owner is who made the highest. To take it is to create the next number
-exclusively, so of several takers one wins; no file is moved or removed that another may hold, and an owner who finds a
-higher number has lost.
+The lock is a folder of numbered files. The process that made the file with the highest number owns the lock. A process
+takes the lock by creating the next number exclusively, so of several takers one wins. No file is moved or removed that
+another process may own, and an owner that finds a higher number has lost the lock.
 
-An owner counts as gone when it is known to be (same machine, no such process), or when its counter stands still through
-`patience` sleeps of the observer. No clock is compared with another, so one that jumps neither steals nor blocks.
+An owner counts as gone when it is known to have ended (same machine, no such process), or when its count of heartbeats
+does not change while the observer sleeps `missed_heartbeats` times. Clocks of two machines are never compared, so a
+clock that jumps does no harm.
 
 filelock's SoftFileLease follows the same rule for clocks, but needs renameat2(RENAME_EXCHANGE) to take over a stale
-lock, which NFS refuses: there the lock of a killed run would stay for ever.
+lock. NFS refuses that, so there the lock of a killed run would stay for ever.
 """
 
 import contextlib
@@ -25,24 +26,27 @@ from pathlib import Path
 from qe_dist.core.errors import CheckpointError, ConfigError, QEError
 from qe_dist.io.publish import make_folder
 
-BEAT = 5.0
-"""Seconds between two heartbeat."""
-PATIENCE = 12
-"""Beats without one after which an owner on another machine counts as gone."""
+HEARTBEAT_SECONDS = 5.0
+"""Time between two heartbeats."""
+MISSED_HEARTBEATS = 12
+"""An owner on another machine counts as gone after so many intervals without a heartbeat."""
 
 
 @dataclass(frozen=True)
 class Owner:
+    """The process that holds a lock, as its file describes it."""
+
     id: str
     host: str
     machine: str
-    """Within which a process id means the same process; empty where that is not known."""
+    """Processes with equal `machine` share process ids; empty where that is not known."""
     pid: int
     started: str
-    """Ticks from boot to the start of the process: unlike a time of day, no clock changes it."""
+    """Ticks from boot to the start of the process; no change of a clock affects them."""
     since: str
-    """For people alone."""
+    """Wall clock, for messages only."""
     beat: int = 0
+    """Number of heartbeats so far."""
     released: bool = False
 
     @classmethod
@@ -56,7 +60,7 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Provably: what cannot be known counts as there."""
+        """Whether the process is known to have ended or to have released the lock. False when that is not known."""
         if self.released:
             return True
         if not self.is_local:
@@ -75,19 +79,25 @@ class Owner:
 
 
 class RunLock:
-    """Held within `with`. ConfigError names the owner where another run holds it."""
+    """A context manager that holds the lock.
 
-    def __init__(self, folder: Path, beat: float = BEAT, patience: int = PATIENCE) -> None:
-        self.folder, self.beat, self.patience = folder, beat, patience
+    Entering raises ConfigError, which names the owner, when another run holds the lock, and CheckpointError when the
+    folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS, missed_heartbeats: int = MISSED_HEARTBEATS
+    ) -> None:
+        self.folder, self.heartbeat_seconds, self.missed_heartbeats = folder, heartbeat_seconds, missed_heartbeats
         self._stop, self._lost = threading.Event(), threading.Event()
 
     @property
     def lost(self) -> bool:
-        """Taken over by another run, because this one gave no heartbeat."""
+        """Whether another run took the lock over, because this one gave no heartbeat."""
         return self._lost.is_set()
 
     def check(self) -> None:
-        """To be asked before anything is published. QEError once the lock is lost."""
+        """Raises QEError when the lock is lost. To be called before anything is published."""
         if self.lost:
             raise QEError(
                 f"{self.folder} was taken over by {self._read(self._last()) or 'another run'} while this run gave no "
@@ -107,20 +117,21 @@ class RunLock:
                 f"{self.folder} could not be written: {error.strerror}; free some space (or mend the permissions) and "
                 "type the same command again"
             ) from None
-        self._thread = threading.Thread(target=self._live, name="run lock", daemon=True)
+        self._thread = threading.Thread(target=self._give_heartbeats, name="run lock", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The file stays, marked: numbers only grow, else a slow taker could make one a second time."""
+        """Marks the file as released. It stays, since numbers must only grow: a slow taker could create one again."""
         self._stop.set()
         self._thread.join()
         if self._last() == self.number:
             said = json.dumps(asdict(replace(self.owner, released=True)))
             with contextlib.suppress(OSError), self._path(self.number).open("r+") as file:
-                file.write(said + " ")  # in place, as a full disk has no room for another; covers "false" by "true"
+                file.write(said + " ")  # in place, since a full disk has no room for a file; as long as with "false"
 
     def _take(self) -> int:
+        """Waits until the last owner is gone, and returns the number of the file that this process created."""
         while True:
             number = self._last()
             self._wait(number)
@@ -130,11 +141,11 @@ class RunLock:
                 self._path(number + 1).unlink(missing_ok=True)  # others were faster by more than one
 
     def _wait(self, number: int) -> None:
-        """Returns once the owner of this number is gone or another took it over; ConfigError once it shows life."""
+        """Returns when the owner of this number is gone or has lost the lock. Raises ConfigError when it is alive."""
         first = self._read(number)
-        for watched in range(self.patience + 1):
+        for watched in range(self.missed_heartbeats + 1):
             if watched > 0:
-                time.sleep(self.beat)
+                time.sleep(self.heartbeat_seconds)
             owner = self._read(number)
             if number == 0 or self._last() != number or (owner and owner.is_gone):
                 return
@@ -144,9 +155,9 @@ class RunLock:
                     "output directory"
                 )
 
-    def _live(self) -> None:
-        while not self._stop.wait(self.beat):
-            with contextlib.suppress(OSError):  # a full disk or a server that is away is no loss yet
+    def _give_heartbeats(self) -> None:
+        while not self._stop.wait(self.heartbeat_seconds):
+            with contextlib.suppress(OSError):  # the lock is not lost when a disk is full or a server does not answer
                 if self._last() != self.number:
                     self._lost.set()
                     return
@@ -163,13 +174,14 @@ class RunLock:
         return max(self._numbers(), default=0)
 
     def _read(self, number: int) -> Owner | None:
-        """None where there is none, or nothing readable: being written, or damaged."""
+        """The owner of this number; None when there is no file, or when it is being written or damaged."""
         try:
             return Owner(**json.loads(self._path(number).read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
     def _create(self, number: int) -> bool:
+        """Creates the file of this number; False when it exists already."""
         try:
             handle = os.open(self._path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -183,7 +195,8 @@ class RunLock:
         return True
 
     def _write(self, owner: Owner) -> None:
-        """By rename: read whole or not at all, and an NFS client that changed a folder sees what others did there."""
+        """Writes by rename, so that readers see all or nothing. An NFS client that changed a folder also sees what
+        others did there."""
         temporary = self.folder / f".{self.number}.{uuid.uuid4().hex}.tmp"
         try:
             temporary.write_text(json.dumps(asdict(owner)))
@@ -193,7 +206,7 @@ class RunLock:
 
 
 def _machine() -> str:
-    """This boot of this kernel, and the namespace of process ids in it: containers share a host's name, not its ids."""
+    """This boot of this kernel and its namespace of process ids: containers may share a host's name, not its ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -202,7 +215,7 @@ def _machine() -> str:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """State and start of a process, in ticks since boot; empty where not known."""
+    """State of a process, and its start in ticks since boot; both empty where they are not known."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return after_name[0], after_name[19]

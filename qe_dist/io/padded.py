@@ -1,6 +1,6 @@
-"""A model whose MLPs are made wider by channels that are zero: it computes the same, and can be cut into more parts.
+"""A model whose MLPs are wider by channels that are zero. It computes the same and can be sharded over more ranks.
 
-What makes these channels gets outputs that are zero, what reads them inputs that are zero.
+The linears that produce these channels get zero rows, and those that read them zero columns.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -14,20 +14,23 @@ from qe_dist.core.spec import InputGroup, ModelSpec
 
 
 def paddable(groups: Iterable[InputGroup]) -> InputGroup | None:
-    """The group of a block whose input may be made wider, since its producers make it channel by channel."""
+    """The group of a block whose input can be padded, since its producers make it channel by channel; None if none."""
     return next((group for group in groups if group.producers), None)
 
 
 class PaddedSource:
-    """model: that on disk, as its architecture describes it; its blocks have a group that is paddable. config:
-    `config.json` of the padded model. width: of that group."""
+    """The weights of the padded model.
+
+    model: the model of `source`, whose blocks have a paddable group. config: config.json of the padded model. width: of
+    the group, in channels.
+    """
 
     def __init__(self, source: WeightSource, model: ModelSpec, config: Mapping[str, Any], width: int) -> None:
         self.source, self.model, self.width = source, model, width
         self.folder, self.config = source.folder, config
         self.before = paddable(model.blocks[0].groups).in_features
         self._dimension: dict[str, int] = {}
-        """Tensor -> which of its dimensions grows."""
+        """The dimension of each tensor that is padded."""
         for block in model.blocks:
             group = paddable(block.groups)
             for name in group.producers:

@@ -1,9 +1,9 @@
-"""All of a file or nothing: write to a temporary name, fsync file and directory, rename.
+"""Files that appear whole or not at all: written under a temporary name, fsynced with their directory, renamed.
 
-Nothing here needs more of a file system than NFS gives: no flock, no process ids in names that other hosts see.
-Safetensors files are written by a few lines of our own: the library's writer leaves a temporary file of another name
-when it is killed, makes files that only their owner can read, and writes metadata in an order that changes from run to
-run; and here the hash falls out of the writing, without reading a file again.
+NFS is enough for this: no flock is used, and no process ids in names that other hosts see. Safetensors files are
+written here and not by the library, whose writer leaves a temporary file of another name when it is killed, makes files
+that only their owner can read, and writes metadata in an order that changes from run to run. The hash is computed while
+writing, so that the file is not read again.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-"""By their names in safetensors."""
+"""Types by their names in safetensors."""
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path and makes its result appear under `path` all at once.
+    """Calls `write` with a temporary path, and renames the result to `path`.
 
-    CheckpointError where the disk is full or the place cannot be written; what was there before stays.
+    Raises CheckpointError when it cannot be written, as on a full disk; a file that was at `path` before stays.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -52,15 +52,17 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def publish_json(path: Path, content: Any) -> None:
+    """Publishes a JSON file. Raises CheckpointError as `publish` does."""
     publish(path, lambda p: p.write_bytes(json_bytes(content)))
 
 
 def json_bytes(content: Any) -> bytes:
-    """As `publish_json` writes it."""
+    """The bytes that `publish_json` writes."""
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CheckpointError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -68,7 +70,7 @@ def read_json(path: Path) -> Any:
 
 
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """A safetensors file; the same tensors give the same bytes. Returns its SHA-256."""
+    """Publishes a safetensors file and returns its SHA-256. The same tensors give the same bytes."""
     return publish_one_by_one(path, tensors, tensors.__getitem__, metadata)
 
 
@@ -78,9 +80,9 @@ def publish_one_by_one(
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """The same of tensors that are made when their turn comes, so that one is held at a time.
+    """Like `publish_tensors`, but `make` is called for each tensor when it is written, so that one is held at a time.
 
-    described: of each, any tensor of its type and shape (on the meta device, for example).
+    described: a tensor of the same type and shape by each name, for example on the meta device.
     """
     total = hashlib.sha256()
 
@@ -95,12 +97,12 @@ def publish_one_by_one(
 
 
 def publish_sealed(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that holds the SHA-256 of its own tensors, for `read_sealed`."""
+    """Publishes a safetensors file that holds the SHA-256 of its own tensors, for `read_sealed`."""
     publish_tensors(path, tensors, {"sha256": digest(tensors)})
 
 
 def read_sealed(path: Path) -> dict[str, Tensor]:
-    """The tensors of a sealed file. CheckpointError where they are not those that were written."""
+    """The tensors of a sealed file. Raises CheckpointError when they are not those that were written."""
     try:
         with safe_open(path, framework="pt") as file:
             expected = (file.metadata() or {}).get("sha256")
@@ -123,12 +125,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:
-    """With its parents, each synced, so that a file in it survives a power cut."""
+    """Makes a folder and its parents, and syncs each, so that a file in it survives a power cut."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -136,8 +139,8 @@ def make_folder(folder: Path) -> None:
 
 
 def refresh(folder: Path) -> None:
-    """Makes this host see what others did in a folder: an NFS client believes what it saw there (and, worse, what it
-    did not see) for up to a minute, until it changes the folder itself."""
+    """Makes this host see what other hosts changed in a folder. An NFS client caches what is there (and what is not)
+    for up to a minute, unless it changes the folder itself."""
     with contextlib.suppress(OSError):
         probe = folder / f".refresh.{uuid.uuid4().hex}.tmp"
         probe.touch()
@@ -147,8 +150,8 @@ def refresh(folder: Path) -> None:
 def _serialized(
     tensors: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> Iterator[bytes | np.ndarray]:
-    """The parts of a safetensors file: length of the header, header, tensors. Wide types first, so that all lie on
-    multiples of their width."""
+    """The parts of a safetensors file: length of the header, header, tensors. Wide types come first, so that every
+    tensor is aligned to its element size."""
     types = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))

@@ -1,4 +1,4 @@
-"""A run's finished files in object storage, so that a machine with a throw-away disk loses nothing."""
+"""A copy of a run's finished files in object storage, for machines whose disk does not last."""
 
 import json
 import logging
@@ -21,15 +21,15 @@ CONFIG = "config.json"
 
 log = logging.getLogger("qe_dist")
 Mark = tuple[int, int]
-"""Time and size, by which a file that was written anew is known."""
+"""Time and size of a file; they change when it is written again."""
 
 
 class Mirror:
-    """Keeps a copy of a run directory behind a URL, in a thread of its own.
+    """Keeps a copy of a run directory at a URL, by a thread of its own.
 
-    The copy has the directory's files under their names, but finished tensors lie at once where `assemble` would move
-    them: nothing is renamed there, and with config.json, which comes last, it is a checkpoint. A report comes after
-    the tensors that it vouches for.
+    The copy has the directory's files under their names, except that finished tensors lie where `assemble` will move
+    them, since nothing is renamed there. With config.json, which comes last, the copy is a checkpoint. A report is
+    copied after its tensors, whose hash it has.
     """
 
     def __init__(self, url: str, store: RunDir) -> None:
@@ -43,7 +43,7 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Waits for what is on its way; after an error too, for it is finished work."""
+        """Waits for the copies that have begun, after an error too, since they are finished work."""
         try:
             self.flush()
         except CheckpointError as failure:
@@ -53,12 +53,13 @@ class Mirror:
         finally:
             self._copier.shutdown()
 
-    # -- from there
+    # -- from the URL to this machine
 
     def restore(self, identity: Mapping[str, Any], resume: str) -> None:
-        """Fetches what is finished there and not here. To be called before the run directory is opened.
+        """Fetches the files that are finished at the URL and not here. To be called before the run directory is opened.
 
-        Raises ConfigError where the URL belongs to another run than the directory (or, if that is new, `identity`).
+        Raises ConfigError when the URL belongs to another run than the directory, or, for a new directory, to a run of
+        another identity.
         """
         url, inside = self._bucket.url, self._bucket.files()
         listed = self._bucket.files(".run")
@@ -79,7 +80,7 @@ class Mirror:
             )
         self._publish(MARKER, marker, lambda path: path.write_bytes(content))
         if CONFIG in inside:
-            self._there[CONFIG] = (0, 0)  # true again when it is written here
+            self._there[CONFIG] = (0, 0)  # `sync` removes it there until it is written here
         reports = self._bucket.files(REPORTS)
         contents = self._bucket.read([Span(f"{REPORTS}/{n}", 0, about["size"]) for n, about in reports.items()])
         for report, content in zip(reports, contents, strict=True):
@@ -92,7 +93,7 @@ class Mirror:
         report, file = f"{REPORTS}/{name}.json", f"{name}.safetensors"
         here = self._store.output / report
         if here.exists() and here.read_bytes() != content:
-            return  # made anew here: `sync` sends it
+            return  # it was fitted again here, and `sync` copies it
         if not here.exists():
             digest = _parsed(self._bucket.shown(report), content).get("sha256")
             self._publish(file, self._store.finished / file, lambda path: self._fetch_sound(file, path, digest))
@@ -111,11 +112,11 @@ class Mirror:
             publish(path, write)
         self._there[name] = _mark(path)
 
-    # -- to there
+    # -- from this machine to the URL
 
     def sync(self) -> None:
-        """Sends what was published here since the last call, and removes there what was forgotten here. Waits only
-        for what says whose run it is. Raises CheckpointError where this or an earlier copy failed."""
+        """Begins to copy the files that were published since the last call, and to remove those that are gone here.
+        Waits only for run.json, which identifies the run. Raises CheckpointError when any copy so far failed."""
         self._check()
         with self._lock:
             found = dict(self._published())
@@ -132,13 +133,13 @@ class Mirror:
         self._check()
 
     def flush(self) -> None:
-        """Returns when everything has arrived; to be called before `assemble`, which moves files. Raises
-        CheckpointError where a copy failed."""
+        """Returns when every copy is finished. To be called before `assemble`, which moves files. Raises
+        CheckpointError when a copy failed."""
         self._copier.submit(lambda: None).result()
         self._check()
 
     def _try(self, action: Callable[..., None], *arguments: Any) -> None:
-        """After a failure nothing follows: a report must not arrive without its tensors."""
+        """Runs an action, but none after a failure: a report must not be copied without its tensors."""
         if self._failure is None:
             try:
                 action(*arguments)
@@ -150,7 +151,7 @@ class Mirror:
             raise self._failure
 
     def _published(self) -> Iterator[tuple[str, Path]]:
-        """Name there, path here, in the order in which they may appear."""
+        """Names at the URL and paths here of the published files, in the order in which they may be copied."""
         store = self._store
         yield MARKER, store.output / MARKER
         for report in sorted(store.finished.glob("*.json")):

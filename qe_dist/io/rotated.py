@@ -1,4 +1,4 @@
-"""A model rewritten into another one that computes the same, tensor by tensor, when asked for."""
+"""A rotated model, which computes the same. Each tensor is rotated when it is requested."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -11,13 +11,14 @@ from qe_dist.numerics.hadamard import Orthogonal, fused
 
 
 class RotatedSource:
-    """What is quantized comes in float32, so that it is rounded once; all else in the source's dtype."""
+    """The weights of the rotated model. Tensors to quantize come in float32, so that they are rounded only once, all
+    others in the source's dtype. Raises CheckpointError for a tensor that is missing."""
 
     def __init__(self, source: WeightSource, sites: RotationSites, bases: Mapping[Space, Orthogonal]) -> None:
         self.source, self.sites, self.bases = source, sites, bases
         self.folder, self.config = source.folder, sites.config
         for name in self.names():
-            self.shape(name)  # what is missing is missed now
+            self.shape(name)  # raises for a missing tensor before any work
 
     def names(self) -> Collection[str]:
         return {*self.source.names(), *self.sites.tensors}
@@ -33,17 +34,17 @@ class RotatedSource:
             return self.source.get(name)
         site = self.sites.tensors[name]
         tensor = self.source.get(site.source)
-        turned = fused(
+        rotated = fused(
             tensor.reshape(len(tensor), -1),  # a bias is a column
             rows=None if site.rows is None else self.bases[site.rows],
             columns=None if site.columns is None else self.bases[site.columns],
             gain=None if site.gain is None else self.source.get(site.gain).double() / self._kept_gain(site.gain),
             dtype=tensor.dtype if site.stored else torch.float32,
         )
-        return turned.reshape(tensor.shape)
+        return rotated.reshape(tensor.shape)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """What these tensors are made of; gains of norms are small and come when they are asked for."""
+        """Begins to read what these tensors are made of, except the gains of norms, which are small."""
         sites = self.sites.tensors
         self.source.prefetch(dict.fromkeys(sites[n].source if n in sites else n for n in names))
 

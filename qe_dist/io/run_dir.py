@@ -1,9 +1,9 @@
-"""The run directory: what is finished stays finished.
+"""The run directory, in which finished work is kept.
 
-OUTPUT/.run/ holds run.json (identity), lock/ (who works here), activations/ (the input of each wave) and blocks/
-(finished files: blocks, and parts of what is passed through, each with a report that is published after it and vouches
-for it by its SHA-256). `assemble` moves the files up to OUTPUT itself and writes config.json last, so a directory with
-a config is whole.
+OUTPUT/.run/ holds run.json (identity), lock/ (the process that works here), activations/ (the input of each wave) and
+blocks/ (finished files: blocks, and parts of the passthrough). A report with its SHA-256 is published after each
+finished file. `assemble` moves the files up to OUTPUT itself and writes config.json last, so a directory with a config
+is complete.
 """
 
 import json
@@ -40,7 +40,8 @@ class RunDir:
         self.finished = self.root / "blocks"
 
     def lock(self) -> RunLock:
-        """To be held by whoever changes anything here. A directory of others is refused before the first byte."""
+        """The lock that a process must hold to change anything here. Raises ConfigError, before anything is written,
+        for a directory that holds other files."""
         if not self._marker.exists():
             self._refuse_foreign()
         return RunLock(self.locks)
@@ -50,7 +51,10 @@ class RunDir:
         return self.root / "run.json"
 
     def open(self, identity: Mapping[str, Any], resume: str) -> bool:
-        """Claims the directory for this run; True where an earlier run of the same identity is continued."""
+        """Writes the identity of a new run, or checks that of the run to continue. Returns whether one is continued.
+
+        resume: auto, required or never. Raises ConfigError when it forbids that, or when the identity differs.
+        """
         marker = self._marker
         if not marker.exists():
             if resume == "required":
@@ -65,18 +69,21 @@ class RunDir:
         return True
 
     def identity(self) -> dict[str, Any]:
-        """What the run in this directory was asked to do, lastly."""
+        """The identity of the run in this directory, as it was last. Raises ConfigError when there is none."""
         if not self._marker.exists():
             raise ConfigError(f"{self.output} holds no run; a recipe can be changed from a block on where there is one")
         return read_json(self._marker)
 
     def change(self, identity: Mapping[str, Any], what: Collection[str], first: int) -> None:
-        """Lets the run go on as another one that differs in `what`: blocks from `first` on are forgotten."""
+        """Changes the entries `what` of the run's identity, and drops its finished blocks from `first` on.
+
+        Raises ConfigError when other entries differ, too.
+        """
         before = self.identity()
         self._check_same(identity, before.keys() - set(what))
         now = json.loads(json.dumps(identity))
         if any(before[name] != now[name] for name in what):
-            self.reset_blocks(first)  # first: a crash in between must not leave blocks under a recipe not theirs
+            self.reset_blocks(first)  # before run.json: a crash in between must not leave blocks of another recipe
             publish_json(self._marker, now)
 
     def _check_same(self, identity: Mapping[str, Any], names: Collection[str]) -> None:
@@ -89,7 +96,8 @@ class RunDir:
             )
 
     def _refuse_foreign(self) -> None:
-        """A directory in which an earlier call could not even write its marker counts as empty."""
+        """Raises ConfigError for a directory of other files. One in which an earlier call could not even write run.json
+        counts as empty."""
         if self.output.exists() and not self.output.is_dir():
             raise ConfigError(f"{self.output} is a file; choose an empty output directory")
         inside = self.output.rglob("*") if self.output.exists() else ()
@@ -97,13 +105,14 @@ class RunDir:
             raise ConfigError(f"{self.output} exists and is not a run of ours; choose an empty output directory")
 
     def refresh(self) -> None:
-        """To be called before asking what other hosts have finished or spooled meanwhile (see `publish.refresh`)."""
+        """Makes this host see what other hosts have finished or spooled (see `publish.refresh`)."""
         spools = self.root / "activations"
         for folder in (self.finished, spools, *spools.glob("block-*")):
             refresh(folder)
 
     @property
     def is_complete(self) -> bool:
+        """Whether the checkpoint is assembled."""
         return (self.output / "config.json").exists()
 
     # -- activations
@@ -115,17 +124,17 @@ class RunDir:
         return self._spool(block) / f"batch-{index:05d}.safetensors"
 
     def has_batch(self, block: int, index: int) -> bool:
-        """Whether the input of a block is there (it is spooled where a wave begins)."""
+        """Whether a batch is spooled as input of a block, which is done for the first block of a wave."""
         return self._batch_path(block, index).exists()
 
     def put_batch(self, block: int, batch: Batch) -> None:
         publish_sealed(self._batch_path(block, batch.index), batch.tensors())
 
     def get_batch(self, block: int, index: int) -> Batch:
-        """The batch as it was put. CheckpointError for one that is damaged, which is removed, so that a continued run
-        makes it anew."""
+        """The batch as it was put. Raises CheckpointError for a damaged one, and removes it, so that a continued run
+        makes it again."""
         path = self._batch_path(block, index)
-        if not path.exists():  # as far as this host knows
+        if not path.exists():  # or this host does not see it yet
             self.refresh()
         try:
             return Batch.from_tensors(read_sealed(path))
@@ -134,46 +143,47 @@ class RunDir:
             raise CheckpointError(f"{error}; it is removed, type the same command again to make it anew") from None
 
     def last_spooled(self, block: int, num_batches: int) -> int:
-        """The last block up to `block` whose input is spooled completely, else 0."""
+        """The last block up to `block` whose input is spooled completely; 0 if there is none."""
         return next((b for b in range(block, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))), 0)
 
     def drop_batches_before(self, block: int) -> None:
-        """Forgets the inputs of all blocks before this one, whose own input is spooled."""
+        """Removes the inputs of all blocks before this one."""
         for folder in (self.root / "activations").glob("block-*"):
             if _index(folder) < block:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    # -- finished files: a safetensors file, and its report, published after it
+    # -- finished files: a safetensors file, and a report that is published after it
 
     def put_file(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-        """Publishes NAME.safetensors, then its report with hash, size, and the hash of every tensor."""
+        """Publishes NAME.safetensors, then its report, to which size, hash, and the hash of each tensor are added."""
         path = self.finished / f"{name}.safetensors"
         whole = publish_tensors(path, tensors)
         each = {k: digest({k: v}) for k, v in sorted(tensors.items())}
-        vouched = {"sha256": whole, "bytes": path.stat().st_size, "tensors": each}
-        publish_json(self._report_path(name), {**report, **vouched})
+        hashes = {"sha256": whole, "bytes": path.stat().st_size, "tensors": each}
+        publish_json(self._report_path(name), {**report, **hashes})
 
     def has_file(self, name: str) -> bool:
-        """The report is published after the tensors, so it vouches for them."""
+        """Whether a file is finished: its report is published after its tensors."""
         return self._report_path(name).exists()
 
     def file_report(self, name: str) -> dict[str, Any]:
+        """The report of a finished file. Raises CheckpointError when it is missing or damaged."""
         return read_json(self._report_path(name))
 
     def place(self, name: str) -> Path:
-        """Of a finished file: here until it is moved up, but a newer one goes first."""
+        """Path of a finished file: in blocks/ until `assemble` moves it up to OUTPUT, where an older one may lie."""
         file = f"{name}.safetensors"
         return next((p for p in (self.finished / file, self.output / file) if p.exists()), self.finished / file)
 
     def forget_file(self, name: str) -> None:
-        """Report first: what a killed process leaves of this is no finished file."""
+        """Removes a file and its report. The report is removed first, so that a crash leaves no finished file."""
         file = f"{name}.safetensors"
         for path in (self._report_path(name), self.finished / file, self.output / file):
             path.unlink(missing_ok=True)
 
     def check_files(self) -> list[str]:
-        """Hashes every finished file against its report. One that is damaged is named in the result, and forgotten, so
-        that it alone is made anew. Reads each file once, some at a time."""
+        """Compares every finished file with the hash in its report. Removes damaged ones, so that they alone are made
+        again, and returns what is wrong with each. Reads each file once, several at a time."""
         self.refresh()
         names = sorted(p.stem for p in self.finished.glob("*.json"))
         with ThreadPoolExecutor() as pool:
@@ -183,7 +193,7 @@ class RunDir:
         return [fault for fault in faults if fault]
 
     def _fault(self, name: str) -> str:
-        """What is wrong with a finished file; empty for a sound one."""
+        """What is wrong with a finished file; empty when nothing is."""
         path = self.place(name)
         try:
             report = self.file_report(name)
@@ -215,19 +225,19 @@ class RunDir:
         return self.file_report(self.block_name(index))
 
     def reset_blocks(self, first: int) -> None:
-        """Forgets the finished blocks from `first` on; a finished checkpoint is one no longer."""
+        """Removes the finished blocks from `first` on, and the config.json of an assembled checkpoint."""
         (self.output / "config.json").unlink(missing_ok=True)
         for report in self.finished.glob("block-*.json"):
             if _index(report) >= first:
                 self.forget_file(report.stem)
 
     def clean(self) -> None:
-        """Drops what only a continuation would need."""
+        """Removes what only a continued run would need."""
         shutil.rmtree(self.root / "activations", ignore_errors=True)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Drops what killed writers left."""
+        """Removes the temporary files of writers that were killed."""
         for left in self.output.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
 
@@ -237,7 +247,7 @@ def _index(path: Path) -> int:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each entry that is not equal, by its path, with both values."""
+    """Names each entry that differs by its path of keys, with both values."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         a, b = before.get(key), now.get(key)

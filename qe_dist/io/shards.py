@@ -1,4 +1,4 @@
-"""What the header of a safetensors file says, and where in the file each tensor lies."""
+"""The header of a safetensors file: type, shape and place of each tensor."""
 
 import json
 import math
@@ -11,12 +11,12 @@ from qe_dist.core.errors import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PACKED_DTYPES = DTYPES | {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
-"""Of a quantized checkpoint."""
+"""Types in a quantized checkpoint."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file."""
+    """A range of bytes of a file."""
 
     file: str
     begin: int
@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that waits in its shard."""
+    """Type, shape and place of a tensor in its shard."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -37,7 +37,10 @@ class Stored:
 
 
 def header_end(start: bytes) -> int:
-    """Where the tensors of a file begin that starts with these bytes (8 or more)."""
+    """The byte at which the tensors of a safetensors file begin.
+
+    start: the first bytes of the file, at least 8.
+    """
     return 8 + int.from_bytes(start[:8], "little")
 
 
@@ -46,8 +49,8 @@ def parse_header(
 ) -> dict[str, Stored]:
     """All tensors of a shard by name.
 
-    shown: how messages name the shard. header: its JSON. size: bytes of the whole file. dtypes: that it may have.
-    Raises CheckpointError where the header is damaged, does not fit the file, or names a tensor of another dtype.
+    shown: how messages name the shard. header: its JSON. size: bytes of the whole file. dtypes: the allowed ones.
+    Raises CheckpointError when the header is damaged, does not fit the file, or names a tensor of another dtype.
     """
     start = 8 + len(header)
     try:
@@ -71,6 +74,7 @@ def parse_header(
 
 
 def unreadable(shown: str, reason: object) -> CheckpointError:
+    """The error for a file that is not a whole safetensors file."""
     return CheckpointError(f"{shown} cannot be read as safetensors ({reason}); it may be truncated, copy it again")
 
 

@@ -1,4 +1,4 @@
-"""The activations between two waves: written behind and read ahead, so that nobody waits for the disk."""
+"""The activations between two waves, written and read by threads, so that no worker waits for the disk."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qe_dist.core.batch import Batch
 from qe_dist.io.run_dir import RunDir
 
-BEHIND = 2  # batches that may wait to be written
+MAX_UNWRITTEN = 2  # batches that may wait to be written
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Spooled:
 
 
 class Spool:
-    """One thread each way. A write that failed is raised by the next `put` or `flush`.
+    """One thread writes, one reads. The error of a failed write is raised by the next `put` or `flush`.
 
-    To be closed: who continues a run that failed must not meet a thread of it that still writes.
+    A spool must be closed: when a failed run is continued in the same process, no thread may still write for it.
     """
 
     def __init__(self, store: RunDir) -> None:
@@ -30,28 +30,28 @@ class Spool:
         self.ahead: dict[Spooled, Future[Batch]] = {}
 
     def put(self, block: int, batch: Batch) -> None:
-        """Soon on disk; at once if it is there already."""
+        """Has a batch written as input of a block, unless it is on disk. Waits while MAX_UNWRITTEN are unwritten."""
         if self.store.has_batch(block, batch.index):
             return
-        self._wait(BEHIND - 1)
+        self._wait(MAX_UNWRITTEN - 1)
         self.written.append(self.writer.submit(self.store.put_batch, block, batch))
 
     def flush(self) -> None:
-        """Returns when everything is on disk."""
+        """Returns when every batch is on disk."""
         self._wait(0)
 
     def _wait(self, left: int) -> None:
-        """For all writes but so many."""
+        """Waits until at most `left` writes are unfinished."""
         while len(self.written) > left:
             self.written.pop(0).result()
 
     def close(self) -> None:
-        """Ends both threads: what has begun is done, what has not is forgotten."""
+        """Ends both threads. Reads and writes that have begun are finished, others are dropped."""
         for way in (self.writer, self.reader):
             way.shutdown(cancel_futures=True)
 
     def get(self, where: Spooled) -> Batch:
-        """A batch; the next one is being read when this returns."""
+        """Returns a batch, and begins to read the next one."""
         found = self.ahead.pop(where, None) or self._read(where)
         following = Spooled(where.block, where.index + 1)
         self.ahead = {following: self._read(following)} if self.store.has_batch(where.block, following.index) else {}

@@ -1,7 +1,7 @@
-"""A model's final hidden states on disk, where it predicts something, and its head: all that others are compared with.
+"""The final hidden states of a reference model at the tokens that it predicts, and its head, on disk.
 
-FOLDER/states-00000.safetensors and so on hold some samples each, head-00000.safetensors and so on consecutive rows of
-the head, states.json which file holds which sample. It is published last, so that a folder with it is whole.
+Each FOLDER/states-00000.safetensors holds some samples, and each head-00000.safetensors consecutive rows of the head.
+states.json says which file holds which sample. It is published last, so a folder with it is complete.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ CONTENTS = "states.json"
 
 
 class StatesWriter:
-    """Writes the states of one model, some samples after the other, and then its head."""
+    """Writes the states of one model, some samples at a time, and then its head."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,13 +26,16 @@ class StatesWriter:
         self.files = 0
 
     def put(self, states: Mapping[int, Tensor]) -> None:
-        """Of samples, by their index: [P, D] where tokens are predicted."""
+        """states: by index of the sample, [P, D] for P predicted tokens."""
         publish_tensors(_file(self.folder, "states", self.files), {str(i): t for i, t in states.items()})
         self.places |= dict.fromkeys(map(str, states), self.files)
         self.files += 1
 
     def finish(self, head: Iterator[Tensor]) -> None:
-        """head: its rows, in slices. They are stored in 16 bits where that loses nothing."""
+        """Writes the head and the table of contents.
+
+        head: slices of its rows. They are stored in bf16 when that is exact.
+        """
         vocabulary = width = count = 0
         for rows in head:
             publish_tensors(_file(self.folder, "head", count), {"weight": _compact(rows)})
@@ -42,7 +45,7 @@ class StatesWriter:
 
 
 class States:
-    """What a StatesWriter wrote. Raises CheckpointError for a file that is missing or damaged."""
+    """Reads what a StatesWriter wrote. Raises CheckpointError for a file that is missing or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +60,7 @@ class States:
         return _read(_file(self.folder, "states", self.places[index]), str(index))
 
     def head(self) -> Iterator[Tensor]:
-        """Slices of its rows, each read when its turn comes."""
+        """Slices of the rows of the head, each read when it is yielded."""
         for i in range(self.slices):
             yield _read(_file(self.folder, "head", i), "weight")
 

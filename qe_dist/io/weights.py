@@ -1,4 +1,4 @@
-"""Tensors of a model directory, by name, one at a time: no process ever holds the model."""
+"""The tensors of a model directory, by name and one at a time, so that no process holds the model."""
 
 import hashlib
 import json
@@ -18,15 +18,16 @@ INDEX = "model.safetensors.index.json"
 HEADER_GUESS = 64 * 1024
 """Bytes that the header of a shard hardly ever exceeds: one read instead of two."""
 CHECKED_VALUES = 2**22
-"""At a time: the check makes copies of what it looks at."""
+"""Values that are checked for NaN at a time; the check copies them."""
 SAMPLED_BYTES = 1024
-"""Of every tensor, in the fingerprint."""
+"""Bytes of every tensor that are part of the fingerprint."""
 
 
 class SafetensorsSource:
     """A Hugging Face model directory, on disk or behind a URL. Opening it reads headers only; `get` holds one tensor.
 
-    folder: where its config, tokenizer and processor lie on this machine. packed: whether it may be quantized.
+    packed: whether the model may be quantized. Raises ConfigError when there is no model, and CheckpointError for files
+    that are missing or damaged.
     """
 
     def __init__(self, model: Path | str, packed: bool = False) -> None:
@@ -94,12 +95,12 @@ class SafetensorsSource:
         return tensor
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Begins to read these tensors ahead and returns at once."""
+        """Begins to read these tensors and returns at once."""
         self._files.prefetch([self._find(name).span for name in names])
 
     def fingerprint(self) -> str:
-        """Of config, tokenizer and processor files whole, and of every shard's header and some bytes of each tensor:
-        cheap for any size, the same wherever the model lies, and a retrained model shows."""
+        """Hash of config, tokenizer and processor files, every shard's header, and some bytes of each tensor. It is
+        cheap for any size, does not depend on where the model lies, and changes when the model is retrained."""
         texts = [f for f in sorted(self.folder.iterdir()) if f.suffix in (".json", ".jinja", ".txt")]
         parts = [f.name.encode() + f.read_bytes() for f in texts]
         names = sorted(self._stored)
@@ -116,7 +117,7 @@ class SafetensorsSource:
 
 
 def upper_bytes(source: WeightSource, names: Collection[str]) -> int:
-    """Upper bound of what these tensors take, without reading them."""
+    """Upper bound of the bytes of these tensors, without reading them."""
     return sum(4 * math.prod(source.shape(name)) for name in names)
 
 

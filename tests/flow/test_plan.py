@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import FitJob, Task, WorkerCapacity, balance, check_runs, make_plan, plan_wave, share_out
+from qe_dist.flow.plan import Task, WorkerCapacity, check_runs, make_plan, plan_wave, share_out
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -93,31 +93,6 @@ def test_nobody_could_be_done_sooner_with_one_block_moved(count, workers):
     for i in range(len(room)):
         if i != slow and shares[i] < room[i]:
             assert (shares[i] + 1) / speeds[i] >= latest
-
-
-def test_fits_leave_a_worker_only_for_one_who_would_otherwise_wait():
-    jobs = {FitJob(0, block, group): cost for block in (0, 1) for group, cost in (("qkv", 1.0), ("down", 9.0))}
-    even = balance(jobs, {job: job.block for job in jobs}, [1.0, 1.0])
-    assert even == {job: job.block for job in jobs}
-    one_idle = balance(jobs, dict.fromkeys(jobs, 0), [1.0, 1.0])
-    assert sorted(one_idle.values()) == [0, 0, 1, 1] or sorted(one_idle.values()) == [0, 0, 0, 1]
-    assert balance(jobs, dict.fromkeys(jobs, 0), [1.0, 1.0], stay=jobs) == dict.fromkeys(jobs, 0)
-    slow_help = balance(jobs, dict.fromkeys(jobs, 0), [1.0, 0.01])
-    assert slow_help == dict.fromkeys(jobs, 0)
-
-
-@given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=12), st.lists(st.floats(0.5, 2.0), min_size=1, max_size=5))
-def test_balanced_fits_never_end_later_than_unbalanced_ones(costs, speeds):
-    jobs = {FitJob(0, i, "o"): cost for i, cost in enumerate(costs)}
-    owners = {job: job.block % len(speeds) for job in jobs}
-
-    def end(places):
-        return max(
-            sum(c * (1.2 if places[j] != owners[j] else 1.0) for j, c in jobs.items() if places[j] == w) / speed
-            for w, speed in enumerate(speeds)
-        )
-
-    assert end(balance(jobs, owners, speeds)) <= end(owners) * (1 + 1e-9)
 
 
 def test_a_block_that_does_not_fit_is_refused_now():

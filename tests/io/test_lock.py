@@ -1,4 +1,4 @@
-"""One run per directory, whoever crashes, wherever it runs, whatever the clocks say. Beats are short here."""
+"""One run per directory, whoever crashes, wherever it runs, whatever the clocks say. Heartbeats are frequent here."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from qe_dist.core.errors import CheckpointError, ConfigError, QEError
 from qe_dist.io.lock import Owner, RunLock
 from qe_dist.io.run_dir import RunDir
 
-BEAT, PATIENCE = 0.02, 4
+HEARTBEAT_SECONDS, MISSED_HEARTBEATS = 0.02, 4
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def lock(folder):
-    return RunLock(folder, BEAT, PATIENCE)
+    return RunLock(folder, HEARTBEAT_SECONDS, MISSED_HEARTBEATS)
 
 
 def leave(folder, number=1, **changes):
@@ -40,7 +40,7 @@ def wait_for(condition):
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(BEAT / 4)
+        time.sleep(HEARTBEAT_SECONDS / 4)
 
 
 def test_the_second_run_ends_naming_host_process_and_time_of_the_first(folder):
@@ -54,15 +54,15 @@ def test_the_second_run_ends_naming_host_process_and_time_of_the_first(folder):
 
 def test_a_released_lock_is_free_at_once(folder):
     for _ in range(3):
-        with RunLock(folder, beat=60):
+        with RunLock(folder, heartbeat_seconds=60):
             pass
     assert len(list(folder.iterdir())) == 1
 
 
 def test_a_lock_is_released_when_its_run_fails(folder):
-    with pytest.raises(KeyError), RunLock(folder, beat=60):
+    with pytest.raises(KeyError), RunLock(folder, heartbeat_seconds=60):
         raise KeyError
-    with RunLock(folder, beat=60):
+    with RunLock(folder, heartbeat_seconds=60):
         pass
 
 
@@ -70,7 +70,7 @@ def test_a_dead_owner_on_this_machine_is_replaced_at_once(folder):
     gone = subprocess.Popen(["true"])
     gone.wait()
     leave(folder, pid=gone.pid)
-    with RunLock(folder, beat=60):
+    with RunLock(folder, heartbeat_seconds=60):
         pass
 
 
@@ -78,31 +78,31 @@ def test_a_process_that_nobody_has_waited_for_is_dead(folder):
     zombie = subprocess.Popen(["true"])
     wait_for(lambda: Owner.this_process().started and _state(zombie.pid) == "Z")
     leave(folder, pid=zombie.pid, started=_started(zombie.pid))
-    with RunLock(folder, beat=60):
+    with RunLock(folder, heartbeat_seconds=60):
         pass
     zombie.wait()
 
 
 def test_another_process_with_the_id_of_the_dead_owner_does_not_block(folder):
     leave(folder, pid=os.getpid(), started="1")
-    with RunLock(folder, beat=60):
+    with RunLock(folder, heartbeat_seconds=60):
         pass
 
 
-def test_a_live_owner_on_this_machine_is_not_replaced_even_if_it_shows_no_life(folder):
+def test_a_live_owner_on_this_machine_is_not_replaced_even_if_it_gives_no_heartbeat(folder):
     leave(folder)
     with pytest.raises(ConfigError, match="is in use by"), lock(folder):
         pass
 
 
-def test_a_silent_owner_elsewhere_is_replaced_after_so_many_beats(folder):
+def test_a_silent_owner_elsewhere_is_replaced_after_so_many_missed_heartbeats(folder):
     leave(folder, machine="elsewhere", pid=1)
     begin = time.monotonic()
     with lock(folder):
-        assert time.monotonic() - begin >= BEAT * PATIENCE
+        assert time.monotonic() - begin >= HEARTBEAT_SECONDS * MISSED_HEARTBEATS
 
 
-def test_an_owner_elsewhere_that_shows_life_is_named_not_replaced(folder):
+def test_an_owner_elsewhere_that_gives_heartbeats_is_named_not_replaced(folder):
     owner = leave(folder, machine="elsewhere", host="node7", pid=1)
     alive = threading.Timer(0.5, leave, [folder], {"machine": "elsewhere", "host": "node7", "pid": 1, "beat": 1})
     alive.start()
@@ -129,15 +129,15 @@ def test_a_clock_that_jumps_neither_steals_nor_blocks(folder, monkeypatch, jump)
     os.utime(folder / "00000001", (now() + jump, now() + jump))
     begin = time.monotonic()
     with lock(folder) as mine:
-        assert BEAT * PATIENCE <= time.monotonic() - begin < 5
+        assert HEARTBEAT_SECONDS * MISSED_HEARTBEATS <= time.monotonic() - begin < 5
         os.utime(folder / "00000002", (now() + jump, now() + jump))
         with pytest.raises(ConfigError, match="is in use"), lock(folder):
             pass
-        time.sleep(3 * BEAT)
+        time.sleep(3 * HEARTBEAT_SECONDS)
         assert not mine.lost
 
 
-def test_an_owner_notices_at_the_next_beat_that_it_was_replaced(folder):
+def test_an_owner_notices_at_the_next_heartbeat_that_it_was_replaced(folder):
     with lock(folder) as mine:
         leave(folder, number=2, host="node7", machine="elsewhere")
         wait_for(lambda: mine.lost)
@@ -155,19 +155,19 @@ def test_an_owner_notices_when_the_directory_is_gone(folder):
             mine.check()
 
 
-def test_a_disk_without_room_for_a_sign_of_life_is_no_loss(folder, monkeypatch):
+def test_a_disk_without_room_for_a_heartbeat_is_no_loss(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with lock(folder) as mine:
         monkeypatch.setattr(Path, "write_text", full)
-        time.sleep(3 * BEAT)
+        time.sleep(3 * HEARTBEAT_SECONDS)
         monkeypatch.undo()
         assert not mine.lost
         before = mine.owner.beat
         wait_for(lambda: mine.owner.beat > before)
         monkeypatch.setattr(Path, "write_text", full)
-    with RunLock(folder, beat=60):  # it could be released
+    with RunLock(folder, heartbeat_seconds=60):  # it could be released
         pass
 
 
@@ -205,7 +205,7 @@ def take(folder, number, barrier):
     while not barrier.exists():
         time.sleep(0.001)
     try:
-        with RunLock(folder, beat=0.01, patience=3):
+        with RunLock(folder, heartbeat_seconds=0.01, missed_heartbeats=3):
             (folder.parent / f"won-{number}").touch()
             while len(list(folder.parent.glob("*-*"))) < takers:  # until all others have tried
                 time.sleep(0.01)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from qe_pipelines import main
-from qe_pipelines.serve import told
+from qe_pipelines.serve import how_to_ask
 from safetensors.torch import load_file, save_file
 
 from qe_dist.core.errors import ConfigError
@@ -116,7 +116,7 @@ def test_vllm_is_looked_for_and_its_version(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_command_that_is_printed_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
-    _, curl = told(Endpoint("/models/made"), "0.0.0.0", 8000, "sesame")
+    _, curl = how_to_ask(Endpoint("/models/made"), "0.0.0.0", 8000, "sesame")
     assert curl.startswith('curl http://127.0.0.1:8000/v1/chat/completions -H "Authorization: Bearer $VLLM_API_KEY"')
     assert "sesame" not in curl
     assert '"model": "made"' in curl

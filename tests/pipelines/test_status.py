@@ -14,7 +14,7 @@ import time
 import pytest
 from qe_pipelines import main
 from qe_pipelines.progress import run_view
-from qe_pipelines.status import Signs, duration, judge, watch
+from qe_pipelines.status import Heartbeat, duration, judge, watch
 from rich.console import Console
 
 from qe_dist.flow.progress import RunState, read_state
@@ -302,17 +302,17 @@ FAR = Owner(id="1", host="far", machine="of another boot", pid=7, started="1", s
 
 
 @pytest.mark.parametrize(
-    ("signs", "said"),
+    ("last", "said"),
     [
-        (Signs(owner=None, quiet=5), "running"),
-        (Signs(owner=None, quiet=660), "probably dead: no heartbeat for 11 min of an unknown"),
-        (Signs(owner=FAR, quiet=5), "running: process 7 on far since noon"),
-        (Signs(owner=FAR, quiet=90), "probably dead: no heartbeat for 1 min 30 s of process 7 on far since noon"),
-        (Signs(owner=FAR, quiet=-3600), "running"),  # the other host's clock is ahead
+        (Heartbeat(owner=None, quiet=5), "running"),
+        (Heartbeat(owner=None, quiet=660), "probably dead: no heartbeat for 11 min of an unknown"),
+        (Heartbeat(owner=FAR, quiet=5), "running: process 7 on far since noon"),
+        (Heartbeat(owner=FAR, quiet=90), "probably dead: no heartbeat for 1 min 30 s of process 7 on far since noon"),
+        (Heartbeat(owner=FAR, quiet=-3600), "running"),  # the other host's clock is ahead
     ],
 )
-def test_what_counts_as_dead(signs, said):
-    condition = judge(RunState(), signs)
+def test_what_counts_as_dead(last, said):
+    condition = judge(RunState(), last)
     assert condition.text.startswith(said)
     assert condition.alive == said.startswith("running")
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs from benchmarks/results/*.json, and the code that docs quote from the code.
+"""Writes the tables of README.md and docs from benchmarks/results/*.json; quotations and the reference from the code.
 
 python benchmarks/tables.py            rewrites what stands between `<!-- table: NAME -->` or `<!-- file: PATH -->`
                                        and `<!-- end -->`
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import reference
 import schedule
 import torch
 from qe_pipelines import entries
@@ -28,10 +29,7 @@ from qe_dist.numerics.intervals import interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (
-    "README.md", "models/README.md", "docs/methods.md", "docs/adding-a-method.md", "docs/width.md", "docs/scaling.md",
-    "docs/engine.md", "docs/kernels.md", "docs/serving.md",
-)  # fmt: skip
+DOCUMENTS = ("README.md", "models/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
 MARK = re.compile(r"(<!-- table: (?P<name>[^>]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 QUOTE = re.compile(r"(<!-- file: (?P<path>\S+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -611,6 +609,9 @@ def arithmetic() -> str:
 
 TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "arithmetic": (None, arithmetic, ()),
+    "commands": (None, reference.commands, ()),
+    "members": (None, reference.members, ()),
+    "whole recipes": (None, reference.whole, ()),
     "demo plain": ("demo", demo, ("plain",)),
     "demo outlier": ("demo", demo, ("outlier",)),
     "pipeline": ("pipeline", pipeline, ()),

@@ -67,7 +67,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("doc", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+LINKED = [*PAGES, *ROOT.glob("models/**/*.md"), ROOT / "dev" / "LOG.md"]
+
+
+@pytest.mark.parametrize("doc", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(doc: Path) -> None:
     broken = []
     for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", doc.read_text(encoding="utf-8")):
@@ -76,6 +79,21 @@ def test_links_lead_to_files_and_headings(doc: Path) -> None:
         if not page.exists() or (anchor and anchor not in anchors(page)):
             broken.append(target)
     assert broken == []
+
+
+FOLDERS = ("qe_dist", "kernels", "cluster", "pipelines", "benchmarks", "tests", "examples", "models")
+CODE = [path for folder in FOLDERS for ending in ("py", "yaml") for path in ROOT.glob(f"{folder}/**/*.{ending}")]
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    named = {(path, page) for path in CODE for page in re.findall(r"\b(?:docs|dev)/[\w/-]+\.md", path.read_text())}
+    assert named
+    assert sorted(f"{path}: {page}" for path, page in named if not (ROOT / page).exists()) == []
+
+
+def test_the_code_cites_no_document_that_is_not_here() -> None:
+    outside = re.compile(r"\b(?:DESIGN|methods\.md|kernels\.md) (?:sections? )?\d")
+    assert [str(path) for path in CODE if path != Path(__file__) and outside.search(path.read_text())] == []
 
 
 def test_every_method_and_recipe_is_described() -> None:

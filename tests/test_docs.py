@@ -14,20 +14,38 @@ from qe_dist.methods import compensation
 from qe_dist.methods.recipes import METHODS, load_recipe, recipe_from
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted(ROOT.glob("docs/*.md"))
-ADDING, ALL = ROOT / "docs" / "adding-a-method.md", ROOT / "docs" / "methods.md"
+DOCS = sorted(ROOT.glob("docs/**/*.md"))
+READ = [
+    ROOT / "README.md",
+    *(doc for part in ("guides", "how", "reference") for doc in DOCS if doc.parent.name == part),
+]
+"""What a user reads; docs/results are tables to look things up in."""
+PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+MOST_WORDS, MOST_LINES = 15_000, 200
+ADDING, ALL = ROOT / "docs" / "how" / "adding-a-method.md", ROOT / "docs" / "how" / "methods.md"
+CHOOSING = ROOT / "docs" / "guides" / "choosing-a-recipe.md"
 QUOTED = re.compile(r"<!-- file: (\S+) -->\n+```python\n(.*?)```\n", re.DOTALL)
 QUOTATIONS = [(doc, *quoted) for doc in DOCS for quoted in QUOTED.findall(doc.read_text(encoding="utf-8"))]
 LONGEST = 80
 RECIPE = re.compile(r"[a-z0-9_+-]+-w\d+a\d+[\w@.]*")
 EXAMPLES = [
     (doc.name, name)
-    for doc in (ROOT / "README.md", *DOCS)
+    for doc in PAGES
     for line in doc.read_text(encoding="utf-8").splitlines()
     if line.startswith("    ")
     for name in RECIPE.findall(line)
     if "mine" not in name
 ]
+
+
+def test_a_user_reads_no_more_than_that() -> None:
+    """A word has a letter or a digit, which the lines of a table have not."""
+    words = {doc: len(re.findall(r"\S*\w\S*", doc.read_text(encoding="utf-8"))) for doc in READ}
+    assert sum(words.values()) <= MOST_WORDS, words
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 def test_the_guide_shows_a_method() -> None:
@@ -43,10 +61,39 @@ def test_the_method_that_is_shown_is_short() -> None:
     assert all(len(code.splitlines()) < LONGEST for doc, _, code in QUOTATIONS if doc == ADDING)
 
 
-@pytest.mark.parametrize("doc", [*DOCS, ROOT / "README.md"], ids=lambda path: path.name)
-def test_links_lead_to_files(doc: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://)([^)#\s]+)\)", doc.read_text(encoding="utf-8"))
-    assert [t for t in targets if not (doc.parent / t).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKED = [*PAGES, *ROOT.glob("models/**/*.md"), ROOT / "dev" / "LOG.md"]
+
+
+@pytest.mark.parametrize("doc", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(doc: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", doc.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        page = doc.parent / name if name else doc
+        if not page.exists() or (anchor and anchor not in anchors(page)):
+            broken.append(target)
+    assert broken == []
+
+
+FOLDERS = ("qe_dist", "kernels", "cluster", "pipelines", "benchmarks", "tests", "examples", "models")
+CODE = [path for folder in FOLDERS for ending in ("py", "yaml") for path in ROOT.glob(f"{folder}/**/*.{ending}")]
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    named = {(path, page) for path in CODE for page in re.findall(r"\b(?:docs|dev)/[\w/-]+\.md", path.read_text())}
+    assert named
+    assert sorted(f"{path}: {page}" for path, page in named if not (ROOT / page).exists()) == []
+
+
+def test_the_code_cites_no_document_that_is_not_here() -> None:
+    outside = re.compile(r"\b(?:DESIGN|methods\.md|kernels\.md) (?:sections? )?\d")
+    assert [str(path) for path in CODE if path != Path(__file__) and outside.search(path.read_text())] == []
 
 
 def test_every_method_and_recipe_is_described() -> None:
@@ -60,11 +107,11 @@ def test_the_recipes_of_examples_exist(doc: str, name: str) -> None:
     load_recipe(name)
 
 
-def test_the_file_in_the_readme_is_the_recipe_that_it_says(tmp_path: Path) -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_file_in_the_guide_is_the_recipe_that_it_says(tmp_path: Path) -> None:
+    lines = CHOOSING.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("    scheme = "))
     block = itertools.takewhile(lambda line: line.startswith("    "), lines[start:])
-    path = tmp_path / "readme.toml"
+    path = tmp_path / "guide.toml"
     path.write_text("\n".join(block), encoding="utf-8")
     assert load_recipe(str(path)) == load_recipe("qe-w4a6")
 

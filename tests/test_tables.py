@@ -1,4 +1,4 @@
-"""No number in the README and docs is typed: their tables are what benchmarks/tables.py makes of the results."""
+"""No number of a table is typed: those of the README and docs are what benchmarks/tables.py makes of the results."""
 
 import importlib
 import json
@@ -84,6 +84,17 @@ def test_where_there_are_images_the_league_tells_modalities_apart(tables):
     header, row = rows_of(tables.league({"environment": ENVIRONMENT, "models": {"vlm": {"test": rows}}}, "vlm"))
     assert header[-4:] == ["exact match", "KL after images", "KL of text", "KL, development"]
     assert row[-4:] == ["75.0%", "0.2000", "0.1000", ""]
+
+
+def test_what_is_recommended_has_its_row(tables):
+    """That of a rotation in bands is the one of all channels, which computes the same on the real model."""
+    names = ("gptq-w4a16g64", "qe-w4a16g64", "qe-w4a8g64", "hadamard+gptq+qera-w4a6g64@0.45f4", "qe-paper+gptq-w4a6")
+    rows = [entry(name, 0.1 * number, accuracy=0.5) for number, name in enumerate(names, 1)]
+    shown = rows_of(tables.recommended({"environment": ENVIRONMENT, "models": {"vlm": {"test": rows}}}))[1:]
+    assert {row[1]: row[2] for row in shown} == {
+        "`qe-w4a16g64`": "0.200", "`qe-w4a8g64`": "0.300", "`qe-w4a6g64`": "0.400", "`gptq-w4a16g64`": "0.100",
+        "`qe-paper+gptq-w4a6`": "0.500",
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_is_said(tables):

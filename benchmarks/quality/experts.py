@@ -5,7 +5,7 @@
     python benchmarks/quality/experts.py layers     held-out errors of single groups of every other block, all models
     python benchmarks/quality/experts.py channels   which channels matter for which token, of what is prepared
     python benchmarks/quality/experts.py lists      lists of channels by class of tokens, of the same
-    python benchmarks/quality/experts.py plot       docs/experts.png
+    python benchmarks/quality/experts.py plot       docs/results/experts.png
 
 Writes benchmarks/results/experts.json and experts_channels.json, each row as it is measured. A row quantizes every
 block from the statistics of one pass, and runs development and test set through it, each row on its own activations.

@@ -23,7 +23,7 @@ from qe_dist.numerics.lowrank import capped
 
 ROOT = Path(__file__).parents[2]
 RESULT, LAYERS = (ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("experts_channels", "experts_layers"))
-PICTURE = ROOT / "docs" / "experts.png"
+PICTURE = ROOT / "docs" / "results" / "experts.png"
 K, EXPERTS = 32, 8
 SHOWN = 4
 """Blocks whose curves are kept, from the first to the last."""

@@ -1,6 +1,6 @@
 """Every method on the real models that `make real` builds: development data to choose with, test data to report.
 
-    python benchmarks/quality/league.py lm         writes benchmarks/results/league.json and docs/league/*.png
+    python benchmarks/quality/league.py lm         writes benchmarks/results/league.json and docs/results/league/*.png
     python benchmarks/quality/league.py vlm
 
 Checkpoints stay in runs/league, and every row is written as soon as it is measured: the same command goes on where an
@@ -26,7 +26,8 @@ from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
-REAL, RESULT, PLOTS = ROOT / "real", ROOT / "benchmarks" / "results" / "league.json", ROOT / "docs" / "league"
+REAL, RESULT = ROOT / "real", ROOT / "benchmarks" / "results" / "league.json"
+PLOTS = ROOT / "docs" / "results" / "league"
 DATA = {"lm": "text-{}.jsonl", "vlm": "{}.jsonl"}
 SETS = ("development", "test")
 AT_ONCE = 8

@@ -1,7 +1,7 @@
 """Triton kernels for the quantized linear, with references in torch for all that has no such GPU.
 
 At load: `pack_weight` for `order_for(device)`, and `extracted_columns` where experts extract channels. At run time the
-calls of `ops`: rotate, quantize, down, route, linear. docs/kernels.md describes them.
+calls of `ops`: rotate, quantize, down, route, linear. docs/how/kernels.md describes them.
 """
 
 from qe_kernels import ops

@@ -116,7 +116,7 @@ STEPS = 4
 
 
 def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:
-    """What is expected of code that was compiled and not timed; docs/kernels.md has the reasons."""
+    """What is expected of code that was compiled and not timed; docs/how/kernels.md has the reasons."""
     if not weight.int8 and tokens >= DENSE_FROM:
         return None
     config = _tile(device, weight, tokens)

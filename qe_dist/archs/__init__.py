@@ -8,7 +8,7 @@ from typing import Any
 from qe_dist.archs.base import Arch
 from qe_dist.core.errors import ConfigError
 
-GUIDE = "docs/adding-a-model.md"
+GUIDE = "docs/how/adding-a-model.md"
 
 
 def names() -> list[str]:

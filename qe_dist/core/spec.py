@@ -23,7 +23,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """The linears of a block that read the same tensor: the unit of fitting (DESIGN section 2)."""
+    """The linears of a block that read the same tensor: the unit of fitting."""
 
     name: str
     linears: tuple[LinearSpec, ...]

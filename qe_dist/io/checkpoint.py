@@ -1,4 +1,4 @@
-"""The checkpoint on disk: tensors of a block, config.json, index and manifest (DESIGN section 5)."""
+"""The checkpoint on disk: tensors of a block, config.json, index and manifest (docs/how/architecture.md)."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What transforms, quantizers and compensations are given, and what they must offer (DESIGN section 2)."""
+"""What transforms, quantizers and compensations are given, and what they must offer (docs/how/adding-a-method.md)."""
 
 from abc import abstractmethod
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How the choices of a recipe meet: transform x channels x weight quantizer x compensation (DESIGN section 2)."""
+"""How the choices of a recipe meet: transform x channels x weight quantizer x compensation (docs/how/methods.md)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from qe_dist.numerics.factors import column_bits, row_scale_bits, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
-# The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
+# The ladder of docs/how/methods.md. Each step changes the problem a little more; the last gives up the repair.
 LADDER: tuple[tuple[str, Callable[[GroupProblem], GroupProblem]], ...] = (
     ("as asked", lambda p: p),
     ("float64", lambda p: _in_float64(p)),

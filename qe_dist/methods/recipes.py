@@ -1,8 +1,8 @@
 """Named recipes, and recipes from a TOML file of the user's own.
 
-Defaults follow the paper (methods.md section 1.2): total rank 64 in two halves, k = 32, 8 routed experts, plain
+Defaults follow Quant Experts (arXiv 2602.24059): total rank 64 in two halves, k = 32, 8 routed experts, plain
 rounding below, per-output-channel weights and per-token activations; W3A16 in groups of 128. `qe-paper` is that
-(with bf16 factors). `qe` is what measurements made of it (docs/methods.md): GPTQ rounds, and the shared expert is an
+(with bf16 factors). `qe` is what measurements chose (docs/how/methods.md): GPTQ rounds, and the shared expert is an
 adapter with 4-bit factors within a budget of bytes, given in each block where it does most good; a list of channels
 stays in 16 bits beside the product, or, where activations have less than 8 bits, the model is rotated. `qe-extract` has
 extracting experts.
@@ -47,7 +47,7 @@ def _recipe(scheme: str, transform: Transform, compensation: Compensation, budge
 
 
 def _ours(scheme: str) -> Recipe:
-    """Chosen on development texts of a real model, for each arithmetic (docs/methods.md).
+    """Chosen on development texts of a real model, for each arithmetic (docs/results/accuracy.md).
 
     Only channels whose norms have gains 16 times off the median are kept out of the rotation: mixing them ruins the
     bundled outlier model, and keeping out more than those costs real models most of what a rotation gains.

@@ -1,6 +1,6 @@
 """Clipping: a smaller scale cuts off the largest weights of a row and rounds all the others more finely.
 
-Factors go from half of RTN's scale, as in AWQ's search (arXiv 2306.00978; methods.md section 6), up to the
+Factors go from half of RTN's scale, as in AWQ's search (arXiv 2306.00978), up to the
 one with which the largest weight fits even where it is positive: there the grid is half a step too short.
 """
 

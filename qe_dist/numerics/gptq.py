@@ -1,4 +1,4 @@
-"""GPTQ: channels that are still to be rounded make up for the error so far (arXiv 2210.17323; methods.md section 6).
+"""GPTQ: channels that are still to be rounded make up for the error so far (arXiv 2210.17323).
 
 It looks for codes with a small e H e^T in every row: e = w - Q(w), and H is X^T X with some damping.
 

@@ -1,4 +1,4 @@
-"""Scales as free parameters: MASQuant's training on the mean absolute error of rounded outputs (methods.md section 2).
+"""Scales as free parameters: MASQuant's training on the mean absolute error of rounded outputs (arXiv 2603.04800).
 
 ||Q(X / s) Q(W s)^T - X W^T||_1 is lowered by AdamW on log s, so a scale stays positive. Rounding passes gradients
 straight through; the steps of both grids follow the scale, for what a scale does above all is to move the largest

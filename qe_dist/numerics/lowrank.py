@@ -1,7 +1,7 @@
 """The best low-rank repair of an error, in the metric of the inputs that it meets.
 
 min over rank-r L of ||(E - L) X||_F has the solution L = U_r (U_r^T E), with U_r the top r eigenvectors of
-E G E^T and G the Gram matrix of the inputs (DESIGN section 3). It equals [E S]_r S^-1 for any S S^T = G
+E G E^T and G the Gram matrix of the inputs. It equals [E S]_r S^-1 for any S S^T = G
 (ASER, QERA-exact, EoRA), needs no inverse and holds for singular G, so the few tokens of one expert can
 be used as they are: E G E^T = (E X^T)(E X^T)^T.
 """

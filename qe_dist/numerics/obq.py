@@ -1,4 +1,4 @@
-"""Optimal Brain Quantization, as it is written down (arXiv 2208.11580, section 5; methods.md section 6).
+"""Optimal Brain Quantization, as it is written down (arXiv 2208.11580, section 5).
 
 Each row rounds its channels in an order of its own, always the one that then costs least; the others make up for its
 error, and the inverse of the metric is downdated to those that are left. GPTQ is the same with one order for all rows,

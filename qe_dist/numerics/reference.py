@@ -1,4 +1,4 @@
-"""The formula of DESIGN section 1 in plain torch: what every kernel must compute.
+"""The formula of a quantized linear in plain torch: what every kernel must compute.
 
 y = Qa(x~ without extracted channels) W^T + (x~ A_s) B_s + (x~ A_e) B_e + x~[extracted] columns
     + Qa(x~)[salient] salient_columns

@@ -1,4 +1,4 @@
-"""Optional layer-wise refinement of routed experts and router (Quant Experts, section 7.2).
+"""Optional layer-wise refinement of routed experts and router (arXiv 2602.24059, section 7.2).
 
 Only the routed experts and the router are trained, everything else stays. The paper gives AdamW, lr 1e-4,
 cosine, 16 epochs of 100 iterations, and a regression plus a KL term; weights and targets are not published.

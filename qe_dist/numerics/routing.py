@@ -12,7 +12,7 @@ def choose_experts(x: Float[Tensor, "T H"], router: Float[Tensor, "E H"]) -> Int
 
 def mean_residual(residual: Float[Tensor, "O I"]) -> Float[Tensor, " I"]:
     """A router row without training: mean over outputs of |residual|, so R|x| bounds the mean error
-    (the paper's "absolute mean to estimate the residual error", methods.md section 1.5, step 7)."""
+    (arXiv 2602.24059: "absolute mean to estimate the residual error")."""
     return residual.abs().mean(dim=0)
 
 

@@ -1,7 +1,7 @@
 """The search that AWQ and MBQ share: which power of the inputs' size, as a scale, leaves the smallest output error.
 
-s = size^a, a on a grid in [0, 1), clamped at 1e-4 and divided by sqrt(max s * min s) (AWQ, arXiv 2306.00978;
-methods.md section 6). The error is that of the outputs on some tokens, x / s rounded as at run time and W s plainly.
+s = size^a, a on a grid in [0, 1), clamped at 1e-4 and divided by sqrt(max s * min s) (AWQ, arXiv
+2306.00978). The error is that of the outputs on some tokens, x / s rounded as at run time and W s plainly.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class ScaleSearch:
     """Sampled tokens on which the outputs are compared."""
     size: Literal["auto", "mean", "max"] = "auto"
     """Of a channel: mean|x| (AWQ, MBQ) or max|x| (SmoothQuant, SVDQuant). auto: max where the grid of a token reaches
-    its largest channel, mean where only weights are rounded or the largest are not rounded (docs/experiments.md)."""
+    its largest channel, mean where only weights are rounded or the largest are not rounded (dev/LOG.md)."""
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.tokens < 1:

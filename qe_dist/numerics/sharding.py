@@ -1,4 +1,4 @@
-"""How a quantized group is cut for tensor parallelism (DESIGN section 6).
+"""How a quantized group is cut for tensor parallelism.
 
 Column-parallel groups (q, k, v; gate, up) replicate what belongs to their input and cut the rest by outputs.
 Row-parallel groups (o; down) cut what belongs to their input, and the codes, by inputs; what is linear in the cut input

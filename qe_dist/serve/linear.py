@@ -47,7 +47,7 @@ class QEInput(nn.Module):
         return input_from_tensors(dict(self.named_parameters()))
 
     def route_on(self, source: "QEInput") -> None:
-        """Lets the router read the input of a group (not its own, if that is cut among ranks: DESIGN section 6)."""
+        """Lets the router read the input of a group (not its own, if that is cut among ranks)."""
         if self.part.router is not None:
             source._readers.append(self)
 

@@ -109,7 +109,7 @@ class QEQuantizer(HfQuantizer):
         if not self.complete:
             raise CheckpointError(
                 f"transformers {transformers.__version__} does not tell which tensors of {model.config.name_or_path} "
-                "it found; give it the folder as qe-dist wrote it, and one of the versions in docs/serving.md"
+                "it found; give it the folder as qe-dist wrote it, and one of the versions in docs/results/serving.md"
             )
         self._set_dtype(model)
         blocks = model.get_decoder().layers

@@ -193,7 +193,7 @@ def test_labels_are_the_answers_and_their_end_marks(model, examples):
 
 
 def test_unknown_and_quantized_models_are_refused():
-    with pytest.raises(ConfigError, match=r"model_type 'gpt9'; supported are: llama, .*docs/adding-a-model\.md"):
+    with pytest.raises(ConfigError, match=r"model_type 'gpt9'; supported are: llama, .*docs/how/adding-a-model\.md"):
         archs.for_config({"model_type": "gpt9"})
     assert (Path(__file__).parents[2] / archs.GUIDE).exists()
     with pytest.raises(ConfigError, match="quantized already"):

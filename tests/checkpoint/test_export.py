@@ -291,7 +291,7 @@ def test_an_output_that_exists_is_left_alone(made, tmp_path):
 
 
 def test_the_commands_of_the_page_run(made, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "serving.md").read_text()
     commands = re.findall(r"^    (qe-dist export .*)$", page, re.MULTILINE)
     assert [command.split()[3] for command in commands] == ["--base-only", "--peft"]
     for number, command in enumerate(commands):

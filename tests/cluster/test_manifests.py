@@ -1,4 +1,4 @@
-"""The files that people hand to `ray up` and to Kubernetes, and the commands of docs/clusters.md and docs/serving.md:
+"""The files that people hand to `ray up` and to Kubernetes, and the commands of docs/guides:
 all that can be said of them where there is neither AWS nor Kubernetes."""
 
 import copy
@@ -22,7 +22,7 @@ RAY = re.search(r"^ray==(\S+)$", (ROOT / "requirements.lock").read_text(encoding
 
 
 AWS = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text(encoding="utf-8"))
-GUIDE = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("clusters.md", "serving.md"))
+GUIDE = "".join((ROOT / "docs" / "guides" / name).read_text(encoding="utf-8") for name in ("cluster.md", "serving.md"))
 COMMANDS = [
     *re.findall(r"^    ((?:qe-dist|ray) .+)$", GUIDE, re.MULTILINE),
     *AWS["head_start_ray_commands"],

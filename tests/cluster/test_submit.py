@@ -75,6 +75,13 @@ def test_the_exit_code_and_the_error_are_those_of_the_command(started, tmp_path)
 
 
 @pytest.mark.ray
+def test_the_example_runs_a_command(started) -> None:
+    done = started.run(ROOT / "examples" / "submit.py", started.dashboard, "compare", "--list")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "what recipes are made of" in done.stdout
+
+
+@pytest.mark.ray
 def test_a_job_that_was_stopped_ends_as_one_that_can_be_continued(started) -> None:
     done = started.run("-c", STOPPED, started.dashboard)
     assert done.returncode == 75, done.stdout + done.stderr

@@ -98,7 +98,7 @@ def test_every_table_that_is_shipped_can_be_read() -> None:
 
 @pytest.mark.parametrize(("of", "split"), [(QKV, 4), (O, 8), (GATE_UP, 1), (DOWN, 8)])
 def test_few_tokens_split_k_until_the_gpu_is_full(of: Weight, split: int) -> None:
-    """As the study of the kernels says, kernels.md section 6.2; but a tile of several tokens is wider, for x."""
+    """As docs/how/kernels.md says; but a tile of several tokens is wider, for x."""
     for tokens, outputs in ((1, 64), (16, 128)):
         config = heuristic(H100, of, tokens)
         assert config is not None

@@ -1,4 +1,4 @@
-"""The preparation of tokens, held against float64, and its codes against the formula of DESIGN to the bit.
+"""The preparation of tokens, held against float64, and its codes against numerics.reference to the bit.
 
 Every output is filled with NaN or 99 before the kernel runs, so what it does not write shows.
 """

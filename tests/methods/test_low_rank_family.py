@@ -85,7 +85,7 @@ def test_each_adapter_is_the_whitened_svd_of_its_paper(rounded: ErrorProblem, x:
 
 
 def test_cholesky_eigenvectors_and_square_root_of_the_gram_give_one_adapter(normal: Normal, x: Tensor) -> None:
-    """ASER, EoRA and QERA-exact differ in conditioning only (methods.md section 4.1); ours is all three."""
+    """ASER, EoRA and QERA-exact differ in conditioning only; ours is all three."""
     x = x.double()
     gram = x.T @ x
     values, vectors = torch.linalg.eigh(gram)

@@ -1,4 +1,4 @@
-"""The reference forward against the formula of DESIGN section 1, one token at a time in float64."""
+"""The reference forward against the formula of a quantized linear, one token at a time in float64."""
 
 from collections.abc import Callable
 

@@ -104,7 +104,7 @@ def test_what_is_derived(whole: GroupStats, tokens: TokenSample) -> None:
     x = tokens.x.double()
     assert torch.allclose(whole.mean_abs.double(), x.abs().mean(dim=0), rtol=1e-6)
     assert torch.allclose(whole.total_gram.double(), x.T @ x, atol=1e-3)
-    assert whole.frequency(48).sum() == pytest.approx(3)  # methods.md: the f_c add up to k
+    assert whole.frequency(48).sum() == pytest.approx(3)  # arXiv 2602.24059: the f_c add up to k
     assert torch.equal(whole.frequency(96), whole.top_count[96].sum(dim=0).double() / TOKENS)
 
 

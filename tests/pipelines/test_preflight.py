@@ -1,4 +1,4 @@
-"""The commands of docs/serving.md, "Before serving: pre-flight", do what it says they do."""
+"""The commands of docs/guides/serving.md, "Before serving: pre-flight", do what it says they do."""
 
 import shlex
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def shown() -> list[str]:
     """The indented lines of the section: commands, and what they print."""
-    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
     section = text.partition("## Before serving: pre-flight\n")[2].partition("\n## ")[0]
     return [line.strip() for line in section.splitlines() if line.startswith("    ")]
 

@@ -1,4 +1,4 @@
-"""What docs/serving.md says of transformers is what a reader can type."""
+"""What docs/guides/serving.md says of transformers is what a reader can type."""
 
 import os
 import re
@@ -9,7 +9,8 @@ import pytest
 from tests.serve.python import python
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "docs" / "serving.md").read_text().partition("## In transformers\n")[2].partition("\n## ")[0]
+PAGE = (ROOT / "docs" / "guides" / "serving.md").read_text()
+SECTION = PAGE.partition("## In transformers\n")[2].partition("\n## ")[0]
 SCRIPTS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 FOUND = {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels"))}
 

@@ -1,4 +1,4 @@
-"""`vllm serve` as docs/serving.md has it, in a process of its own."""
+"""`vllm serve` as docs/guides/serving.md has it, in a process of its own."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "serving.md"
+PAGE = ROOT / "docs" / "guides" / "serving.md"
 KEY, MODEL = "sesame", "served"
 PATIENCE = 240.0
 """Seconds that a start may take on a busy machine."""

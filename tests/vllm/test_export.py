@@ -107,7 +107,7 @@ def test_the_commands_of_the_page_have_options_that_vllm_takes() -> None:
         "    modules = [[m.name, m.path] for m in told.lora_modules or []]\n"
         "    print(json.dumps([told.model_tag, told.enable_lora, told.max_lora_rank, modules]))"
     )
-    page = (ROOT / "docs" / "serving.md").read_text()
+    page = (ROOT / "docs" / "guides" / "serving.md").read_text()
     commands = re.findall(r"^    vllm serve (STOCK.*)$", page, re.MULTILINE)
     done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]

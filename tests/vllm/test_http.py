@@ -1,4 +1,4 @@
-"""A checkpoint behind real `vllm serve`, started and asked as docs/serving.md says.
+"""A checkpoint behind real `vllm serve`, started and asked as docs/guides/serving.md says.
 
 The engine behind HTTP is that of test_offline.py, which compares every recipe with transformers on one rank and on two.
 A server must answer as that does. What HTTP adds (templates, images in base64, tokenizing, streaming, processes that

@@ -35,7 +35,7 @@ def server(checkpoint: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert COMMAND in (ROOT / "docs" / "serving.md").read_text()
+    assert COMMAND in (ROOT / "docs" / "guides" / "serving.md").read_text()
     words = COMMAND.replace("CHECKPOINT", str(checkpoint)).replace("8000", str(port)).split()[3:]
     run = [sys.executable, "-m", "tests.vllm.transformers_serve", *words, "--dtype", "float32"]
     process = subprocess.Popen(run, cwd=ROOT)

@@ -1,7 +1,7 @@
 """A list of channels for each input group that leaves the activation grid and is carried in 16 bits.
 
-A few channels are the largest of nearly every token, and the token's grid must reach them (docs/methods.md says what is
-left of the largest squares without them). LLM.int8() (arXiv 2208.07339) takes such channels out as they come; a list
+A few channels are the largest of nearly every token, and the token's grid must reach them
+(docs/how/methods.md). LLM.int8() (arXiv 2208.07339) takes such channels out as they come; a list
 that is fixed after calibration costs no search at run time, and its weights are stored in 16 bits alone: codes 0 there,
 nothing to round, nothing to repair. It pays where only weights are rounded, too: what the largest inputs meet is exact.
 """

@@ -1,4 +1,4 @@
-"""ASER: outlier columns exempted from rounding and one whitened low-rank adapter (arXiv 2411.07762, methods.md 4.3).
+"""ASER: outlier columns exempted from rounding and one whitened low-rank adapter (arXiv 2411.07762).
 
 Quant Experts without its routed half: the strongest rival of the same active rank. With rank_by = "frequency" the two
 differ in nothing but the experts. Under a byte budget no more columns are exempted than the ranks that it buys, and

@@ -1,4 +1,4 @@
-"""LQER and L2QER: one low-rank adapter by the SVD of the (scaled) error (arXiv 2402.02446, methods.md section 4.2).
+"""LQER and L2QER: one low-rank adapter by the SVD of the (scaled) error (arXiv 2402.02446).
 
 L = [E S]_r S^-1 with S = I (LQER), or S = diag(a), a = mean|x| of each channel (L2QER).
 

@@ -1,4 +1,4 @@
-"""QERA: one low-rank adapter, optimal for the inputs seen (arXiv 2410.06040, methods.md section 4.4).
+"""QERA: one low-rank adapter, optimal for the inputs seen (arXiv 2410.06040).
 
 exact: L = U_r (U_r^T E), U_r the top eigenvectors of E G E^T; the same L as ASER's Cholesky-whitened SVD.
 diagonal: L = [E S]_r S^-1 with S = diag(sqrt E[x^2]), QERA-approx: optimal if channels are uncorrelated.

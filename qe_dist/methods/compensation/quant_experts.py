@@ -1,13 +1,13 @@
 """Quant Experts (arXiv 2602.24059): a shared low-rank expert, routed ones, and a router for every group.
 
-Steps as in methods.md section 1.1 and 1.5; what the paper leaves open is marked [INF] there and here:
+Steps as in the paper; what it leaves open, and is inferred here, is marked [INF]:
  1. a channel of a token is important by |x_c| * mean|W_c|; C_s: most often important, C_r: the next ones;
  2. columns C_s are exempted from rounding; the shared expert is the best rank-r repair of W - Q(W);
  3. C_r is clustered by NPMI of co-occurrence; a token belongs to the cluster with most of its channels;
  4. a routed expert is the best repair of what is left, for the tokens of its cluster;
  5. the router, linear in |x|, predicts what each expert leaves unrepaired, without training.
 
-With `extract` (DESIGN section 1) the channels C_s, and those most often important for an expert's tokens,
+With `extract` (docs/how/methods.md) the channels C_s, and those most often important for an expert's tokens,
 leave the activation quantizer and are carried in 16 bits, so the grid of the token shrinks.
 
 Beyond the paper: `rounds` repeats 4 and 5 for the tokens that the router sends to each expert, as k-means does; without

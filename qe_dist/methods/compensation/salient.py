@@ -1,4 +1,4 @@
-"""SERQ: the weights of the loudest channels are a sum of two terms (arXiv 2603.08185, methods.md section 3).
+"""SERQ: the weights of the loudest channels are a sum of two terms (arXiv 2603.08185).
 
 The first term, R = Q(W~_s) with one scale per output, is stored beside the codes; the codes hold Q(W~ - R), so that
 loud columns do not widen the grid of the others. So does the code of the authors; their text has it the other way
@@ -7,7 +7,7 @@ round, R = Q(W~_s - codes), which leaves them in that grid. SERQ flattens the in
 Both terms meet the rounded input, as in the authors' code: Y = Qa(x~) Q(W~ - R)^T + Qa(x~)_s R^T.
 
 Departures. `share` is ours. The order of channels stays: SERQ permutes them offline so that salient ones lie side by
-side, which changes no output, and what it saves is measured in docs/methods.md. Its activations have 4 bits in groups
+side, which changes no output, and what it saves is in docs/results/accuracy.md. Its activations have 4 bits in groups
 of 128, asymmetric; ours follow the number format of the recipe.
 """
 

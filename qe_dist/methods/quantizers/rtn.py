@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline, and what Quant Experts and its rivals start from (methods.md section 1.2)."""
+"""Round to nearest (RTN): the baseline, and what Quant Experts and most other methods start from."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Randomized Hadamard rotation of residual stream and attention heads, fused offline, and of down's input at run time.
 
-QuaRot (arXiv 2404.00456, section 4; methods.md section 6): the norms' gains move into the linears behind them, the
+QuaRot (arXiv 2404.00456, section 4): the norms' gains move into the linears behind them, the
 stream is rotated in every tensor that writes or reads it (also the vision merger's output), and the values of each head
 between v and o. One head's matrix serves all heads and blocks, so heads that share a key and value stay together.
 Nothing in front of down can take a rotation (SwiGLU multiplies channel by channel): its input is multiplied by a

@@ -1,7 +1,7 @@
 """MASQuant: a learned scale for each modality, and a weight that is smoothed by that of text (arXiv 2603.04800).
 
 s_m = sqrt(max|x_m| / max|W|) to begin with, then trained on the mean absolute error of Q(X_m / s_m) Q(s_m W), each
-modality for itself (methods.md section 2). Only Q(s_text W) is stored, which is not what image tokens need: the
+modality for itself (arXiv 2603.04800). Only Q(s_text W) is stored, which is not what image tokens need: the
 compensation `cross_modal` has to repair that, and no other can. The input of `down`, which other linears of the block
 make, is not smoothed (MASQuant's code).
 

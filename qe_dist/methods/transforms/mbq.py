@@ -1,7 +1,7 @@
 """MBQ: AWQ's search with a mean absolute error in which image tokens count less (arXiv 2412.19509).
 
 loss = (sum over text of |error| + rho * sum over images of |error|) / tokens, rho = mean|dLoss/dy| of image tokens
-over that of text tokens (methods.md section 5.1).
+over that of text tokens (arXiv 2412.19509).
 
 rho is the recipe's `image_weight`. `qe-dist sensitivity` measures it with a backward pass of the whole model, where
 that fits into memory: an explicit step, for no process of the pipeline holds a model.

@@ -1,7 +1,7 @@
 """Outlier smoothing of ASER and of Quant Experts: one formula on the channels C_s that matter most.
 
 m_c = mean|x_c| / min over C_s of mean|x_c| for c in C_s, else 1; x~ = x / m, W~ = W diag(m)
-(methods.md sections 4.3 and 1.5, step 3). The activation grid no longer has to reach the outliers.
+(ASER, arXiv 2411.07762). The activation grid no longer has to reach the outliers.
 """
 
 from dataclasses import dataclass

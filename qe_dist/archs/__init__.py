@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from qe_dist.archs.base import Arch
+from qe_dist.archs.base import Family
 from qe_dist.core.errors import ConfigError
 
 GUIDE = "docs/how/adding-a-model.md"
@@ -15,11 +15,11 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg and m.name != "base")
 
 
-def get(name: str) -> Arch:
-    return importlib.import_module(f"{__name__}.{name}").ARCH
+def get(name: str) -> Family:
+    return importlib.import_module(f"{__name__}.{name}").FAMILY
 
 
-def for_config(config: Mapping[str, Any]) -> Arch:
+def for_config(config: Mapping[str, Any]) -> Family:
     """The architecture of the `config.json` of a model that is to be quantized."""
     arch = for_checkpoint(config)
     if "quantization_config" in config:
@@ -27,7 +27,7 @@ def for_config(config: Mapping[str, Any]) -> Arch:
     return arch
 
 
-def for_checkpoint(config: Mapping[str, Any]) -> Arch:
+def for_checkpoint(config: Mapping[str, Any]) -> Family:
     """The architecture of a Hugging Face `config.json`, quantized or not."""
     known = {t: name for name in names() for t in get(name).model_types}
     found = config.get("model_type")

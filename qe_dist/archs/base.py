@@ -151,7 +151,7 @@ class EngineNames:
 
 
 @dataclass(frozen=True)
-class Arch:
+class Family:
     """The models of some `model_type`s; the first one is its name."""
 
     model_types: tuple[str, ...]

@@ -1,11 +1,11 @@
 """Llama and models of its shape, such as SmolLM2."""
 
-from qe_dist.archs.base import Arch, EngineNames
+from qe_dist.archs.base import EngineNames, Family
 from qe_dist.archs.decoders.llama import Llama
 from qe_dist.archs.frontends.text import TextFrontend
 from qe_dist.archs.shared.swiglu import FUSED
 
-ARCH = Arch(
+FAMILY = Family(
     model_types=("llama",),
     decoder=Llama(),
     frontend=TextFrontend(),

@@ -1,11 +1,11 @@
 """Qwen2-VL (2B, 7B, 72B)."""
 
-from qe_dist.archs.base import Arch, EngineNames
+from qe_dist.archs.base import EngineNames, Family
 from qe_dist.archs.decoders.qwen2 import Qwen2
 from qe_dist.archs.frontends.qwen2_vl import Qwen2VLFrontend
 from qe_dist.archs.shared.swiglu import FUSED
 
-ARCH = Arch(
+FAMILY = Family(
     model_types=("qwen2_vl",),
     decoder=Qwen2(),
     frontend=Qwen2VLFrontend(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qe_dist import archs
-from qe_dist.archs.base import Arch, Encoder
+from qe_dist.archs.base import Encoder, Family
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example, Sample
 from qe_dist.data.samples import load_images, read_samples
@@ -39,7 +39,7 @@ class EncodedSamples(Sequence[Example]):
         return self._encoder(sample, load_images(sample))
 
     @cached_property
-    def arch(self) -> Arch:
+    def arch(self) -> Family:
         return archs.for_checkpoint(read_config(self.folder))
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qe_dist.archs.base import Arch
+from qe_dist.archs.base import Family
 from qe_dist.checkpoint.encoded import lengths_of
 from qe_dist.checkpoint.quality import Quality, SampleScore
 from qe_dist.core.batch import IMAGE, MODALITIES
@@ -43,7 +43,7 @@ class Predictor(Protocol):
 class WholeModel:
     """A loaded Hugging Face model, as transformers runs it."""
 
-    def __init__(self, model: Any, arch: Arch) -> None:
+    def __init__(self, model: Any, arch: Family) -> None:
         self.model, self.arch = model, arch
 
     @property
@@ -65,7 +65,7 @@ class WholeModel:
 
 def evaluate(
     model: Any,
-    arch: Arch,
+    arch: Family,
     examples: Sequence[Example],
     reference: Path | None = None,
     tokens: int = BATCH_TOKENS,
@@ -75,7 +75,7 @@ def evaluate(
     return measure(WholeModel(model, arch), examples, reference, tokens)
 
 
-def save_reference(model: Any, arch: Arch, examples: Sequence[Example], folder: Path) -> Path:
+def save_reference(model: Any, arch: Family, examples: Sequence[Example], folder: Path) -> Path:
     """Writes into `folder` what `evaluate` compares others with. Returns the folder."""
     return save_states(WholeModel(model, arch), examples, folder)
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qe_dist import archs
-from qe_dist.archs.base import Arch
+from qe_dist.archs.base import Family
 from qe_dist.checkpoint.compressed_tensors import (
     ExportedBlock,
     Layout,
@@ -119,7 +119,7 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Layout]]:
 class _Export:
     def __init__(self, checkpoint: Checkpoint, output: Path, peft: bool) -> None:
         self.checkpoint, self.output, self.peft = checkpoint, output, peft
-        self.arch: Arch = archs.for_checkpoint(checkpoint.config)
+        self.arch: Family = archs.for_checkpoint(checkpoint.config)
         groups = [group for _, _, group in _groups(checkpoint)]
         self.done = Exported(len(groups), max(map(rank_of, groups)) if peft else 0)
         for group in groups:
@@ -209,7 +209,7 @@ class _Export:
         publish_json(folder / "adapter_config.json", adapter_config(self.arch, linears, self.done.rank))
 
 
-def quantization_config(checkpoint: Checkpoint, arch: Arch, dense: set[tuple[int, str]]) -> dict[str, Any]:
+def quantization_config(checkpoint: Checkpoint, arch: Family, dense: set[tuple[int, str]]) -> dict[str, Any]:
     """What compressed-tensors reads. dense: (block, linear) of what is in 16 bits."""
     blocks_of: dict[LinearFormat, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for index, layout in enumerate(checkpoint.layouts):
@@ -234,7 +234,7 @@ def quantization_config(checkpoint: Checkpoint, arch: Arch, dense: set[tuple[int
     }
 
 
-def adapter_config(arch: Arch, linears: list[str], rank: int) -> dict[str, Any]:
+def adapter_config(arch: Family, linears: list[str], rank: int) -> dict[str, Any]:
     """Of PEFT."""
     return {
         "peft_type": "LORA",

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from qe_dist.archs.base import Arch
+from qe_dist.archs.base import Family
 from qe_dist.core.batch import IMAGE, TEXT
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example
@@ -47,7 +47,7 @@ def check_memory(model_bytes: int) -> None:
         )
 
 
-def sensitivity(model: Any, arch: Arch, examples: Sequence[Example]) -> Sensitivity:
+def sensitivity(model: Any, arch: Family, examples: Sequence[Example]) -> Sensitivity:
     """Of a loaded model in float32. ConfigError where no example has tokens of images, other ones and an answer."""
     useful = [e for e in examples if all(bool(chosen.any()) for chosen in _kinds(e).values())]
     if not useful:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qe_dist.archs.base import Arch, BlockLoader
+from qe_dist.archs.base import BlockLoader, Family
 from qe_dist.checkpoint.encoded import lengths_of
 from qe_dist.checkpoint.evaluate import batches, places
 from qe_dist.core.machine import give_back_memory
@@ -26,7 +26,7 @@ class StreamedModel:
     loaders: of its blocks. work: a folder for the hidden states between two blocks, of all samples, twice at most.
     """
 
-    arch: Arch
+    arch: Family
     source: WeightSource
     loaders: Sequence[BlockLoader]
     work: Path

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from qe_dist import archs
-from qe_dist.archs.base import Arch, Encoder
+from qe_dist.archs.base import Encoder, Family
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
@@ -145,7 +145,7 @@ def check_source(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return faults + [f"{name}: not of {folder}" for name in sorted({*checkpoint.weight_map} - expected - {*kept})]
 
 
-def image_effect(model: Any, arch: Arch, encoder: Encoder) -> float:
+def image_effect(model: Any, arch: Family, encoder: Encoder) -> float:
     """How far two different images move the logits of the last position, over their size: 0 for a blind model, NaN for
     one that computes NaN."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -154,7 +154,7 @@ def image_effect(model: Any, arch: Arch, encoder: Encoder) -> float:
 
 
 @torch.no_grad()
-def _last_logits(model: Any, arch: Arch, encoder: Encoder, image: Image.Image) -> torch.Tensor:
+def _last_logits(model: Any, arch: Family, encoder: Encoder, image: Image.Image) -> torch.Tensor:
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "It"}]}
     example = encoder(Sample(0, "verify", "image", messages=(asked, answer)), [image])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qe_dist.archs.base import Arch, BlockLoader, RunBlock
+from qe_dist.archs.base import BlockLoader, Family, RunBlock
 from qe_dist.archs.shared.modules import fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import ConfigError
@@ -21,7 +21,7 @@ from qe_dist.serve.transformers_plugin import check_tensors, replace_linears
 
 
 def open_blocks(
-    folder: Path, arch: Arch, device: str, dtype: torch.dtype
+    folder: Path, arch: Family, device: str, dtype: torch.dtype
 ) -> tuple[WeightSource, Sequence[BlockLoader]]:
     """The tensors of a model, and its blocks in their order; each is loaded by calling it.
 
@@ -46,12 +46,12 @@ def open_blocks(
     ]
 
 
-def _plain(arch: Arch, source: WeightSource, spec: Any, device: str, dtype: torch.dtype) -> RunBlock:
+def _plain(arch: Family, source: WeightSource, spec: Any, device: str, dtype: torch.dtype) -> RunBlock:
     return partial(arch.run_block, arch.block(source, spec, device, dtype))
 
 
 def _quantized(
-    arch: Arch,
+    arch: Family,
     source: WeightSource,
     index: int,
     prefix: str,

@@ -13,11 +13,11 @@ from qe_dist.core.sample import Example
 from qe_dist.core.source import WeightSource
 
 if TYPE_CHECKING:
-    from qe_dist.archs.base import Arch
+    from qe_dist.archs.base import Family
 
 
 class HFPrelude:
-    def __init__(self, arch: "Arch", source: WeightSource, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, arch: "Family", source: WeightSource, device: str, dtype: torch.dtype) -> None:
         config = arch.hf_config(source.config)
         text = config.get_text_config()
         text.num_hidden_layers = 1

@@ -114,7 +114,7 @@ class _Waves:
             self.pool.close()
 
     def _plan_wave(self, first: int) -> Wave:
-        """Takes what workers the cluster has by now, and gives them the next blocks."""
+        """Adds the workers that the cluster has room for by now, and plans their blocks of the next wave."""
         self._begin_embedding(first)
         self.pool.acquire()
         found, wanted = len(self.pool.workers), self.ready.run.workers or 0

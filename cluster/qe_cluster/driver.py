@@ -77,7 +77,7 @@ def quantize(
                     _Call(ready, told, stop or threading.Event(), lease, patience, summary).run()
             passed_on.result()
         finish(ready, lease)
-        summary.fallbacks = read_manifest(runs[0].output)["fallbacks"]
+        summary.fallbacks = dict(read_manifest(runs[0].output).fallbacks)
         summary.seconds = time.perf_counter() - begin
         listen("done", {"seconds": summary.seconds})
     return summary

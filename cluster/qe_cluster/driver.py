@@ -33,7 +33,6 @@ from qe_dist.flow.local import Prepared, RunLease, finish, opened, prepare_run, 
 from qe_dist.flow.plan import FitJob, StagePlan, Wave, balance, fit_cost, local_capacities, plan_wave, travel_bytes
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
-from qe_dist.io.run_dir import RunDir
 
 IN_FLIGHT_PER_STAGE = 2
 STORE_SHARE = 4  # a batch in flight may lie in the object store twice, and half of the store is left to others
@@ -86,7 +85,7 @@ def quantize(
 @contextmanager
 def _last_word(listen: Listener, ready: Prepared) -> Iterator[Listener]:
     """To the caller and to the journal of each run. A call that ends early says why."""
-    told = _all_of(listen, *(Journal(RunDir(run.output).root / JOURNAL, listen) for run in ready.runs))
+    told = _all_of(listen, *(Journal(run.store.root / JOURNAL, listen) for run in ready.runs))
     try:
         yield told
     except BaseException as error:
@@ -107,7 +106,7 @@ class _Call:
         summary: Summary,
     ) -> None:
         self.ready, self.listen, self.stop, self.lease, self.summary = ready, listen, stop, lease, summary
-        self.pool = WorkerPool(ready.runs, ready.model.arch, patience)
+        self.pool = WorkerPool(ready.configs, ready.model.arch, patience)
         self.number = 0
         """Of the wave, from 1 on."""
         self.watched: dict[Any, int] = {}
@@ -117,7 +116,7 @@ class _Call:
         ready = self.ready
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": self.summary.continued}
         who = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
-        self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.run.workers})
+        self.listen("start", counts | who | {"first": ready.next_block(), "workers": ready.config.workers})
         try:
             self._waves()
             self.summary.stages = self.pool.usage()
@@ -129,13 +128,13 @@ class _Call:
     def _waves(self) -> None:
         ready = self.ready
         while (first := ready.next_block()) is not None:
-            if first == 0 and ready.run.embeds_on == "cuda":
+            if first == 0 and ready.config.embeds_on == "cuda":
                 self.pool.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
             elif ready.entering(0, 0) is None and first == 0:
                 self.pool.embedder()  # its imports take as long as those of the workers
             workers = self.pool.acquire()
-            if len(workers) < (ready.run.workers or 0):
-                told = f"{ready.run.workers} workers were asked for, the cluster has room for {len(workers)} now"
+            if len(workers) < (ready.config.workers or 0):
+                told = f"{ready.config.workers} workers were asked for, the cluster has room for {len(workers)} now"
                 self.listen("note", {"text": told})
             wave = plan_wave(ready.task, self.pool.capacities(), first)
             self.number += 1
@@ -261,7 +260,7 @@ class _Call:
         return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
 
     def _group(self, job: FitJob) -> Any:
-        recipe = self.ready.runs[job.run].recipe_for(job.block)
+        recipe = self.ready.configs[job.run].recipe_for(job.block)
         return recipe.view(self.ready.model.blocks[job.block]).group(job.group)
 
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
@@ -295,7 +294,7 @@ class _Call:
         answers = await asyncio.gather(*(_result(asks[job]) for job in jobs))
         names = [job.group for job in jobs]
         run, index = jobs[0].run, jobs[0].block
-        granted = self.ready.runs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
+        granted = self.ready.configs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
         groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
         await home.publish.remote(run, index, names, *groups)
 

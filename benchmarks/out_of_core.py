@@ -91,7 +91,7 @@ def measure(work: Path, setting: Setting, shape: Shape) -> dict[str, Any]:
     given = {"recipe": setting.recipe, "calibration": data, "output": output} | setting.options
     options = [str(word) for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     watched = watch([sys.executable, "-m", "qe_pipelines.main", "quantize", str(model), *options], log)
-    if watched.code or len(read_manifest(output)["blocks"]) != shape.blocks:
+    if watched.code or len(read_manifest(output).blocks) != shape.blocks:
         raise SystemExit(f"the command ended with {watched.code}: {log.read_text()[-2000:]}")
     shutil.rmtree(model)
     shutil.rmtree(output)

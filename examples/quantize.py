@@ -20,7 +20,7 @@ def main(output: str, model: str = str(MODELS / "plain"), data: str = str(MODELS
     run = RunConfig(model, load_recipe("qe-w4a8"), Path(data), Path(output))
     local.quantize(run)  # the same call continues a run that was interrupted
     manifest = read_manifest(run.output)
-    print(f"{run.output}: {manifest['bits_per_weight']:.2f} bits per weight, product in {manifest['arithmetic']}")
+    print(f"{run.output}: {manifest.bits_per_weight:.2f} bits per weight, product in {manifest.arithmetic}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(output: str, model: str = str(MODELS / "plain"), data: str = str(MODELS
     gptq = replace(mine, recipe=load_recipe("gptq-w4a8"), output=Path(output) / "gptq")
     local.quantize(mine, gptq)
     for run in (mine, gptq):
-        print(f"{run.output}: {read_manifest(run.output)['bits_per_weight']:.2f} bits per weight")
+        print(f"{run.output}: {read_manifest(run.output).bits_per_weight:.2f} bits per weight")
 
 
 if __name__ == "__main__":

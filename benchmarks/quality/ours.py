@@ -5,13 +5,11 @@
 A recipe is what `qe-dist quantize --recipe` takes.
 """
 
-import json
-
 from measured import Arguments, Cost
 
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
-from qe_dist.io.checkpoint import MANIFEST
+from qe_dist.io.checkpoint import read_manifest
 from qe_dist.methods.recipes import load_recipe
 
 
@@ -21,8 +19,7 @@ def main() -> None:
     cost = Cost()
     with cost.of("quantize"):
         quantize(run)
-    manifest = json.loads((asked.output / MANIFEST).read_text())
-    cost.print(manifest["bits_per_weight"], ("qe-dist", "torch", "transformers"))
+    cost.print(read_manifest(asked.output).bits_per_weight, ("qe-dist", "torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from qe_dist.flow.local import Prepared, finish, opened, prepare_run, start
 from qe_dist.flow.plan import Wave, local_capacities, plan_wave
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
-from qe_dist.io.run_dir import RunDir
 
 MAX_LOSSES = 5  # in a row without a block finished; more are no accident
 
@@ -77,12 +76,12 @@ def quantize(
             passed_through = thread.submit(start, ready)
             if ready.next_block() is not None:
                 with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
-                    pool = WorkerPool(ready.runs, ready.model.arch, patience)
+                    pool = WorkerPool(ready.configs, ready.model.arch, patience)
                     monitor = Monitor(pool, lease, stop or threading.Event(), _all_of(listen, metrics))
                     _Waves(ready, pool, monitor).run(summary)
             passed_through.result()
         finish(ready, lease)
-        summary.fallbacks = read_manifest(runs[0].output)["fallbacks"]
+        summary.fallbacks = dict(read_manifest(runs[0].output).fallbacks)
         summary.seconds = time.perf_counter() - begin
         listen("done", {"seconds": summary.seconds})
     return summary
@@ -102,7 +101,7 @@ class _Waves:
         ready = self.ready
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": summary.continued}
         process = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
-        self.listen("start", counts | process | {"first": ready.next_block(), "workers": ready.run.workers})
+        self.listen("start", counts | process | {"first": ready.next_block(), "workers": ready.config.workers})
         try:
             while (first := ready.next_block()) is not None:
                 self._run_wave(self._plan_wave(first))
@@ -117,7 +116,7 @@ class _Waves:
         """Adds the workers that the cluster has room for by now, and plans their blocks of the next wave."""
         self._begin_embedding(first)
         self.pool.acquire()
-        found, wanted = len(self.pool.workers), self.ready.run.workers or 0
+        found, wanted = len(self.pool.workers), self.ready.config.workers or 0
         if found < wanted:
             text = f"{wanted} workers were asked for, the cluster has room for {found} now"
             self.listen("note", {"text": text})
@@ -132,7 +131,7 @@ class _Waves:
         """Starts the embedder beside the workers, since its imports take as long as theirs. On GPUs, which workers
         then need, the first block's inputs are made before the workers start."""
         ready = self.ready
-        if first == 0 and ready.run.embeds_on == "cuda":
+        if first == 0 and ready.config.embeds_on == "cuda":
             self.pool.embed_on_gpus({i: s for i, s in enumerate(ready.samples) if not ready.entering(0, i)})
         elif first == 0 and ready.entering(0, 0) is None:
             self.pool.embedder()
@@ -182,7 +181,7 @@ def _num_finished(ready: Prepared) -> int:
 def _journaled(listen: Listener, ready: Prepared) -> Iterator[Listener]:
     """A listener that passes events on to `listen` and to the journal of each run. When the call ends early, a last
     event says why."""
-    listen_all = _all_of(listen, *(Journal(RunDir(run.output).root / JOURNAL, listen) for run in ready.runs))
+    listen_all = _all_of(listen, *(Journal(run.store.root / JOURNAL, listen) for run in ready.runs))
     try:
         yield listen_all
     except BaseException as error:

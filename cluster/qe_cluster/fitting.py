@@ -56,7 +56,7 @@ class Fitter:
         return balance({job: fit_cost(group) for job, group in groups.items()}, owners, speeds, stay)
 
     def _group(self, job: FitJob) -> Any:
-        recipe = self.ready.runs[job.run].recipe_for(job.block)
+        recipe = self.ready.configs[job.run].recipe_for(job.block)
         return recipe.view(self.ready.model.blocks[job.block]).group(job.group)
 
     async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
@@ -91,7 +91,7 @@ class Fitter:
         answers = await asyncio.gather(*(_result(asks[job]) for job in jobs))
         names = [job.group for job in jobs]
         run, index = jobs[0].run, jobs[0].block
-        granted = self.ready.runs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
+        granted = self.ready.configs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
         groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
         await home.publish.remote(run, index, names, *groups)
 

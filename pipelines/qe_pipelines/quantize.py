@@ -3,16 +3,19 @@
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qe_dist.core.errors import ConfigError
 from qe_pipelines.progress import log, run_view, set_up_logging
+
+if TYPE_CHECKING:
+    from qe_dist.core.manifest import Manifest
 
 
 def quantize(
@@ -124,16 +127,16 @@ def summary_lines(summary, output: Path) -> list[str]:
     return lines
 
 
-def cost_lines(manifest: Mapping[str, Any], output: Path) -> Iterator[str]:
+def cost_lines(manifest: "Manifest", output: Path) -> Iterator[str]:
     """What a checkpoint costs on disk, and per quantized weight for one token."""
-    size = manifest["checkpoint_bytes"]
-    macs = " + ".join(f"{count:.3f} {name}" for name, count in manifest["macs_by_arithmetic"].items() if count)
+    size = manifest.checkpoint_bytes
+    macs = " + ".join(f"{count:.3f} {name}" for name, count in manifest.macs_by_arithmetic.items() if count)
     yield (
-        f"wrote {output}: {size / 2**20:.1f} MiB in all files, {8 * size / manifest['parameters']:.2f} bits per "
+        f"wrote {output}: {size / 2**20:.1f} MiB in all files, {8 * size / manifest.parameters:.2f} bits per "
         "parameter of the model"
     )
     yield (
-        f"per quantized weight: {manifest['bits_per_weight']:.2f} bits stored, "
-        f"{manifest['active_bits_per_weight']:.2f} read for a token, {macs} multiplications; its product is "
-        f"{manifest['arithmetic']}"
+        f"per quantized weight: {manifest.bits_per_weight:.2f} bits stored, "
+        f"{manifest.active_bits_per_weight:.2f} read for a token, {macs} multiplications; its product is "
+        f"{manifest.arithmetic}"
     )

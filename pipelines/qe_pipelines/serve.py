@@ -64,13 +64,11 @@ def check(endpoint: Endpoint) -> None:
     """Checks an endpoint before anything starts. Raises ConfigError, naming the option, or CheckpointError."""
     from qe_dist.checkpoint.serving import serving_problems
     from qe_dist.checkpoint.verify import Checkpoint, check_index, check_layout
-    from qe_dist.serve.format import check_version
     from qe_dist.serve.vllm_plugin import check_installed
 
     if endpoint.options and not endpoint.options[0].startswith("-"):
         raise ConfigError(f"unexpected {endpoint.options[0]!r}; options of vLLM come behind --, and begin with a dash")
     opened = Checkpoint.open(Path(endpoint.checkpoint))
-    check_version(opened.config["quantization_config"].get("version"))
     damage = [f"{name}: {error}" for name, error in opened.unreadable.items()]
     for fault in damage or [*check_index(opened), *check_layout(opened)]:
         raise CheckpointError(f"{opened.folder} is damaged: {fault}; qe-dist verify lists all there is")

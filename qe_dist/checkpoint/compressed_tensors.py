@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, repair_from_tensors, rotated_block
+from qe_dist.core.layout import FORMAT, BlockLayout, GroupLayout
+from qe_dist.core.quantized import Factor, GroupInput, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Feeder
 from qe_dist.numerics.grid import dequantize
@@ -27,8 +28,6 @@ GROUP_SIZES = (128, 64, 32)
 ROWS = 256
 HELD = 0.5
 """Of the size of an ordinary column: more than rounding can have left of one whose codes are all zero."""
-Layout = Mapping[str, Any]
-"""Of one input group, from `config.json`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class LinearFormat:
     act_bits: int | None
 
     @classmethod
-    def of(cls, group: Layout) -> "LinearFormat":
+    def of(cls, group: GroupLayout) -> "LinearFormat":
         """The one that holds a group exactly. ConfigError where there is none."""
-        scheme = Scheme.parse(group["scheme"])
+        scheme = group.scheme
         size = scheme.group_size
         fits = size if size is None else next((known for known in GROUP_SIZES if size % known == 0), None)
         if size is not None and fits is None:
@@ -52,7 +51,7 @@ class LinearFormat:
                 "128, or one per output; quantize with such a group size"
             )
         # An engine that rounds rounds whole tokens: the same only where no channel of theirs leaves the grid.
-        whole = scheme.act_bits == 8 and scheme.dynamic_outliers is None and not _extracting(group["input"])
+        whole = scheme.act_bits == 8 and scheme.dynamic_outliers is None and not group.extracts
         return cls(4 if scheme.weight_bits <= 4 else 8, fits, 8 if whole else None)
 
     def config(self, targets: Iterable[str]) -> dict[str, Any]:
@@ -65,7 +64,7 @@ class LinearFormat:
             "targets": list(targets),
             "weights": weights,
             "input_activations": rounded if self.act_bits else None,
-            "format": "pack-quantized",
+            "format": FORMAT,
         }
 
 
@@ -109,56 +108,48 @@ class ExportedBlock:
     """What is written otherwise than it was, in words -> in how many groups."""
 
 
-def losses(group: Layout, peft: bool) -> Counter[str]:
+def losses(group: GroupLayout, peft: bool) -> Counter[str]:
     """What of a group other engines will not do, in words; 1 each, to be counted over groups."""
-    scheme, names = Scheme.parse(group["scheme"]), group["input"]
-    lost = []
-    if "router" in names:
+    lost, scheme = [], group.scheme
+    if group.routed:
         lost.append("routed experts")
-    if rank_of(group) and not peft:
+    if group.static_rank and not peft:
         lost.append("the shared low-rank branch")
     if scheme.act_bits and LinearFormat.of(group).act_bits is None:
         lost.append(f"the speed of {scheme.act_bits}-bit activations, which stay in 16 bits (as exact or better)")
     return Counter(lost)
 
 
-def why_not(group: Layout, peft: bool) -> str | None:
+def why_not(group: GroupLayout, peft: bool) -> str | None:
     """Why other engines cannot have this group; None where they can, as far as names and shapes tell."""
-    names = group["input"]
-    if rotated_block(names) > 1:
+    part = group.part
+    if part.rotation:
         return (
             "its input is rotated at run time, which other engines do not do; quantize without, with "
             "online = false under [rotation]"
         )
-    experts = {"lr_expert_a", "lr_expert_channels", "router"} & set(names)
-    if names.get("input_scale", (None, 1))[1] > 1 or (experts and "router" not in names):
+    if part.by_modality:
         return "it treats text and image tokens differently, which layers of other engines do not see"
-    if peft and experts:
+    if peft and part.num_experts:
         return "it has routed experts, and a LoRA is the same for every token; export with --base-only"
-    if not peft and "lr_salient_channels" in names:
+    if not peft and part.salient_channels is not None:
         return "weights of its loudest channels are partly beside the codes; what is left answers nonsense; use --peft"
     return None
 
 
-def rank_of(group: Layout) -> int:
-    """Of the LoRA that says what the static repair of a group does."""
-    names = group["input"]
-    return sum(names[n][1] for n in ("lr_shared_a", "lr_shared_channels", "lr_salient_channels") if n in names)
-
-
 def exported_block(
-    prefix: str, layout: Mapping[str, Layout], tensors: Mapping[str, Tensor], feeders: Mapping[str, Feeder], peft: bool
+    prefix: str, layout: BlockLayout, tensors: Mapping[str, Tensor], feeders: Mapping[str, Feeder], peft: bool
 ) -> ExportedBlock:
     """All tensors of a block file, rewritten.
 
-    prefix: of the block's tensors. layout: of its groups, from `config.json`. peft: whether the adapters will be there.
+    prefix: of the block's tensors. peft: whether the adapters will be there.
     Raises ConfigError, with the name of the group, where no stock checkpoint says the same.
     """
     block = ExportedBlock()
-    parts = {name: input_from_tensors(_within(tensors, f"{prefix}{name}_input.")) for name in layout}
-    linears = {name: _linears(prefix, group, tensors) for name, group in layout.items()}
+    parts = {name: input_from_tensors(_within(tensors, f"{prefix}{name}_input.")) for name in layout.groups}
+    linears = {name: _linears(prefix, group, tensors) for name, group in layout.groups.items()}
     by_linear = {n: x for group in linears.values() for n, x in group.items()}
-    quantized = tuple(f"{prefix}{m}." for m in (*by_linear, *(f"{name}_input" for name in layout)))
+    quantized = tuple(f"{prefix}{m}." for m in layout.modules)
     others = {name: t for name, t in tensors.items() if not name.startswith(quantized)}
     sizes = {m: len(x.words) for m, x in by_linear.items()}
     sizes |= {n.removeprefix(prefix).removesuffix(".weight"): len(t) for n, t in others.items()}
@@ -166,10 +157,10 @@ def exported_block(
     for name, tensor in others.items():
         factor = factors.get(name.removeprefix(prefix).removesuffix(".weight"))
         block.tensors[name] = tensor if factor is None else (tensor.double() / factor).to(tensor.dtype)
-    for name, group in layout.items():
+    for name, group in layout.groups.items():
         if not peft:
             _refuse_empty_columns(f"{prefix}{name}", parts[name], linears[name])
-        scheme, form, columns = Scheme.parse(group["scheme"]), LinearFormat.of(group), unfolded.get(name)
+        scheme, form, columns = group.scheme, LinearFormat.of(group), unfolded.get(name)
         block.changed += _changes(scheme, form, parts[name], columns)
         for module, linear in linears[name].items():
             rows = factors.get(module)
@@ -224,17 +215,13 @@ def lora_tensors(pair: tuple[Tensor, Tensor], rank: int) -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in padded.items()}
 
 
-def _extracting(names: Iterable[str]) -> bool:
-    return bool({"lr_shared_channels", "lr_expert_channels"} & set(names))
-
-
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _linears(prefix: str, group: Layout, tensors: Mapping[str, Tensor]) -> dict[str, StoredLinear]:
-    bits = Scheme.parse(group["scheme"]).weight_bits
-    return {name: StoredLinear.of(_within(tensors, f"{prefix}{name}."), bits) for name in group["linears"]}
+def _linears(prefix: str, group: GroupLayout, tensors: Mapping[str, Tensor]) -> dict[str, StoredLinear]:
+    bits = group.scheme.weight_bits
+    return {name: StoredLinear.of(_within(tensors, f"{prefix}{name}."), bits) for name in group.linears}
 
 
 def _fold(

@@ -84,7 +84,7 @@ def check_comparable(examples: EncodedSamples, reference: Path) -> None:
         if found != wanted:
             raise ConfigError(f"{mine} has {name} {found} and the reference {theirs} {wanted}; these are two models")
     if "quantization_config" not in other and (mine / MANIFEST).exists():
-        made_from, fingerprint = read_manifest(mine)["run"]["model"], SafetensorsSource(theirs).fingerprint()
+        made_from, fingerprint = read_manifest(mine).run["model"], SafetensorsSource(theirs).fingerprint()
         if made_from != fingerprint:
             raise ConfigError(
                 f"{mine} was made from another model than {theirs}: its manifest names {made_from}, this is "

@@ -20,16 +20,15 @@ from qe_dist import archs
 from qe_dist.archs.base import Family
 from qe_dist.checkpoint.compressed_tensors import (
     ExportedBlock,
-    Layout,
     LinearFormat,
     exported_block,
     lora_tensors,
     losses,
-    rank_of,
     why_not,
 )
 from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.layout import FORMAT, GroupLayout
 from qe_dist.io.checkpoint import COPIED, INDEX
 from qe_dist.io.publish import make_folder, publish, publish_json, publish_one_by_one, publish_tensors, sha256
 
@@ -99,7 +98,7 @@ def _refuse(checkpoint: Checkpoint, peft: bool) -> None:
             raise ConfigError(f"{prefix}{name} cannot be exported: {error}") from None
         if why := why_not(group, peft):
             raise ConfigError(f"{prefix}{name} cannot be exported: {why}")
-    rank = max(rank_of(group) for _, _, group in _groups(checkpoint))
+    rank = max(group.static_rank for _, _, group in _groups(checkpoint))
     if peft and rank == 0:
         raise ConfigError(f"{checkpoint.folder} has no repair that could become a LoRA; export with --base-only")
     if peft and rank > LORA_RANKS[-1]:
@@ -109,11 +108,11 @@ def _refuse(checkpoint: Checkpoint, peft: bool) -> None:
         )
 
 
-def _groups(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Layout]]:
+def _groups(checkpoint: Checkpoint) -> Iterator[tuple[str, str, GroupLayout]]:
     """(prefix of the block, name, layout) of every input group."""
-    for block, layout in zip(checkpoint.manifest["blocks"], checkpoint.layouts, strict=True):
-        for name, group in layout.items():
-            yield block["prefix"], name, group
+    for block, layout in checkpoint.blocks:
+        for name, group in layout.groups.items():
+            yield block.prefix, name, group
 
 
 class _Export:
@@ -121,7 +120,7 @@ class _Export:
         self.checkpoint, self.output, self.peft = checkpoint, output, peft
         self.arch: Family = archs.for_checkpoint(checkpoint.config)
         groups = [group for _, _, group in _groups(checkpoint)]
-        self.done = Exported(len(groups), max(map(rank_of, groups)) if peft else 0)
+        self.done = Exported(len(groups), max(group.static_rank for group in groups) if peft else 0)
         for group in groups:
             self.done.lost += losses(group, peft)
         self.dense: set[tuple[int, str]] = set()
@@ -138,7 +137,7 @@ class _Export:
             self._write_adapter()
         publish_json(self.output / REPORT, {
             "exported_from": str(self.checkpoint.folder.resolve()),
-            "recipe": self.checkpoint.manifest["recipe"],
+            "recipe": self.checkpoint.manifest.recipe,
             "input_groups": self.done.groups,
             "lora_rank": self.done.rank,
             "lost": dict(sorted(self.done.lost.items())),
@@ -156,13 +155,13 @@ class _Export:
         weight_map: dict[str, str] = {}
         size, blocks = 0, self._block_of_file()
         feeders = self.arch.feeders(self.checkpoint.config)
-        for file, expected in self.checkpoint.manifest["files"].items():
+        for file, expected in self.checkpoint.manifest.files.items():
             path = self.checkpoint.folder / file
             if not path.exists() or sha256(path) != expected:
                 raise CheckpointError(f"{path} is missing or not what the manifest says; see qe-dist verify")
             if file in blocks:
                 index = blocks[file]
-                prefix, layout = self.checkpoint.manifest["blocks"][index]["prefix"], self.checkpoint.layouts[index]
+                prefix, layout = self.checkpoint.manifest.blocks[index].prefix, self.checkpoint.layout.blocks[index]
                 block = exported_block(prefix, layout, load_file(path), feeders, self.peft)
                 self.files[file] = publish_tensors(self.output / file, block.tensors)
                 self._note(index, block)
@@ -176,7 +175,7 @@ class _Export:
         publish_json(self.output / INDEX, index_json)
 
     def _block_of_file(self) -> dict[str, int]:
-        prefixes = [block["prefix"] for block in self.checkpoint.manifest["blocks"]]
+        prefixes = [block.prefix for block in self.checkpoint.manifest.blocks]
         found = self.checkpoint.weight_map.items()
         return {file: i for i, prefix in enumerate(prefixes) for name, file in found if name.startswith(prefix)}
 
@@ -203,21 +202,19 @@ class _Export:
         self.files[f"{ADAPTER}/{file}"] = hashed
         for path in paths:
             path.unlink()
-        linears = sorted(
-            {linear for layout in self.checkpoint.layouts for g in layout.values() for linear in g["linears"]}
-        )
+        linears = sorted({linear for _, _, group in _groups(self.checkpoint) for linear in group.linears})
         publish_json(folder / "adapter_config.json", adapter_config(self.arch, linears, self.done.rank))
 
 
 def quantization_config(checkpoint: Checkpoint, arch: Family, dense: set[tuple[int, str]]) -> dict[str, Any]:
     """What compressed-tensors reads. dense: (block, linear) of what is in 16 bits."""
     blocks_of: dict[LinearFormat, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for index, layout in enumerate(checkpoint.layouts):
-        for group in layout.values():
-            for linear in group["linears"]:
+    for index, layout in enumerate(checkpoint.layout.blocks):
+        for group in layout.groups.values():
+            for linear in group.linears:
                 if (index, linear) not in dense:
                     blocks_of[LinearFormat.of(group)][linear].add(index)
-    every = set(range(len(checkpoint.layouts)))
+    every = set(range(len(checkpoint.layout.blocks)))
     layers = arch.blocks.rpartition(".")[2]
 
     def pattern(linear: str, blocks: set[int]) -> str:
@@ -227,7 +224,7 @@ def quantization_config(checkpoint: Checkpoint, arch: Family, dense: set[tuple[i
     groups = [form.config(pattern(*item) for item in found.items()) for form, found in blocks_of.items()]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(arch.unquantized),

@@ -1,12 +1,11 @@
 """Over how many tensor-parallel ranks a checkpoint can be served: by names and numbers, without a weight in memory."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.quantized import rotated_block
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.layout import GroupLayout, Layout
 from qe_dist.core.spec import InputGroup, LinearSpec
 from qe_dist.numerics.serving import BY_MODALITY, cut_problems, routed_problems, together_problems, vision_problems
 
@@ -21,19 +20,18 @@ def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
     """
     if size < 1:
         raise ConfigError(f"the tensor-parallel size must be at least 1, found {size}")
-    if config.get("quantization_config", {}).get("quant_method") != "qe":
-        raise ConfigError("config.json has no quantization_config of qe_dist; give a finished checkpoint")
+    layout = Layout.from_json(config.get("quantization_config"))
     arch = archs.for_checkpoint(config)
     of_model = arch.groups(config)
     problems = [*vision_problems(arch.vision_heads(config), size)]
-    for layout in config["quantization_config"]["layouts"]:
-        for name, group in layout.items():
-            problems += together_problems(name, group["linears"], of_model)
-            problems += _by_modality(name, group["input"])
-            if "router" in group["input"]:
-                problems += routed_problems(name, layout_linears(layout[group["router_input"]], of_model), size)
-            linears, mixed = layout_linears(group, of_model), rotated_block(group["input"])
-            problems += cut_problems(name, linears, Scheme.parse(group["scheme"]), size, mixed)
+    for block in layout.distinct:
+        for name, group in block.groups.items():
+            problems += together_problems(name, group.linears, of_model)
+            problems += [f"{name}: {BY_MODALITY}"] if group.by_modality else []
+            if group.routed:
+                problems += routed_problems(name, layout_linears(block.groups[group.router_input], of_model), size)
+            linears = layout_linears(group, of_model)
+            problems += cut_problems(name, linears, group.scheme, size, group.rotated_block)
     return tuple(dict.fromkeys(problems))
 
 
@@ -45,16 +43,9 @@ def served_sizes(config: Mapping[str, Any]) -> str:
     return f"tensor-parallel sizes that can be served: {served or 'none'}{others}"
 
 
-def layout_linears(group: Mapping[str, Any], of_model: Collection[InputGroup]) -> tuple[LinearSpec, ...]:
+def layout_linears(group: GroupLayout, of_model: Collection[InputGroup]) -> tuple[LinearSpec, ...]:
     """The linears of a group in `config.json`, as the model has them."""
     known = {x.name: x for one in of_model for x in one.linears}
-    if unknown := [name for name in group["linears"] if name not in known]:
+    if unknown := [name for name in group.linears if name not in known]:
         raise ConfigError(f"config.json quantizes {unknown[0]}, which its model does not have")
-    return tuple(known[name] for name in group["linears"])
-
-
-def _by_modality(name: str, inputs: Mapping[str, Any]) -> Iterator[str]:
-    """As `GroupInput.by_modality`, by shapes."""
-    own_scales = inputs.get("input_scale", ("", 1))[1] > 1
-    if own_scales or ("router" not in inputs and {"lr_expert_a", "lr_expert_channels"} & inputs.keys()):
-        yield f"{name}: {BY_MODALITY}"
+    return tuple(known[name] for name in group.linears)

@@ -6,9 +6,8 @@ slice of a token to a grid of its own. Memory: one group of one block, in float3
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,21 +46,21 @@ def check_ranks(checkpoint: Checkpoint, sizes: Sequence[int]) -> Iterator[tuple[
     sound, and the sizes such that it can be served."""
     of_model = archs.for_checkpoint(checkpoint.config).groups(checkpoint.config)
     widths = {name: g.in_features for g in of_model for name in (g.name, *(x.name for x in g.linears))}
-    for block, layout in zip(checkpoint.manifest["blocks"], checkpoint.layouts, strict=True):
-        for name, said in layout.items():
-            where, router = f"{block['prefix']}{name}", said["router_input"]
+    for block, layout in checkpoint.blocks:
+        for name, said in layout.groups.items():
+            where, router = f"{block.prefix}{name}", said.router_input
+            linears = layout_linears(said, of_model)
             group = _Group(
-                Scheme.parse(said["scheme"]),
-                _read(checkpoint, f"{where}_input", said["input"]),
-                {x: _read(checkpoint, block["prefix"] + x.name, said["linears"][x.name])
-                 for x in layout_linears(said, of_model)},
+                said.scheme,
+                _read(checkpoint, f"{where}_input", said.input),
+                {x: _read(checkpoint, block.prefix + x.name, said.linears[x.name]) for x in linears},
                 _tokens(where, widths[name]),
-                _tokens(block["prefix"] + router, widths[router]),
-            )  # fmt: skip
+                _tokens(block.prefix + router, widths[router]),
+            )
             yield from ((size, f"{where}: {fault}") for size, fault in _differences(group, sizes))
 
 
-def _read(checkpoint: Checkpoint, module: str, names: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(checkpoint: Checkpoint, module: str, names: Iterable[str]) -> dict[str, Tensor]:
     tensors = {}
     for name in names:
         full = f"{module}.{name}"

@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from qe_dist import archs
 from qe_dist.archs.base import Encoder, Family
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.layout import BlockLayout, Layout, TensorSpec
+from qe_dist.core.manifest import FittedBlock, Manifest
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
-from qe_dist.io.checkpoint import INDEX, MANIFEST
+from qe_dist.io.checkpoint import INDEX, MANIFEST, read_manifest
 from qe_dist.io.integrity import file_faults, settings_faults
 from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import DTYPES, read_json
@@ -29,11 +31,6 @@ from qe_dist.io.weights import SafetensorsSource
 
 SLICE_BYTES = 2**26
 """Of a tensor that is looked at, at a time."""
-NEEDED = {
-    "config.json": {"quantization_config"}, MANIFEST: {"files", "blocks", "recipe"}, INDEX: {"weight_map"},
-}  # fmt: skip
-Described = tuple[Any, ...]
-"""dtype and shape, as `config.json` says them."""
 
 
 @dataclass(frozen=True)
@@ -42,37 +39,39 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    layout: Layout
+    """Of the blocks, as `config` says it."""
+    manifest: Manifest
     weight_map: Mapping[str, str]
-    tensors: Mapping[str, Mapping[str, Described]]
+    tensors: Mapping[str, Mapping[str, TensorSpec]]
     """File -> its tensors, as the files themselves say."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
-        """Reads JSON and headers. ConfigError where there is no checkpoint of ours."""
-        for name in NEEDED:
+        """Reads JSON and headers. ConfigError where there is no checkpoint of ours; CheckpointError where one of these
+        files is damaged, or written in another version of the format."""
+        for name in ("config.json", MANIFEST, INDEX):
             if not (folder / name).exists():
                 raise ConfigError(f"{folder} has no {name}; give a finished checkpoint of qe-dist")
-        said = {name: read_json(folder / name) for name in NEEDED}
-        for name, keys in NEEDED.items():
-            if missing := keys - {*said[name]}:
-                raise CheckpointError(f"{folder / name} has no {min(missing)}: damaged, or not written by this qe-dist")
+        config, index, manifest = read_json(folder / "config.json"), read_json(folder / INDEX), read_manifest(folder)
+        if "weight_map" not in index:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map: it is damaged; copy it again")
+        layout = Layout.from_json(config.get("quantization_config"))
         tensors, unreadable = {}, {}
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 tensors[path.name] = _header(path)
             except (SafetensorError, OSError) as error:
                 unreadable[path.name] = str(error)
-        return cls(folder, said["config.json"], said[MANIFEST], said[INDEX]["weight_map"], tensors, unreadable)
+        return cls(folder, config, layout, manifest, index["weight_map"], tensors, unreadable)
 
     @property
-    def layouts(self) -> list[Mapping[str, Any]]:
-        """Of every block."""
-        said = self.config["quantization_config"]
-        return [said["layouts"][i] for i in said["block_layouts"]]
+    def blocks(self) -> Iterator[tuple[FittedBlock, BlockLayout]]:
+        """Every block as manifest and config.json have it. ValueError where one has more of them."""
+        return zip(self.manifest.blocks, self.layout.blocks, strict=True)
 
-    def find(self, name: str) -> Described | None:
+    def find(self, name: str) -> TensorSpec | None:
         return next((held[name] for held in self.tensors.values() if name in held), None)
 
 
@@ -107,12 +106,13 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
 
 def check_layout(checkpoint: Checkpoint) -> list[str]:
     """Every quantized linear that config.json describes has all its tensors, in type and shape as described."""
-    blocks, layouts, faults = checkpoint.manifest["blocks"], checkpoint.layouts, []
-    if len(blocks) != len(layouts):
-        return [f"config.json: {len(layouts)} blocks, {MANIFEST} has {len(blocks)}"]
-    for block, layout in zip(blocks, layouts, strict=True):
-        for name, expected in _described(block["prefix"], layout).items():
-            faults += _compare(name, expected, checkpoint.find(name))
+    said, listed = len(checkpoint.layout.blocks), len(checkpoint.manifest.blocks)
+    if said != listed:
+        return [f"config.json: {said} blocks, {MANIFEST} has {listed}"]
+    faults = []
+    for block, layout in checkpoint.blocks:
+        for name, expected in layout.tensors.items():
+            faults += _compare(block.prefix + name, expected, checkpoint.find(block.prefix + name))
     return faults
 
 
@@ -120,14 +120,14 @@ def check_source(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Every linear of the model that was quantized is there once, all else of it as it was, and nothing more."""
     source = _source(folder, checkpoint.manifest)
     spec = archs.for_config(source.config).spec(source)
-    layouts = checkpoint.layouts
+    layouts = checkpoint.layout.blocks
     if len(layouts) != len(spec.blocks):
         return [f"config.json: {len(layouts)} blocks, {folder} has {len(spec.blocks)}"]
     faults, expected = [], set(spec.passthrough)
     kept = list(spec.passthrough)
     for block, layout in zip(spec.blocks, layouts, strict=True):
         linears = {x.name: x for group in block.groups for x in group.linears}
-        described = [name for group in layout.values() for name in group["linears"]]
+        described = [name for group in layout.groups.values() for name in group.linears]
         faults += [f"{block.prefix}{n}: not quantized" for n in linears if described.count(n) == 0]
         faults += [
             f"{block.prefix}{n}: quantized {described.count(n)} times" for n in linears if described.count(n) > 1
@@ -138,10 +138,10 @@ def check_source(checkpoint: Checkpoint, folder: Path) -> list[str]:
         )
         kept += [block.prefix + name for name in block.others]
         kept += [f"{block.prefix}{n}.bias" for n, x in linears.items() if x.bias]
-        expected |= _described(block.prefix, layout).keys()
+        expected |= {block.prefix + name for name in layout.tensors}
     for name in kept:
         found = checkpoint.find(name)
-        faults += _compare(name, (found[0] if found else "any", *source.shape(name)), found)
+        faults += _compare(name, TensorSpec(found.dtype if found else "any", tuple(source.shape(name))), found)
     return faults + [f"{name}: not of {folder}" for name in sorted({*checkpoint.weight_map} - expected - {*kept})]
 
 
@@ -162,23 +162,23 @@ def _last_logits(model: Any, arch: Family, encoder: Encoder, image: Image.Image)
     return model(**inputs, use_cache=False).logits[0, -1].float()
 
 
-def _source(folder: Path, manifest: Mapping[str, Any]) -> WeightSource:
+def _source(folder: Path, manifest: Manifest) -> WeightSource:
     """Names and shapes of the model that was quantized: rotated, it may have a head that was tied; padded, its MLPs are
     wider."""
     source: WeightSource = SafetensorsSource(folder)
     arch = archs.for_config(source.config)
-    if manifest["recipe"].get("rotation") is not None:
+    if manifest.recipe.get("rotation") is not None:
         source = RotatedSource(source, arch.rotation_sites(source), bases={})
-    if "padding" in manifest:
-        width = manifest["padding"][1]
+    if manifest.padding is not None:
+        width = manifest.padding[1]
         source = PaddedSource(source, arch.spec(source), arch.widened(source.config, width), width)
     return source
 
 
-def _header(path: Path) -> dict[str, Described]:
+def _header(path: Path) -> dict[str, TensorSpec]:
     with safe_open(path, framework="pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {n: (_named(p.get_dtype()), *p.get_shape()) for n, p in parts.items()}
+        return {n: TensorSpec(_named(p.get_dtype()), tuple(p.get_shape())) for n, p in parts.items()}
 
 
 def _named(dtype: str) -> str:
@@ -199,21 +199,10 @@ def _slices(file: Any, name: str) -> Iterator[torch.Tensor]:
         yield part[start : start + step]
 
 
-def _described(prefix: str, layout: Mapping[str, Any]) -> dict[str, Described]:
-    """Full name -> dtype and shape of the quantized tensors of a block."""
-    found = {}
-    for group, content in layout.items():
-        modules = {f"{group}_input": content["input"], **content["linears"]}
-        found |= {
-            f"{prefix}{m}.{name}": tuple(said) for m, tensors in modules.items() for name, said in tensors.items()
-        }
-    return found
-
-
-def _compare(name: str, expected: Described, found: Described | None) -> list[str]:
+def _compare(name: str, expected: TensorSpec, found: TensorSpec | None) -> list[str]:
     if found is None:
         return [f"{name}: missing"]
-    return [] if found == expected else [f"{name}: expected {_shown(expected)}, found {_shown(found)}"]
+    return [] if found == expected else [f"{name}: expected {expected}, found {found}"]
 
 
 def _wrong_shapes(checkpoint: Checkpoint, prefix: str, linears: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -225,7 +214,3 @@ def _wrong_shapes(checkpoint: Checkpoint, prefix: str, linears: Mapping[str, tup
             if (found := tuple(held.get_tensor(name).tolist())) != shape:
                 faults.append(f"{name}: expected {shape}, found {found}")
     return faults
-
-
-def _shown(described: Described) -> str:
-    return f"{described[0]} {list(described[1:])}"

@@ -13,9 +13,8 @@ Letters: T tokens, I inputs, O outputs, G scale groups, R rank, E experts, C cha
 D of a routed one, S salient channels, M modalities, H router inputs.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -90,8 +89,10 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How well a group was fitted; errors are relative to the output."""
+    """How well a group was fitted, and what it costs; errors are relative to the output."""
 
+    arithmetic: Arithmetic
+    """What the product executes."""
     error: float | None
     """On the token sample, which the fit has seen. None where no token could be measured."""
     error_by_modality: Mapping[str, float]
@@ -107,7 +108,15 @@ class FitReport:
     macs: Mapping[Arithmetic, int]
     """Multiplications for one token, by what executes them."""
     seconds: float
+    """In no checkpoint: it differs from call to call."""
     fallbacks: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "FitReport":
+        return cls(**said | {"fallbacks": tuple(said["fallbacks"]), "seconds": 0.0})
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
 @dataclass(frozen=True)
@@ -174,14 +183,6 @@ def input_from_tensors(tensors: Mapping[str, Tensor]) -> GroupInput:
     names = sorted((n for n in tensors if n.startswith(ROTATION)), key=lambda n: int(n.removeprefix(ROTATION)))
     fields = _from_tensors(tensors, _INPUT_FACTORS, _INPUT_PLAIN)
     return GroupInput(**fields, rotation=tuple(tensors[n] for n in names))
-
-
-def rotated_block(shapes: Mapping[str, Sequence[Any]]) -> int:
-    """Input channels that the rotation of a group mixes, by the shapes of its own tensors; 1 where it has none.
-
-    shapes: by name within `<group>_input`, as `config.json` has them: type and sizes.
-    """
-    return math.prod(shape[-1] for name, shape in shapes.items() if name.startswith(ROTATION))
 
 
 def repair_tensors(linear: QuantizedLinear) -> dict[str, Tensor]:

@@ -1,11 +1,9 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -16,36 +14,31 @@ from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
-from qe_dist.flow.config import POLICY, RunConfig, check_siblings, padded_alike
+from qe_dist.flow.config import RunConfig, check_siblings
 from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, local_capacities, make_plan, plan_wave
+from qe_dist.flow.run import Run, with_policy
 from qe_dist.flow.serving import check_serving
 from qe_dist.flow.source import open_source
 from qe_dist.flow.stage import Stage
-from qe_dist.io.checkpoint import assemble, put_passthrough
-from qe_dist.io.lock import RunLock
-from qe_dist.io.remote import Mirror
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
 from qe_dist.methods import AXES
-from qe_dist.methods.recipes import recipe_from
-
-log = logging.getLogger("qe_dist")
 
 
-def quantize(*runs: RunConfig) -> None:
-    """Quantizes `run.model` into `run.output`; continues where an earlier, interrupted call stopped.
+def quantize(*configs: RunConfig) -> None:
+    """Quantizes `model` into `output`; continues where an earlier, interrupted call stopped.
 
     Several runs may differ in recipe and output: one pass of the calibration serves them all.
     """
-    capacities = local_capacities(runs[0])
-    ready = prepare_run(*runs, capacities=capacities)
-    with opened(ready) as (ready, lease), closing(Embedder(ready.run, ready.model.arch)) as embedder:
+    capacities = local_capacities(configs[0])
+    ready = prepare_run(*configs, capacities=capacities)
+    with opened(ready) as (ready, lease), closing(Embedder(ready.config, ready.model.arch)) as embedder:
         start(ready)
         while (first := ready.next_block()) is not None:
             wave = plan_wave(ready.task, capacities, first)
             with ExitStack() as open_stages:
-                stages = [open_stages.enter_context(closing(Stage(ready.runs, ready.model.arch))) for _ in wave]
+                stages = [open_stages.enter_context(closing(Stage(ready.configs, ready.model.arch))) for _ in wave]
                 for stage, part in zip(stages, wave, strict=True):
                     stage.load(part)
                 for i, samples in enumerate(ready.samples):
@@ -68,35 +61,41 @@ def quantize(*runs: RunConfig) -> None:
 class Prepared:
     """Runs that can begin: nothing is computed or written yet."""
 
-    runs: tuple[RunConfig, ...]
+    first: Run
+    """In whose directory activations are spooled."""
+    runs: tuple[Run, ...]
     """They share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
     source: WeightSource
     model: ModelSpec
-    identities: Mapping[RunConfig, Mapping[str, Any]]
 
     @property
-    def run(self) -> RunConfig:
-        """The first, in whose directory activations are spooled; any of them where none is left."""
-        return (*self.runs, *self.identities)[0]
+    def configs(self) -> tuple[RunConfig, ...]:
+        """What workers are given, which know the directories by their paths."""
+        return tuple(run.config for run in self.runs)
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the first run; that of all others but for recipe and output."""
+        return self.first.config
 
     @cached_property
     def task(self) -> Task:
         pixels = archs.get(self.model.arch).pixels_per_token(self.source.config)
-        return Task(self.model, self.runs, batch_tokens(self.samples, pixels), sum(map(len, self.samples)))
+        return Task(self.model, self.configs, batch_tokens(self.samples, pixels), sum(map(len, self.samples)))
 
     @property
     def store(self) -> RunDir:
-        return RunDir(self.run.output)
+        return self.first.store
 
     def is_finished(self, block: int) -> bool:
         """By every run."""
-        return all(RunDir(run.output).has_block(block) for run in self.runs)
+        return all(run.store.has_block(block) for run in self.runs)
 
     def next_block(self) -> int | None:
         """Where the next wave begins: the last block in front of all that is unfinished whose input is spooled."""
         for run in self.runs:
-            RunDir(run.output).refresh()
+            run.store.refresh()
         unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
         return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
 
@@ -111,39 +110,40 @@ class Prepared:
         return following if following < len(self.model.blocks) else None
 
 
-def prepare_run(*runs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) -> Prepared:
+def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) -> Prepared:
     """Reads samples and headers, and checks what can be checked now. Writes nothing.
 
     capacities: the workers, where they are known before the work begins.
     """
-    runs = tuple(_with_policy(run) for run in runs)
-    check_siblings(runs)
-    samples = make_batches(runs[0])
-    source = open_source(runs[0])
+    stores = [RunDir(config.output) for config in configs]
+    configs = tuple(with_policy(config, store) for config, store in zip(configs, stores, strict=True))
+    check_siblings(configs)
+    samples = make_batches(configs[0])
+    source = open_source(configs[0])
     model = archs.for_config(source.config).spec(source)
-    for run in runs:
-        _check_images(run, samples, source)
+    for config in configs:
+        _check_images(config, samples, source)
     images = [image for batch in samples for sample in batch for image in sample.images]
-    identities = {run: run.identity(images) for run in runs}
-    for run in runs:
-        check_serving(model, run, source.config)
-    check_runs(model, runs, upper_bytes(source, model.passthrough))
-    ready = Prepared(runs, samples, source, model, identities)
+    runs = tuple(Run(config, store, config.identity(images)) for config, store in zip(configs, stores, strict=True))
+    for config in configs:
+        check_serving(model, config, source.config)
+    check_runs(model, configs, upper_bytes(source, model.passthrough))
+    ready = Prepared(runs[0], runs, samples, source, model)
     if capacities:
         make_plan(ready.task, capacities)
     return ready
 
 
 class RunLease:
-    """What a call holds: locks of its output directories, and their copies behind URLs."""
+    """What a call holds: its output directories against other commands, and their copies behind URLs."""
 
-    def __init__(self, locks: Sequence[RunLock], mirrors: list[Mirror]) -> None:
-        self.locks, self.mirrors = locks, mirrors
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs, self.mirrors = runs, [run.mirror for run in runs if run.mirror is not None]
 
     def check(self) -> None:
         """QEError where another command took a directory over."""
-        for lock in self.locks:
-            lock.check()
+        for run in self.runs:
+            run.lock.check()
 
     def sync(self) -> None:
         """Has what was finished copied, soon."""
@@ -162,36 +162,16 @@ def opened(ready: Prepared) -> Iterator[tuple[Prepared, RunLease]]:
     """Makes or continues the run directories and holds them against other commands. What is left of the runs are those
     that are not finished."""
     with ExitStack() as held:
-        lease = RunLease([held.enter_context(RunDir(run.output).lock()) for run in ready.runs], [])
         for run in ready.runs:
-            store, identity = RunDir(run.output), ready.identities[run]
+            held.enter_context(run.lock)
+        for run in ready.runs:
             if run.mirror is not None:
-                lease.mirrors.append(held.enter_context(Mirror(run.mirror, store)))
-                lease.mirrors[-1].restore(identity, run.resume)
-            if run.from_block:
-                store.change(identity, POLICY, run.from_block)
-            if store.open(identity, run.resume) and not store.is_complete:
-                for fault in store.check_files():
-                    log.warning("%s; it is made anew", fault)
-            if store.is_complete:
-                store.clean()
+                held.enter_context(run.mirror)
+            run.open()
+        lease = RunLease(ready.runs)
         lease.sync()
-        yield replace(ready, runs=tuple(run for run in ready.runs if not RunDir(run.output).is_complete)), lease
-
-
-def _with_policy(run: RunConfig) -> RunConfig:
-    """With the recipes of the blocks before `from_block`, as the run directory has them."""
-    if not run.from_block:
-        return run
-    before = RunDir(run.output).identity()
-    policy = [*before["earlier"], [before["from_block"], before["recipe"]]]
-    earlier = tuple((first, recipe_from(content)) for first, content in policy if first < run.from_block)
-    for _, recipe in earlier:
-        if recipe.rotation != run.recipe.rotation:
-            raise ConfigError(f"from block {run.from_block} on the model would be rotated differently; it is one model")
-        if not padded_alike(run, recipe):
-            raise ConfigError(f"from block {run.from_block} on the model would be padded differently; it is one model")
-    return replace(run, earlier=earlier)
+        left = tuple(run for run in ready.runs if not run.store.is_complete)
+        yield replace(ready, first=(*left, ready.first)[0], runs=left), lease
 
 
 def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
@@ -216,14 +196,12 @@ def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSou
 def start(ready: Prepared) -> None:
     """Writes what is taken over unchanged."""
     for run in ready.runs:
-        put_passthrough(RunDir(run.output), ready.model, ready.source)
+        run.start(ready.model, ready.source)
 
 
 def finish(ready: Prepared, lease: RunLease) -> None:
-    """Everything is fitted: put the checkpoints together and drop what only a continuation would need."""
+    """Everything is fitted: puts the checkpoints together."""
     lease.flush()
     for run in ready.runs:
-        store = RunDir(run.output)
-        assemble(store, ready.model, ready.source, run.recipe.describe(), ready.identities[run])
-        store.clean()
+        run.finish(ready.model, ready.source)
     lease.sync()

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.quantized import (
-    QuantizedGroup,
-    QuantizedLinear,
-    input_tensors,
-    repair_tensors,
-    rotated_block,
-)
+from qe_dist.core.layout import BlockLayout, GroupLayout, Layout, TensorSpec
+from qe_dist.core.manifest import FittedBlock, Manifest
+from qe_dist.core.quantized import QuantizedGroup, QuantizedLinear, input_tensors, repair_tensors
 from qe_dist.core.scheme import ARITHMETICS
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
@@ -34,8 +30,6 @@ INDEX = "model.safetensors.index.json"
 PART_BYTES = 2**30
 """Of one file of what is passed through; a larger tensor has a file of its own."""
 MANIFEST = "qe_manifest.json"
-MADE = ("recipe_from", "device", "threads")
-"""How a block was made, where blocks of one checkpoint may differ: from which block on its recipe holds, and where."""
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
@@ -71,24 +65,20 @@ def block_tensors(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], source:
     return tensors
 
 
-def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> BlockLayout:
     """Shapes and types of a block's tensors, so that a loader can make empty modules for them."""
 
-    def described(module: str) -> dict[str, Any]:
+    def described(module: str) -> dict[str, TensorSpec]:
         prefix = f"{spec.prefix}{module}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        return {n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in sorted(own.items()) if n != "bias"}
+        return {n: TensorSpec.of(t) for n, t in sorted(own.items()) if n != "bias"}
 
-    modules = {}
-    for group in spec.groups:
-        done = groups[group.name]
-        modules[group.name] = {
-            "scheme": str(done.scheme),
-            "router_input": group.router_input,
-            "input": described(group.module),
-            "linears": {x.name: described(x.name) for x in group.linears},
-        }
-    return modules
+    return BlockLayout({
+        g.name: GroupLayout(
+            groups[g.name].scheme, g.router_input, described(g.module), {x.name: described(x.name) for x in g.linears}
+        )
+        for g in spec.groups
+    })  # fmt: skip
 
 
 def passthrough_parts(spec: ModelSpec, source: WeightSource) -> dict[str, tuple[str, ...]]:
@@ -131,8 +121,7 @@ def assemble(
         files[file], tensors[file] = report["sha256"], report["tensors"]
         weight_map |= dict.fromkeys(report["tensors"], file)
         _move_up(run, name, report["bytes"])
-    reports = list(blocks.values())
-    size = sum(report["bytes"] for report in (*reports, *parts.values()))
+    size = sum(report["bytes"] for report in (*blocks.values(), *parts.values()))
     publish_json(
         run.output / INDEX,
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
@@ -140,28 +129,28 @@ def assemble(
     for name in COPIED:
         if (source.folder / name).exists():
             publish(run.output / name, partial(shutil.copyfile, source.folder / name))
-    quantized = quantization_config([r["layout"] for r in reports])
+    quantized = Layout(tuple(BlockLayout.from_json(report["layout"]) for report in blocks.values())).to_json()
     config = {**source.config, "quantization_config": quantized}
-    model = source.model if isinstance(source, PaddedSource) else spec
-    manifest = {
-        "recipe": recipe,
-        "run": run_info,
-        "quantization_config": settings_digest(quantized),
-        "files": files,
-        "tensors": tensors,
-        **_padding(source),
-        "arithmetic": arithmetic_of(reports),
-        **cost_per_weight(model, reports),
-        "parameters": num_parameters(model, source.source if isinstance(source, PaddedSource) else source),
-        "fallbacks": {k: v for r in reports for k, v in r["fallbacks"].items()},
-        "blocks": [
-            {"index": b.index, "prefix": b.prefix, "groups": r["groups"], **{name: r[name] for name in MADE}}
-            for b, r in zip(spec.blocks, reports, strict=True)
-        ],
-    }
+    padded = isinstance(source, PaddedSource)
+    model, original = (source.model, source.source) if padded else (spec, source)
+    reports = zip(spec.blocks, blocks.values(), strict=True)
+    fitted = tuple(FittedBlock.from_json({**report, "prefix": block.prefix}) for block, report in reports)
     others = [run.output / name for name in (*files, INDEX, *COPIED) if (run.output / name).exists()]
-    size = sum(path.stat().st_size for path in others) + len(json_bytes(config))
-    publish_json(run.output / MANIFEST, manifest | {"checkpoint_bytes": _with_manifest(size, manifest)})
+    manifest = Manifest(
+        recipe=recipe,
+        run=run_info,
+        quantization_config=settings_digest(quantized),
+        files=files,
+        tensors=tensors,
+        padding=[source.before, source.width] if padded else None,
+        arithmetic=arithmetic_of(fitted),
+        **cost_per_weight(model, fitted),
+        parameters=num_parameters(model, original),
+        fallbacks={k: v for report in blocks.values() for k, v in report["fallbacks"].items()},
+        blocks=fitted,
+        checkpoint_bytes=sum(path.stat().st_size for path in others) + len(json_bytes(config)),
+    )
+    publish_json(run.output / MANIFEST, _with_its_own_bytes(manifest).to_json())
     publish_json(run.output / "config.json", config)
 
 
@@ -173,56 +162,34 @@ def num_parameters(spec: ModelSpec, source: WeightSource) -> int:
     return sum(block.num_weights for block in spec.blocks) + biases + others
 
 
-def _with_manifest(size: int, manifest: Mapping[str, Any]) -> int:
-    """Bytes of files of this size and of the manifest, in which the sum stands."""
-    before, total = 0, size
-    while total != before:
-        before, total = total, size + len(json_bytes({**manifest, "checkpoint_bytes": total}))
-    return total
+def _with_its_own_bytes(manifest: Manifest) -> Manifest:
+    """The manifest, whose `checkpoint_bytes` are those of all other files, with its own added to them."""
+    total, others = 0, manifest.checkpoint_bytes
+    while total != manifest.checkpoint_bytes:
+        total = manifest.checkpoint_bytes
+        manifest = replace(manifest, checkpoint_bytes=others + len(json_bytes(manifest.to_json())))
+    return manifest
 
 
-def _padding(source: WeightSource) -> dict[str, Any]:
-    """What a padded model says of it in the manifest: the inner width of the MLPs, as it was and as it is."""
-    return {"padding": [source.before, source.width]} if isinstance(source, PaddedSource) else {}
-
-
-def cost_per_weight(spec: ModelSpec, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def cost_per_weight(spec: ModelSpec, blocks: Iterable[FittedBlock]) -> dict[str, Any]:
     """Everything stored for the quantized linears, padding included, what one token reads of it, and its
     multiplications, over the number of weights of the model as it was; these also by what executes them."""
-    groups = [group for report in reports for group in report["groups"].values()]
+    groups = [group for block in blocks for group in block.groups.values()]
     weights = sum(block.num_weights for block in spec.blocks)
-    macs = {name: sum(g["macs"][name] for g in groups) / weights for name in ARITHMETICS}
+    macs = {name: sum(g.macs[name] for g in groups) / weights for name in ARITHMETICS}
     return {
-        "bits_per_weight": 8 * sum(g["bytes"] for g in groups) / weights,
-        "active_bits_per_weight": 8 * sum(g["active_bytes"] for g in groups) / weights,
+        "bits_per_weight": 8 * sum(g.bytes for g in groups) / weights,
+        "active_bits_per_weight": 8 * sum(g.active_bytes for g in groups) / weights,
         "macs_per_weight": sum(macs.values()),
         "macs_by_arithmetic": macs,
     }
 
 
-def arithmetic_of(reports: Iterable[Mapping[str, Any]]) -> str:
+def arithmetic_of(blocks: Iterable[FittedBlock]) -> str:
     """What the products of all blocks execute: `int8` or `a16`; `a16 and int8` where blocks differ, whose groups in the
     manifest say which."""
-    found = {group["arithmetic"] for report in reports for group in report["groups"].values()}
+    found = {group.arithmetic for block in blocks for group in block.groups.values()}
     return " and ".join(name for name in ARITHMETICS if name in found)
-
-
-def quantization_config(layouts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What config.json says: equal block layouts are written once."""
-    distinct: list[dict[str, Any]] = []
-    of_block = []
-    for one in layouts:
-        if one not in distinct:
-            distinct.append(one)
-        of_block.append(distinct.index(one))
-    rotated = any(rotated_block(group["input"]) > 1 for one in distinct for group in one.values())
-    return {
-        "quant_method": "qe",
-        "format": "pack-quantized",
-        "version": 3 if rotated else 2,
-        "layouts": distinct,
-        "block_layouts": of_block,
-    }
 
 
 def report_dict(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -230,13 +197,9 @@ def report_dict(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: 
     reports = {name: group.report for name, group in groups.items()}
     return {
         "index": spec.index,
-        "groups": {
-            n: {"arithmetic": groups[n].scheme.arithmetic, **{k: v for k, v in asdict(r).items() if k != "seconds"}}
-            for n, r in reports.items()
-            if r
-        },
+        "groups": {name: report.to_json() for name, report in reports.items() if report},
         "fallbacks": {f"{spec.prefix}{n}": list(r.fallbacks) for n, r in reports.items() if r and r.fallbacks},
-        "layout": layout(spec, groups, tensors),
+        "layout": layout(spec, groups, tensors).to_json(),
         "fit_seconds": sum(r.seconds for r in reports.values() if r),
     }
 
@@ -254,5 +217,10 @@ def _move_up(run: RunDir, name: str, size: int) -> None:
     os.replace(found, run.output / found.name)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    return read_json(folder / MANIFEST)
+def read_manifest(folder: Path) -> Manifest:
+    """CheckpointError where it is damaged, or written by an earlier version."""
+    said = read_json(folder / MANIFEST)
+    try:
+        return Manifest.from_json(said)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qe_dist.core.manifest import Manifest
 from qe_dist.io.publish import digest, sha256
 
 NAMED = 3
@@ -20,22 +21,21 @@ def settings_digest(quantization_config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(quantization_config, sort_keys=True).encode()).hexdigest()
 
 
-def settings_faults(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """A fault when config.json is not the one that the manifest was written with; an older manifest does not say."""
-    expected = manifest.get("quantization_config")
-    if expected in (None, settings_digest(config["quantization_config"])):
+def settings_faults(config: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """A fault when config.json is not the one that the manifest was written with."""
+    if manifest.quantization_config == settings_digest(config["quantization_config"]):
         return []
     return ["config.json: its quantization_config is not that of the manifest"]
 
 
-def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def file_faults(folder: Path, manifest: Manifest) -> list[str]:
     """The faults of a checkpoint, at most one per file: missing, not listed, or changed, with the changed tensors.
 
     Reads every file once, several at a time, a few MiB of each in memory.
     """
-    listed, tensors = manifest["files"], manifest.get("tensors", {})
+    listed = manifest.files
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda name: _fault(folder / name, listed[name], tensors.get(name, {})), listed))
+        found = list(pool.map(lambda name: _fault(folder / name, listed[name], manifest.tensors.get(name, {})), listed))
     present = {path.name for path in folder.glob("*.safetensors")}
     return [fault for fault in found if fault] + [f"{n}: not in the manifest" for n in sorted(present - {*listed})]
 
@@ -50,9 +50,7 @@ def _fault(path: Path, expected: str, tensors: Mapping[str, str]) -> str:
 
 
 def _changed(path: Path, expected: Mapping[str, str]) -> str:
-    """Names the tensors of a file that differ from their digests; empty for an older manifest without digests."""
-    if not expected:
-        return ""
+    """Names the tensors of a file that differ from their digests."""
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: digest({name: file.get_tensor(name)}) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -33,6 +33,7 @@ def with_report(
     seen, held_out = (_errors(group, problem, tokens) for tokens in (problem.stats.sample, problem.stats.held_out))
     cost = cost_of(group)
     report = FitReport(
+        arithmetic=group.scheme.arithmetic,
         error=seen.total,
         error_by_modality=seen.by_modality,
         held_out_error=held_out.total,

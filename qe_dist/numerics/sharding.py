@@ -74,7 +74,7 @@ def why_not(
     scheme: Scheme, outputs: Mapping[str, int], inputs: int, parallel: Parallel, size: int, mixed: int = 1
 ) -> str | None:
     """Why a group cannot be cut into `size` parts; None where it can. outputs: of each linear. mixed: inputs that a
-    rotation at run time mixes with each other (`core.quantized.rotated_block`)."""
+    rotation at run time mixes with each other (`core.layout.GroupLayout.rotated_block`)."""
     if parallel == "column":
         odd = next((name for name, count in outputs.items() if count % size), None)
         return None if odd is None else f"the {outputs[odd]} outputs of {odd} do not divide over {size} ranks"

@@ -1,25 +1,14 @@
-"""What every loader of our checkpoints checks first."""
+"""What every loader of our checkpoints checks first: that its files are as written."""
 
 import logging
 from pathlib import Path
 
 from qe_dist.core.errors import CheckpointError
-from qe_dist.io.checkpoint import MANIFEST
+from qe_dist.io.checkpoint import MANIFEST, read_manifest
 from qe_dist.io.integrity import file_faults, settings_faults
 from qe_dist.io.publish import read_json
 
-METHOD = "qe"
-VERSIONS = (2, 3)
-"""3: the input of some group is rotated at run time, which a reader of 2 would leave out without a word."""
-
 logger = logging.getLogger(__name__)
-
-
-def check_version(found: int | None) -> None:
-    """CheckpointError where the checkpoint was written in another format."""
-    if found not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
-        raise CheckpointError(f"this checkpoint has format version {found}, this qe_dist reads {known}")
 
 
 def check_files(folder: Path) -> None:
@@ -31,7 +20,7 @@ def check_files(folder: Path) -> None:
     if not (folder / MANIFEST).exists() or not any(folder.glob("*.safetensors")):
         logger.warning("%s lacks %s or weights: no one knows whether they are as written", folder, MANIFEST)
         return
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     faults = settings_faults(read_json(folder / "config.json"), manifest) + file_faults(folder, manifest)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

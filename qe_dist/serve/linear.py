@@ -4,22 +4,21 @@ A `QEInput` module holds what belongs to the tensor that q, k and v (or gate and
 that tensor once for all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from qe_dist.core.layout import TensorSpecs
 from qe_dist.core.quantized import GroupInput, input_from_tensors, repair_from_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.serve.group import Group, backend
 from qe_dist.serve.modality import TokenModality
 
 
-def _add_parameters(module: nn.Module, shapes: Mapping[str, Sequence[Any]]) -> None:
-    for name, (dtype, *shape) in shapes.items():
-        empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+def _add_parameters(module: nn.Module, specs: TensorSpecs) -> None:
+    for name, spec in specs.items():
+        module.register_parameter(name, nn.Parameter(spec.empty(), requires_grad=False))
 
 
 class QEInput(nn.Module):
@@ -29,7 +28,7 @@ class QEInput(nn.Module):
     """
 
     def __init__(
-        self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], linears: Sequence[nn.Linear], modality: TokenModality
+        self, scheme: Scheme, specs: TensorSpecs, linears: Sequence[nn.Linear], modality: TokenModality
     ) -> None:
         super().__init__()
         self.scheme, self.modality = scheme, modality
@@ -39,7 +38,7 @@ class QEInput(nn.Module):
         self._group: Group | None = None
         self._seen: Tensor | None = None
         self._prepared: Any = None
-        _add_parameters(self, shapes)
+        _add_parameters(self, specs)
         self.by_modality = self.part.by_modality
 
     @property
@@ -88,13 +87,13 @@ class QELinear(nn.Module):
     offloaded = False
     """Whether accelerate takes the parameters away when the block has run (serve/offload.py)."""
 
-    def __init__(self, scheme: Scheme, shapes: Mapping[str, Sequence[Any]], group: QEInput, linear: nn.Linear) -> None:
+    def __init__(self, scheme: Scheme, specs: TensorSpecs, group: QEInput, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scheme = scheme
         self._group = (group,)
         self._linear: Any = None
-        _add_parameters(self, shapes)
+        _add_parameters(self, specs)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

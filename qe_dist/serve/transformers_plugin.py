@@ -18,28 +18,32 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qe_dist import archs
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.layout import FORMAT, METHOD, VERSIONS, BlockLayout, Layout, check_version
 from qe_dist.serve import transformers_tp
-from qe_dist.serve.format import METHOD, VERSIONS, check_files, check_version
+from qe_dist.serve.format import check_files
 from qe_dist.serve.linear import QEInput, QELinear
 from qe_dist.serve.modality import TokenModality
 
 
 class QEConfig(QuantizationConfigMixin):
-    """The `quantization_config` of our checkpoints (written by io/checkpoint.py)."""
+    """The `quantization_config` of our checkpoints as transformers keeps it: raw, for it is written as JSON again."""
 
     def __init__(
         self,
         layouts: list[dict[str, Any]],
         block_layouts: list[int],
         version: int = VERSIONS[0],
-        format: str = "pack-quantized",
+        format: str = FORMAT,
         **_: Any,
     ) -> None:
         check_version(version)
         self.quant_method = METHOD
         self.layouts, self.block_layouts = layouts, block_layouts
         self.version, self.format = version, format
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.from_json(vars(self))
 
 
 class QEQuantizer(HfQuantizer):
@@ -53,26 +57,24 @@ class QEQuantizer(HfQuantizer):
     """Whether every tensor was found."""
 
     @property
-    def layouts(self) -> list[dict[str, Any]]:
+    def layouts(self) -> tuple[BlockLayout, ...]:
         """Of all blocks."""
-        return [self.quantization_config.layouts[index] for index in self.quantization_config.block_layouts]
+        return self.quantization_config.layout.blocks
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if checkpoint_files and os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
             check_files(Path(checkpoint_files[0]).parent)
-        blocks = model.get_decoder().layers
-        if len(blocks) != len(self.layouts):
-            raise CheckpointError(
-                f"config.json describes {len(self.layouts)} quantized blocks, the model has {len(blocks)}"
-            )
+        blocks, layouts = model.get_decoder().layers, self.layouts
+        if len(blocks) != len(layouts):
+            raise CheckpointError(f"config.json describes {len(layouts)} quantized blocks, the model has {len(blocks)}")
         asked = getattr(model.config, "distributed_config", None)
         if asked is not None:
-            self.cut = transformers_tp.plan(model, self.layouts, asked)
+            self.cut = transformers_tp.plan(model, layouts, asked)
         frontend = archs.for_checkpoint({"model_type": model.config.model_type}).frontend
         modality = TokenModality(frontend.image_ids(model.config), frontend.modality_argument)
-        for block, layout in zip(blocks, self.layouts, strict=True):
+        for block, layout in zip(blocks, layouts, strict=True):
             replace_linears(block, layout, modality)
         if any(isinstance(module, QEInput) and module.by_modality for module in blocks.modules()):
             modality.follow(model.base_model)
@@ -139,29 +141,27 @@ class QEQuantizer(HfQuantizer):
         return False
 
 
-def check_tensors(block: nn.Module, layout: dict[str, Any], prefix: str) -> None:
+def check_tensors(block: nn.Module, layout: BlockLayout, prefix: str) -> None:
     """CheckpointError for what has another kind of numbers than config.json says, or a NaN or Inf. What is offloaded
     (`meta`) is not looked into."""
-    for name, group in layout.items():
-        for module, shapes in ((f"{name}_input", group["input"]), *group["linears"].items()):
-            for tensor, (dtype, *_) in shapes.items():
-                found, wanted = block.get_submodule(module).get_parameter(tensor), getattr(torch, dtype)
-                if found.dtype != wanted and not (found.is_floating_point() and wanted.is_floating_point):
-                    raise CheckpointError(f"{prefix}{module}.{tensor} is {found.dtype}, expected {wanted}")
-                if found.is_floating_point() and not found.is_meta and not bool(torch.isfinite(found).all()):
-                    raise CheckpointError(f"{prefix}{module}.{tensor} has a NaN or Inf; see qe-dist verify")
+    for name, spec in layout.tensors.items():
+        found, wanted = block.get_parameter(name), spec.torch_dtype
+        if found.dtype != wanted and not (found.is_floating_point() and wanted.is_floating_point):
+            raise CheckpointError(f"{prefix}{name} is {found.dtype}, expected {wanted}")
+        if found.is_floating_point() and not found.is_meta and not bool(torch.isfinite(found).all()):
+            raise CheckpointError(f"{prefix}{name} has a NaN or Inf; see qe-dist verify")
 
 
-def replace_linears(block: nn.Module, layout: dict[str, Any], modality: TokenModality) -> None:
+def replace_linears(block: nn.Module, layout: BlockLayout, modality: TokenModality) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
-    schemes = {name: Scheme.parse(group["scheme"]) for name, group in layout.items()}
-    linears = {name: [block.get_submodule(linear) for linear in group["linears"]] for name, group in layout.items()}
-    inputs = {n: QEInput(schemes[n], g["input"], linears[n], modality) for n, g in layout.items()}
-    for name, group in layout.items():
-        inputs[name].route_on(inputs[group["router_input"]])
+    groups = layout.groups
+    linears = {name: [block.get_submodule(linear) for linear in group.linears] for name, group in groups.items()}
+    inputs = {n: QEInput(g.scheme, g.input, linears[n], modality) for n, g in groups.items()}
+    for name, group in groups.items():
+        inputs[name].route_on(inputs[group.router_input])
         block.set_submodule(f"{name}_input", inputs[name])
-        for (linear, shapes), old in zip(group["linears"].items(), linears[name], strict=True):
-            block.set_submodule(linear, QELinear(schemes[name], shapes, inputs[name], old))
+        for (linear, specs), old in zip(group.linears.items(), linears[name], strict=True):
+            block.set_submodule(linear, QELinear(group.scheme, specs, inputs[name], old))
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ After that it is a plain tensor, and the module one that is merely smaller. Only
 is left; a token's expert is the same on all ranks, for routers read inputs that all ranks have (numerics/sharding.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from qe_dist.core.errors import CheckpointError, ConfigError
-from qe_dist.core.quantized import rotated_block
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.layout import BlockLayout, GroupLayout
 from qe_dist.numerics.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
 
 THEIRS: dict[str | None, Parallel] = {"colwise": "column", "rowwise": "row"}
@@ -59,7 +58,7 @@ class _Row(_RowInput):
 OURS = {"qe_column": _Column(), "qe_row": _Row(), "qe_row_input": _RowInput()}
 
 
-def plan(model: nn.Module, layouts: list[dict[str, Any]], asked: Any) -> bool:
+def plan(model: nn.Module, layouts: Sequence[BlockLayout], asked: Any) -> bool:
     """Puts our styles in the place of transformers' for the linears of the decoder blocks; whether there is to cut.
 
     layouts: of all blocks; asked: the DistributedConfig. ConfigError, with the layer or option named, where the model
@@ -79,10 +78,10 @@ def plan(model: nn.Module, layouts: list[dict[str, Any]], asked: Any) -> bool:
             raise ConfigError(f"{prefix}: {name}={count} does not divide over {size} ranks; choose another tp_size")
     theirs = dict(model.tp_plan)
     for index, layout in enumerate(layouts):
-        parallel = {name: _parallel(theirs, prefix, group) for name, group in layout.items()}
-        for name, group in layout.items():
-            linears = {linear: blocks[index].get_submodule(linear) for linear in group["linears"]}
-            if why := _why_not(linears, group, parallel[name], parallel[group["router_input"]], size):
+        parallel = {name: _parallel(theirs, prefix, group) for name, group in layout.groups.items()}
+        for name, group in layout.groups.items():
+            linears = {linear: blocks[index].get_submodule(linear) for linear in group.linears}
+            if why := _why_not(linears, group, parallel[name], parallel[group.router_input], size):
                 raise ConfigError(f"{prefix}.{index}.{name}: {why}; choose another tp_size, or load it whole")
             model.tp_plan.update({f"{prefix}.*.{linear}": f"qe_{parallel[name]}" for linear in linears})
             if parallel[name] == "row":
@@ -92,15 +91,15 @@ def plan(model: nn.Module, layouts: list[dict[str, Any]], asked: Any) -> bool:
     return True
 
 
-def _parallel(plan: Mapping[str, str], prefix: str, group: Mapping[str, Any]) -> Parallel | None:
+def _parallel(plan: Mapping[str, str], prefix: str, group: GroupLayout) -> Parallel | None:
     """None where transformers has no plan, or another, for the linears of the group."""
-    found = {THEIRS.get(plan.get(f"{prefix}.*.{linear}")) for linear in group["linears"]}
+    found = {THEIRS.get(plan.get(f"{prefix}.*.{linear}")) for linear in group.linears}
     return found.pop() if len(found) == 1 else None
 
 
 def _why_not(
     linears: Mapping[str, nn.Linear],
-    group: Mapping[str, Any],
+    group: GroupLayout,
     own: Parallel | None,
     routers: Parallel | None,
     size: int,
@@ -108,19 +107,19 @@ def _why_not(
     """own, routers: how the group is cut, and that whose input its router reads."""
     if own is None:
         return f"transformers {transformers.__version__} has no plan to cut {', '.join(linears)}"
-    if "router" in group["input"] and routers == "row":
-        return f"its router reads the input of {group['router_input']}, of which a rank has only a part"
+    if group.routed and routers == "row":
+        return f"its router reads the input of {group.router_input}, of which a rank has only a part"
     outputs = {name: linear.out_features for name, linear in linears.items()}
     inputs = next(iter(linears.values())).in_features
-    return why_not(Scheme.parse(group["scheme"]), outputs, inputs, own, size, rotated_block(group["input"]))
+    return why_not(group.scheme, outputs, inputs, own, size, group.rotated_block)
 
 
 @torch.no_grad()
-def settle(block: nn.Module, layout: Mapping[str, Any], prefix: str) -> None:
+def settle(block: nn.Module, layout: BlockLayout, prefix: str) -> None:
     """Makes the parts that were loaded the plain parameters of smaller modules. CheckpointError for one that is of
     another shape, which transformers does not see before 5.22. prefix: of the block's names."""
-    for name, group in layout.items():
-        linears = {linear: block.get_submodule(linear) for linear in group["linears"]}
+    for name, group in layout.groups.items():
+        linears = {linear: block.get_submodule(linear) for linear in group.linears}
         packed = next(iter(linears.values())).weight_packed
         mesh, row = packed.device_mesh, packed.placements == (Shard(1),)
         rank, size = mesh.get_local_rank(), mesh.size()

@@ -4,7 +4,7 @@ vLLM fuses q, k, v and gate, up; that is just what an input group is. What belon
 `group` of the fused linear. Where the router of a group reads another group's input, that group chooses the experts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,29 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 
 from qe_dist import archs
 from qe_dist.archs.base import EngineNames
-from qe_dist.core.quantized import input_from_tensors, repair_from_tensors, rotated_block
-from qe_dist.core.scheme import Scheme
+from qe_dist.core.layout import METHOD, BlockLayout, GroupLayout, Layout
+from qe_dist.core.quantized import input_from_tensors, repair_from_tensors
 from qe_dist.numerics.sharding import inputs_dim, local_channels, outputs_dim, why_not
-from qe_dist.serve.format import METHOD, check_files, check_version
+from qe_dist.serve.format import check_files
 from qe_dist.serve.group import Group, backend
 
 INPUT = "group"
-Shapes = Mapping[str, Sequence[Any]]
 
 
 @register_quantization_config(METHOD)
 class QEConfig(QuantizationConfig):
-    """The `quantization_config` of our checkpoints (written by io/checkpoint.py)."""
+    """The `quantization_config` of our checkpoints."""
 
-    def __init__(self, layouts: list[dict[str, Any]], block_layouts: list[int]) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layouts, self.block_layouts = layouts, block_layouts
+        self.layout = layout
         self.methods: dict[str, QELinearMethod] = {}
         """By the name of the group in the model."""
         self.names: EngineNames
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QEConfig":
-        check_version(config.get("version"))
-        return cls(config["layouts"], config["block_layouts"])
+        return cls(Layout.from_json(config))
 
     def get_name(self) -> str:
         return METHOD
@@ -84,27 +82,26 @@ class QEConfig(QuantizationConfig):
         if not self.methods and get_world_group().local_rank == 0:  # once for each host, before the first weight
             check_files(Path(get_current_vllm_config().model_config.model))
         block, group, layout = found
-        method = self.methods[block + group] = QELinearMethod(block + group, layout[group])
-        if "router" in layout[group]["input"]:
-            method.source = self.methods[block + layout[group]["router_input"]]
+        method = self.methods[block + group] = QELinearMethod(block + group, layout.groups[group])
+        if layout.groups[group].routed:
+            method.source = self.methods[block + layout.groups[group].router_input]
         return method
 
-    def _find(self, prefix: str) -> tuple[str, str, Mapping[str, Any]] | None:
+    def _find(self, prefix: str) -> tuple[str, str, BlockLayout] | None:
         """Prefix of the block, name of the group in it, and layout of the block of a fused linear that is quantized."""
         blocks = f"{self.names.blocks}."
         index, _, name = prefix.removeprefix(blocks).partition(".")
         group = next((group for group, module in self.names.modules.items() if module == name), None)
         if not prefix.startswith(blocks) or group is None:
             return None
-        layout = self.layouts[self.block_layouts[int(index)]]
-        return (f"{blocks}{index}.", group, layout) if group in layout else None
+        layout = self.layout.blocks[int(index)]
+        return (f"{blocks}{index}.", group, layout) if group in layout.groups else None
 
 
 @register_weight_loader_v2_supported_method
 class QELinearMethod(LinearMethodBase):
-    def __init__(self, name: str, layout: Mapping[str, Any]) -> None:
-        self.name, self.layout = name, layout
-        self.scheme = Scheme.parse(layout["scheme"])
+    def __init__(self, name: str, layout: GroupLayout) -> None:
+        self.name, self.layout, self.scheme = name, layout, layout.scheme
         self.source: QELinearMethod | None = None
         """Whose input the router reads; None without router."""
 
@@ -118,27 +115,27 @@ class QELinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        linears: Mapping[str, Shapes] = self.layout["linears"]
-        outputs = {name: shapes["weight_scale"][1] for name, shapes in linears.items()}
-        row, mixed = isinstance(layer, RowParallelLinear), rotated_block(self.layout["input"])
+        linears = self.layout.linears
+        outputs = {name: specs["weight_scale"].shape[0] for name, specs in linears.items()}
+        row, mixed = isinstance(layer, RowParallelLinear), self.layout.rotated_block
         if why := why_not(self.scheme, outputs, input_size, "row" if row else "column", layer.tp_size, mixed):
             raise ValueError(f"{self.name}: {why}; choose another --tensor-parallel-size")
         loader = extra["weight_loader"]
-        for name, (dtype, *shape) in next(iter(linears.values())).items():
-            dim = outputs_dim(name)
+        for name, spec in next(iter(linears.values())).items():
+            dim, shape = outputs_dim(name), list(spec.shape)
             if dim is not None:
                 shape[dim] = sum(output_partition_sizes)
-            self._add(layer, name, dtype, shape, loader, row, len(linears), layer.tp_size)
+            self._add(layer, name, spec.torch_dtype, shape, loader, row, len(linears), layer.tp_size)
         part = nn.Module()
-        for name, (dtype, *shape) in self.layout["input"].items():
-            self._add(part, name, dtype, shape, loader, row, 1, layer.tp_size)
+        for name, spec in self.layout.input.items():
+            self._add(part, name, spec.torch_dtype, list(spec.shape), loader, row, 1, layer.tp_size)
         layer.register_module(INPUT, part)
 
     def _add(
         self,
         module: nn.Module,
         name: str,
-        dtype: str,
+        dtype: torch.dtype,
         shape: list[int],
         loader: Callable,
         row: bool,
@@ -149,7 +146,7 @@ class QELinearMethod(LinearMethodBase):
         cut = inputs_dim(name, tuple(shape)) if row else None
         if cut is not None:
             shape[cut] //= size
-        data = torch.empty(shape, dtype=getattr(torch, dtype))
+        data = torch.empty(shape, dtype=dtype)
         checked = self._checked(name, loader)
         dim = None if row else outputs_dim(name)
         if cut is not None:
@@ -193,7 +190,7 @@ class QELinearMethod(LinearMethodBase):
         part = input_from_tensors(tensors)
         if part.by_modality:
             raise ValueError(
-                f"{self.name} treats text and image tokens differently ({self.layout['scheme']}, scales or experts by "
+                f"{self.name} treats text and image tokens differently ({self.scheme}, scales or experts by "
                 "modality), which vLLM's layers do not know; use a recipe without, or serve with transformers"
             )
         run = backend(own["weight_packed"].device, layer.params_dtype)

@@ -5,6 +5,8 @@ import torch
 
 from qe_dist.checkpoint.compressed_tensors import ROWS, exported_block
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.layout import BlockLayout, GroupLayout, TensorSpec
+from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import Feeder
 from qe_dist.numerics.packing import pack
 
@@ -24,8 +26,8 @@ def block():
             "b.fc.lr_shared_b": torch.ones(OUTPUTS, 1),
             "b.fc_input.lr_shared_a": 8 * torch.ones(1, WIDTH),
         }
-        shapes = {"lr_shared_a": ["float32", 1, WIDTH]}
-        layout = {"fc": {"scheme": "w4a16", "input": shapes, "linears": {"fc": {}}}}
+        specs = {"lr_shared_a": TensorSpec("float32", (1, WIDTH))}
+        layout = BlockLayout({"fc": GroupLayout(Scheme.parse("w4a16"), "fc", specs, {"fc": {}})})
         return "b.", layout, tensors, {"fc": Feeder("norm")}
 
     return build

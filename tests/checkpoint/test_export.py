@@ -16,6 +16,7 @@ from qe_dist import archs
 from qe_dist.checkpoint.compressed_tensors import LinearFormat
 from qe_dist.checkpoint.export import ADAPTER, CARD, REPORT, export
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.layout import GroupLayout, TensorSpec
 from qe_dist.core.scheme import Scheme
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
@@ -209,14 +210,19 @@ def test_the_lora_reads_the_input_unrounded_whatever_the_recipe_rounds(made, tmp
 
 
 def test_groups_of_scales_become_those_that_kernels_have():
-    def of(scheme, *names):
-        return LinearFormat.of({"scheme": scheme, "input": dict.fromkeys(names)})
+    def of(scheme, **specs):
+        return LinearFormat.of(GroupLayout(Scheme.parse(scheme), "fc", specs, {}))
 
     assert of("w4a16g256") == LinearFormat(4, 128, None)
     assert of("w2a16g96") == LinearFormat(4, 32, None)
     assert of("w6a16") == LinearFormat(8, None, None)
     assert of("w4a8") == LinearFormat(4, None, 8)
-    assert of("w4a8k64") == of("w4a6") == of("w4a8", "lr_expert_channels") == LinearFormat(4, None, None)
+    assert (
+        of("w4a8k64")
+        == of("w4a6")
+        == of("w4a8", lr_expert_channels=TensorSpec("int32", (2, 4)))
+        == LinearFormat(4, None, None)
+    )
 
 
 def test_what_is_lost_is_said_to_people_and_to_machines(made, tmp_path, monkeypatch, capsys):

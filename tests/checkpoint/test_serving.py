@@ -15,6 +15,7 @@ from qe_dist.checkpoint.serving import served_sizes, serving_problems
 from qe_dist.checkpoint.tp_check import check_ranks
 from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.layout import BlockLayout, GroupLayout, Layout
 from qe_dist.core.scheme import Scheme
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
@@ -36,11 +37,11 @@ OWN = {"name": "quant_experts", "num_experts": 2, "router_input": "own"}
 def published(size, scheme, **changes):
     """config.json of a checkpoint of Qwen2-VL 72B or 7B, quantized in groups without a repair."""
     config = {"model_type": "qwen2_vl", "vision_config": {"num_heads": 16}} | size | changes
-    layout = {
-        group.name: {"scheme": scheme, "input": {}, "linears": {x.name: {} for x in group.linears}}
+    groups = {
+        group.name: GroupLayout(Scheme.parse(scheme), group.router_input, {}, {x.name: {} for x in group.linears})
         for group in archs.get("qwen2_vl").groups(config)
     }
-    return config | {"quantization_config": {"quant_method": "qe", "layouts": [layout], "block_layouts": [0]}}
+    return config | {"quantization_config": Layout((BlockLayout(groups),)).to_json()}
 
 
 @pytest.mark.parametrize(

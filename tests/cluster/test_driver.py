@@ -237,6 +237,6 @@ def test_the_command_killed_in_the_middle_and_typed_again_gives_the_same_bytes(r
     assert again.returncode == 0, again.stderr
     assert "continued" in again.stdout
     assert files(output) == expected
-    assert read_manifest(output)["fallbacks"] == {}
+    assert read_manifest(output).fallbacks == {}
     for name, when in done.items():
         assert (output / name).stat().st_mtime_ns == when, f"{name} was fitted again"

@@ -120,7 +120,7 @@ def test_routers_on_their_own_input_share_the_pass_with_others_and_are_what_they
         assert quantized.get_decoder().layers[0].mlp.down_input.router.shape == (3, width)
         assert evaluate(quantized, arch, examples, full).summary()["kl"] < 0.5
     assert files(own.output)["block-00001.safetensors"] == files(alone.output)["block-00001.safetensors"]
-    assert read_manifest(own.output)["blocks"][1]["groups"]["mlp.down"]["error"] < 1
+    assert read_manifest(own.output).blocks[1].groups["mlp.down"].error < 1
 
 
 def test_a_router_on_its_own_input_reads_it_before_it_is_rotated(run):
@@ -159,7 +159,7 @@ def test_the_report_of_a_group_is_what_its_module_does(run):
             y = quantized.get_decoder().layers[1].mlp.gate_proj(caught["x"])
         wrong += (y - caught["y"]).square().sum().item()
         right += caught["y"].square().sum().item()
-    stated = read_manifest(run.output)["blocks"][1]["groups"]["mlp.gate_up"]["error"]
+    stated = read_manifest(run.output).blocks[1].groups["mlp.gate_up"].error
     assert (wrong / right) ** 0.5 == pytest.approx(stated, rel=0.3)  # gate alone, stated for gate and up
 
 
@@ -185,16 +185,16 @@ def test_save_and_load_round_trip_keeps_names_and_logits(run, tmp_path):
 def test_manifest_names_every_file_by_its_hash_and_counts_all_bytes(run):
     quantize(run)
     manifest = read_manifest(run.output)
-    for name, digest in manifest["files"].items():
+    for name, digest in manifest.files.items():
         assert sha256(run.output / name) == digest
-    assert manifest["fallbacks"] == {}
-    assert manifest["arithmetic"] == run.recipe.scheme.arithmetic
-    assert manifest["checkpoint_bytes"] == sum(p.stat().st_size for p in run.output.iterdir() if p.is_file())
-    assert manifest["parameters"] == sum(p.numel() for p in load(run.model).parameters())
-    macs = manifest["macs_by_arithmetic"]
+    assert manifest.fallbacks == {}
+    assert manifest.arithmetic == run.recipe.scheme.arithmetic
+    assert manifest.checkpoint_bytes == sum(p.stat().st_size for p in run.output.iterdir() if p.is_file())
+    assert manifest.parameters == sum(p.numel() for p in load(run.model).parameters())
+    macs = manifest.macs_by_arithmetic
     assert macs["int8"] == 1
-    assert 0 < macs["a16"] == pytest.approx(manifest["macs_per_weight"] - 1)
-    assert manifest["bits_per_weight"] > 4
+    assert 0 < macs["a16"] == pytest.approx(manifest.macs_per_weight - 1)
+    assert manifest.bits_per_weight > 4
     assert not (run.output / ".run" / "activations").exists()
 
 
@@ -259,7 +259,7 @@ def test_infinite_activations_are_named_left_out_and_written_to_the_manifest(run
     weights[name][:] = 3e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     quantize(replace(run, model=folder))
-    fallbacks = read_manifest(run.output)["fallbacks"]
+    fallbacks = read_manifest(run.output).fallbacks
     assert not any("layers.0" in layer for layer in fallbacks)
     steps = fallbacks[name.replace("input_layernorm.weight", "self_attn.qkv")]
     assert "have a NaN or Inf at this input" in steps[0]
@@ -309,11 +309,11 @@ def test_from_a_block_on_another_recipe_may_hold(run, tmp_path):
     assert after["block-00000.safetensors"] == before["block-00000.safetensors"]
     assert after["block-00001.safetensors"] == other["block-00001.safetensors"]
     manifest = read_manifest(run.output)
-    assert [block["recipe_from"] for block in manifest["blocks"]] == [0, 1]
-    assert manifest["arithmetic"] == "a16 and int8"
-    executed = [{group["arithmetic"] for group in block["groups"].values()} for block in manifest["blocks"]]
+    assert [block.recipe_from for block in manifest.blocks] == [0, 1]
+    assert manifest.arithmetic == "a16 and int8"
+    executed = [{group.arithmetic for group in block.groups.values()} for block in manifest.blocks]
     assert executed == [{"int8"}, {"a16"}]
-    assert manifest["run"]["earlier"] == [[0, old.describe()]]
+    assert manifest.run["earlier"] == [[0, old.describe()]]
     arch, examples = encoded(run.model)
     full = save_reference(load(run.model), arch, examples, run.output.with_name("reference"))
     assert evaluate(load(run.output), arch, examples, full).summary()["kl"] < 0.5
@@ -408,15 +408,15 @@ def test_errors_on_held_out_sequences_are_reported_beside_those_on_the_sample(si
     waved = replace(sixteen, output=tmp_path / "waves", blocks_per_worker=1, samples_per_batch=3)
     quantize(waved)
     assert files(waved.output) == files(sixteen.output)
-    for block in read_manifest(sixteen.output)["blocks"]:
-        for group in block["groups"].values():
-            assert 0 < group["held_out_error"] < 1
-            assert set(group["held_out_error_by_modality"]) <= {"text", "image"} != set()
-            assert group["held_out_error"] != group["error"]
+    for block in read_manifest(sixteen.output).blocks:
+        for group in block.groups.values():
+            assert 0 < group.held_out_error < 1
+            assert set(group.held_out_error_by_modality) <= {"text", "image"} != set()
+            assert group.held_out_error != group.error
     quantize(run)
-    groups = [group for block in read_manifest(run.output)["blocks"] for group in block["groups"].values()]
-    assert {group["held_out_error"] for group in groups} == {None}
-    assert all(group["held_out_error_by_modality"] == {} for group in groups)
+    groups = [group for block in read_manifest(run.output).blocks for group in block.groups.values()]
+    assert {group.held_out_error for group in groups} == {None}
+    assert all(group.held_out_error_by_modality == {} for group in groups)
 
 
 def test_runs_that_differ_in_more_than_the_recipe_share_nothing(run, tmp_path):

@@ -99,8 +99,8 @@ def test_every_recipe_takes_dead_channels_and_its_checkpoint_loads(run, name):
     for check in (check_finite, check_index, check_layout):
         assert check(checkpoint) == []
     assert check_source(checkpoint, run.model) == []
-    assert checkpoint.manifest["fallbacks"] == {}
-    assert checkpoint.manifest["padding"] == [BEFORE, AFTER]
+    assert checkpoint.manifest.fallbacks == {}
+    assert checkpoint.manifest.padding == [BEFORE, AFTER]
     model, arch = load_model(run.output), archs.get("qwen2_vl")
     sample = read_samples(run.calibration)[0]
     inputs = arch.model_inputs([arch.encoder(run.output)(sample, load_images(sample))], pad=0)
@@ -113,7 +113,7 @@ def test_every_recipe_takes_dead_channels_and_its_checkpoint_loads(run, name):
 def test_the_codes_of_dead_channels_are_zero(run, name):
     quantize(replace(run, recipe=load_recipe(name)))
     found = tensors(run.output)
-    prefix = read_manifest(run.output)["blocks"][1]["prefix"]
+    prefix = read_manifest(run.output).blocks[1].prefix
     for linear, width in (("gate_proj", 64), ("up_proj", 64), ("down_proj", AFTER)):
         codes = unpack(found[f"{prefix}mlp.{linear}.weight_packed"], 4, width)
         dead = codes[:, BEFORE:] if linear == "down_proj" else codes[BEFORE:]
@@ -136,9 +136,9 @@ def test_plain_rounding_is_that_of_the_model_as_it_was(run):
 def test_bits_count_what_is_stored_for_the_weights_that_the_model_has(run):
     quantize(run)
     manifest = read_manifest(run.output)
-    stored = sum(g["bytes"] for block in manifest["blocks"] for g in block["groups"].values())
+    stored = sum(g.bytes for block in manifest.blocks for g in block.groups.values())
     weights = sum(block.num_weights for block in archs.get("qwen2_vl").spec(SafetensorsSource(run.model)).blocks)
-    assert manifest["bits_per_weight"] == 8 * stored / weights
+    assert manifest.bits_per_weight == 8 * stored / weights
     assert json.loads((run.output / "config.json").read_text())["text_config"]["intermediate_size"] == AFTER
 
 
@@ -146,7 +146,7 @@ def test_one_rank_changes_nothing(run, folder):
     one = replace(run, tensor_parallel_size=1)
     assert open_source(one).config == SafetensorsSource(folder).config
     quantize(one)
-    assert "padding" not in read_manifest(one.output)
+    assert read_manifest(one.output).padding is None
 
 
 def test_a_padded_run_continues_and_another_size_is_another_run(run):

@@ -15,7 +15,6 @@ from qe_dist.checkpoint.serving import serving_problems
 from qe_dist.checkpoint.tp_check import check_ranks
 from qe_dist.checkpoint.verify import Checkpoint, check_layout, check_source
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.quantized import rotated_block
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
@@ -69,7 +68,7 @@ def test_at_eight_bits_it_is_nearly_the_source_and_the_tied_head_is_stored(run):
 def test_it_combines_with_transforms_and_compensations(run, transform):
     content = {"scheme": "w4a8", "transform": {"name": transform}, "compensation": {"name": "qera"}}
     quantize(replace(run, recipe=recipe_from(content | ROTATION)))
-    assert read_manifest(run.output)["recipe"]["rotation"] == {
+    assert read_manifest(run.output).recipe["rotation"] == {
         "name": "hadamard", "seed": 1, "octaves": 0.0, "online": True, "ranks": 1,
     }  # fmt: skip
     assert 0 < kl(run) < 0.1
@@ -132,8 +131,8 @@ def test_the_stored_weight_of_down_and_its_error_are_those_of_an_independent_com
     step = rotated.abs().amax(dim=1, keepdim=True) / 31
     product = (rotated / step).round() * step @ ((turned / scale).round().clamp(-8, 7) * scale).T
     error = (product - x @ weight.T).norm() / (x @ weight.T).norm()
-    report = read_manifest(run.output)["blocks"][0]["groups"]["mlp.down"]
-    assert report["error"] == pytest.approx(float(error), rel=1e-3)
+    report = read_manifest(run.output).blocks[0].groups["mlp.down"]
+    assert report.error == pytest.approx(float(error), rel=1e-3)
 
 
 def test_rotating_down_at_run_time_takes_its_outliers_off(tied, run):
@@ -153,7 +152,7 @@ def test_rotating_down_at_run_time_takes_its_outliers_off(tied, run):
         recipe = recipe_from({"scheme": "w8a4", "rotation": ROTATION["rotation"] | {"online": online}})
         one = replace(run, model=folder, recipe=recipe, output=run.output / str(online))
         quantize(one)
-        errors.append(read_manifest(one.output)["blocks"][0]["groups"]["mlp.down"]["error"])
+        errors.append(read_manifest(one.output).blocks[0].groups["mlp.down"].error)
     assert errors[0] < 0.6 * errors[1]
 
 
@@ -182,7 +181,7 @@ def test_a_rank_has_blocks_of_its_own_where_the_run_was_asked_for_ranks(run):
         one = replace(run, tensor_parallel_size=size, output=run.output / str(size))
         quantize(one)
         checkpoint = Checkpoint.open(one.output)
-        assert rotated_block(checkpoint.layouts[0]["mlp.down"]["input"]) == block
+        assert checkpoint.layout.blocks[0].groups["mlp.down"].rotated_block == block
         assert serving_problems(checkpoint.config, 2) == problems
         assert list(check_ranks(checkpoint, range(1, size + 1))) == []
         assert check_layout(checkpoint) == check_source(checkpoint, run.model) == []

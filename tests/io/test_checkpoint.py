@@ -9,6 +9,7 @@ import torch
 
 from qe_dist import archs
 from qe_dist.core.errors import CheckpointError
+from qe_dist.core.quantized import FitReport
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.io import checkpoint
@@ -104,18 +105,18 @@ def test_a_checkpoint_in_many_parts_loads_as_one_in_few(run, tmp_path, monkeypat
     one, other = (load_model(r.output)(input_ids=ids).logits for r in (run, many))
     assert torch.equal(one, other)
     manifest = read_manifest(many.output)
-    assert set(manifest["files"]) == {p.name for p in many.output.glob("*.safetensors")}
-    assert all(sha256(many.output / name) == digest for name, digest in manifest["files"].items())
-    assert set(json.loads((many.output / INDEX).read_text())["weight_map"].values()) == set(manifest["files"])
+    assert set(manifest.files) == {p.name for p in many.output.glob("*.safetensors")}
+    assert all(sha256(many.output / name) == digest for name, digest in manifest.files.items())
+    assert set(json.loads((many.output / INDEX).read_text())["weight_map"].values()) == set(manifest.files)
 
 
-GROUP = {"arithmetic": "int8", "bytes": 1, "active_bytes": 1, "macs": {"int8": 1, "a16": 0}}
+GROUP = FitReport("int8", None, {}, None, {}, None, 1, 1, {"int8": 1, "a16": 0}, seconds=0.0)
 
 
 def finished(store, spec, source):
     """All that assemble needs, with hardly a weight in it."""
     for block in spec.blocks:
-        report = {"index": block.index, "groups": {"g": GROUP}, "fallbacks": {}, "layout": {}}
+        report = {"index": block.index, "groups": {"g": GROUP.to_json()}, "fallbacks": {}, "layout": {}}
         report |= {"recipe_from": 0, "device": "cpu", "threads": 1}
         store.put_block(block.index, {f"{block.prefix}w": torch.zeros(2)}, report)
     put_passthrough(store, spec, source)
@@ -131,7 +132,7 @@ def test_the_last_step_reads_no_weight_whatever_the_size(source, spec, tmp_path)
         file.truncate(terabyte)
     assemble(store, spec, source, {"scheme": "w4a8"}, {})
     assert (tmp_path / "block-00000.safetensors").stat().st_size == terabyte
-    assert read_manifest(tmp_path)["files"]["block-00000.safetensors"] == report["sha256"]
+    assert read_manifest(tmp_path).files["block-00000.safetensors"] == report["sha256"]
 
 
 def test_an_interrupted_last_step_is_done_again(source, spec, tmp_path, monkeypatch):

@@ -2,18 +2,19 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError
-from qe_dist.io.checkpoint import MANIFEST
+from qe_dist.io.checkpoint import MANIFEST, read_manifest
 from qe_dist.io.integrity import file_faults, settings_digest
 from qe_dist.io.publish import digest, publish_tensors
 from qe_dist.serve.format import check_files
+from tests.core.test_manifest import MADE
 
 FILE = "block-00000.safetensors"
 TENSORS = {"codes": torch.arange(12, dtype=torch.int32), "scale": torch.ones(3, dtype=torch.bfloat16)}
@@ -25,20 +26,14 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint as far as the manifest knows it."""
     whole = publish_tensors(tmp_path / FILE, TENSORS)
     each = {name: digest({name: tensor}) for name, tensor in TENSORS.items()}
-    manifest = {
-        "files": {FILE: whole}, "tensors": {FILE: each}, "quantization_config": settings_digest(SETTINGS),
-    }  # fmt: skip
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    manifest = replace(MADE, files={FILE: whole}, tensors={FILE: each}, quantization_config=settings_digest(SETTINGS))
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest.to_json()))
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": SETTINGS}))
     return tmp_path
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
-
-
 def test_what_was_written_has_no_fault(folder):
-    assert file_faults(folder, manifest(folder)) == []
+    assert file_faults(folder, read_manifest(folder)) == []
     check_files(folder)
 
 
@@ -61,10 +56,10 @@ def test_a_tensor_that_differs_is_named(folder: Path, tensors: dict[str, Tensor]
 
 def test_files_that_are_missing_cut_or_foreign_are_named(folder: Path):
     (folder / FILE).rename(folder / "model.safetensors")
-    assert file_faults(folder, manifest(folder)) == [f"{FILE}: missing", "model.safetensors: not in the manifest"]
+    assert file_faults(folder, read_manifest(folder)) == [f"{FILE}: missing", "model.safetensors: not in the manifest"]
     (folder / FILE).write_bytes((folder / "model.safetensors").read_bytes()[:-1])
     (folder / "model.safetensors").unlink()
-    (fault,) = file_faults(folder, manifest(folder))
+    (fault,) = file_faults(folder, read_manifest(folder))
     assert "cannot be read" in fault
 
 
@@ -79,12 +74,12 @@ def test_the_rest_of_config_may_be_edited(folder: Path):
     check_files(folder)
 
 
-def test_an_older_manifest_names_the_file_alone(folder: Path):
-    older = {"files": manifest(folder)["files"]}
-    publish_tensors(folder / FILE, {"codes": TENSORS["codes"]})
-    (fault,) = file_faults(folder, older)
-    assert fault.startswith(f"{FILE}: SHA-256 expected")
-    assert "codes" not in fault
+def test_an_older_manifest_is_named_with_what_it_lacks(folder: Path):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["tensors"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST}: .*an earlier qe_dist wrote it \(KeyError: 'tensors'\)"):
+        check_files(folder)
 
 
 @pytest.mark.parametrize("lost", [MANIFEST, FILE], ids=["manifest", "weights"])

@@ -137,10 +137,10 @@ def test_an_entry_says_what_eval_and_the_manifest_say(
         assert entry[measure] == pytest.approx(quality[measure], rel=1e-5)
     assert entry["kinds"].keys() == quality["kinds"].keys()
     assert entry["kl"] > 0
-    assert entry["bits"] == manifest["bits_per_weight"]
-    assert entry["active_bits"] == manifest["active_bits_per_weight"]
-    assert entry["macs"] == manifest["macs_per_weight"]
-    assert entry["fallbacks"] == len(manifest["fallbacks"])
+    assert entry["bits"] == manifest.bits_per_weight
+    assert entry["active_bits"] == manifest.active_bits_per_weight
+    assert entry["macs"] == manifest.macs_per_weight
+    assert entry["fallbacks"] == len(manifest.fallbacks)
     assert entry["fit_seconds"] > 0
 
 

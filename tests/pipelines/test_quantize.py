@@ -2,12 +2,14 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from qe_pipelines.quantize import cost_lines, num_bytes, stopping
 
 from qe_dist.core.errors import ConfigError
+from tests.core.test_manifest import MADE
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -22,10 +24,10 @@ def test_other_sizes_are_refused_by_the_name_of_the_option(text):
 
 
 def test_the_last_lines_say_what_is_executed_and_all_that_it_costs():
-    manifest = {
-        "checkpoint_bytes": 3 * 2**20, "parameters": 4 * 2**20, "arithmetic": "int8", "bits_per_weight": 4.25,
-        "active_bits_per_weight": 4.125, "macs_by_arithmetic": {"a16": 0.05, "int8": 1.0},
-    }  # fmt: skip
+    manifest = replace(
+        MADE, checkpoint_bytes=3 * 2**20, parameters=4 * 2**20, arithmetic="int8", bits_per_weight=4.25,
+        active_bits_per_weight=4.125, macs_by_arithmetic={"a16": 0.05, "int8": 1.0},
+    )  # fmt: skip
     assert list(cost_lines(manifest, Path("out"))) == [
         "wrote out: 3.0 MiB in all files, 6.00 bits per parameter of the model",
         "per quantized weight: 4.25 bits stored, 4.12 read for a token, 0.050 a16 + 1.000 int8 multiplications; "

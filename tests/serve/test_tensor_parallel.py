@@ -1,5 +1,6 @@
 """A checkpoint that transformers cuts over two processes gives what it gives in one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.layout import BlockLayout, Layout, TensorSpec
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
@@ -107,8 +109,7 @@ def plan(checkpoints: dict[str, Path]) -> Any:
 
     def make(recipe: str, change: Any = lambda model, layouts: None, **sizes: Any) -> Any:
         config = AutoConfig.from_pretrained(checkpoints[recipe])
-        quantization = config.quantization_config
-        layouts = [quantization["layouts"][index] for index in quantization["block_layouts"]]
+        layouts = list(Layout.from_json(config.quantization_config).blocks)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
         change(model, layouts)
@@ -131,10 +132,14 @@ def test_what_we_cannot_cut_is_refused(plan: Any) -> None:
         model.tp_plan.clear()
 
     def own_routers(model: Any, layouts: Any) -> None:
-        layouts[2]["mlp.down"]["router_input"] = "mlp.down"
+        layouts[2] = changed(layouts[2], router_input="mlp.down")
 
     def wider_blocks(model: Any, layouts: Any) -> None:
-        layouts[0]["mlp.down"]["input"] |= {"rotation_0": ["int8", 20, 20], "rotation_1": ["int8", 32, 32]}
+        factors = {f"rotation_{i}": TensorSpec("int8", (size, size)) for i, size in enumerate((20, 32))}
+        layouts[0] = changed(layouts[0], input={**layouts[0].groups["mlp.down"].input, **factors})
+
+    def changed(block: BlockLayout, **change: Any) -> BlockLayout:
+        return BlockLayout({**block.groups, "mlp.down": replace(block.groups["mlp.down"], **change)})
 
     assert plan(ROTATED, tp_size=2)["model.language_model.layers.*.mlp.down_proj"] == "qe_row"
     with pytest.raises(ConfigError, match=r"mlp.down: its rotation at run time mixes blocks of 640 .* a rank has 320"):

@@ -24,7 +24,7 @@ def test_a_padded_checkpoint_answers_on_two_ranks_as_in_transformers(tmp_path: P
     )
     local.quantize(run)
     checkpoint = Checkpoint.open(run.output)
-    assert checkpoint.manifest["padding"] == [640, 768]
+    assert checkpoint.manifest.padding == [640, 768]
     assert serving_problems(checkpoint.config, 2) == ()
     asked = prompts()[:ASKED]
     given = generate([Job("padded", str(run.output))], asked, 2, tmp_path)["padded"]

@@ -1,0 +1,78 @@
+"""What a finished checkpoint says of itself in qe_manifest.json: how it was made, what it costs, and its hashes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.quantized import FitReport
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """A block of the model, and how it was made."""
+
+    index: int
+    prefix: str
+    """Of its tensors on disk, with the dot."""
+    groups: Mapping[str, FitReport]
+    recipe_from: int
+    """The first block of those that have this block's recipe."""
+    device: str
+    """That it was fitted on, with so many threads."""
+    threads: int
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "FittedBlock":
+        """said: a block of a manifest, or a block's report with its prefix; what else that has is left out."""
+        groups = {name: FitReport.from_json(group) for name, group in said["groups"].items()}
+        return cls(**{one.name: said[one.name] for one in fields(cls)} | {"groups": groups})
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"groups": {name: group.to_json() for name, group in self.groups.items()}}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    recipe: Mapping[str, Any]
+    run: Mapping[str, Any]
+    """The identity of the run."""
+    quantization_config: str
+    """SHA-256 of what config.json says of the blocks."""
+    files: Mapping[str, str]
+    """SHA-256 of every file of tensors."""
+    tensors: Mapping[str, Mapping[str, str]]
+    """SHA-256 of every tensor, by file."""
+    padding: Sequence[int] | None
+    """The inner width of the MLPs, as it was and as it is; None where they are not padded."""
+    arithmetic: str
+    """What the products of all blocks execute: `int8` or `a16`; `a16 and int8` where blocks differ."""
+    bits_per_weight: float
+    active_bits_per_weight: float
+    """Those of them that one token needs."""
+    macs_per_weight: float
+    macs_by_arithmetic: Mapping[str, float]
+    parameters: int
+    """Of the whole model."""
+    fallbacks: Mapping[str, Sequence[str]]
+    """Steps of the ladder, by full name of the group."""
+    blocks: tuple[FittedBlock, ...]
+    checkpoint_bytes: int
+    """Of all files, this one too."""
+
+    @classmethod
+    def from_json(cls, said: Any) -> "Manifest":
+        """CheckpointError where something is missing or not of its kind."""
+        try:
+            known = {"padding": None} | said
+            blocks = tuple(FittedBlock.from_json(block) for block in known["blocks"])
+            return cls(**{one.name: known[one.name] for one in fields(cls)} | {"blocks": blocks})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"it is damaged, or an earlier qe_dist wrote it ({type(error).__name__}: {error}); copy it again, or "
+                "quantize the model again"
+            ) from None
+
+    def to_json(self) -> dict[str, Any]:
+        said = vars(self) | {"blocks": [block.to_json() for block in self.blocks]}
+        return {name: value for name, value in said.items() if name != "padding" or value is not None}

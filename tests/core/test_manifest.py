@@ -1,0 +1,59 @@
+"""A manifest is read as it was written, and what it lacks is said."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qe_dist.core.errors import CheckpointError
+from qe_dist.core.manifest import FittedBlock, Manifest
+from qe_dist.core.quantized import FitReport
+
+GROUP = FitReport("int8", 0.25, {"text": 0.25}, None, {}, 0.5, 90, 80, {"a16": 1, "int8": 64}, 1.5, ("more damping",))
+MADE = Manifest(
+    recipe={"scheme": "w4a8"},
+    run={"seed": 0},
+    quantization_config="ab",
+    files={"block-00000.safetensors": "cd"},
+    tensors={"block-00000.safetensors": {"b.fc.weight_packed": "ef"}},
+    padding=None,
+    arithmetic="int8",
+    bits_per_weight=4.5,
+    active_bits_per_weight=4.25,
+    macs_per_weight=1.0,
+    macs_by_arithmetic={"a16": 0.0, "int8": 1.0},
+    parameters=128,
+    fallbacks={"b.fc": ["more damping"]},
+    blocks=(FittedBlock(0, "b.", {"fc": GROUP}, recipe_from=0, device="cpu", threads=1),),
+    checkpoint_bytes=1000,
+)
+
+
+@pytest.mark.parametrize("padding", [None, [640, 768]])
+def test_it_is_read_as_it_was_written_but_for_seconds(padding: list[int] | None) -> None:
+    made = replace(MADE, padding=padding)
+    written = json.loads(json.dumps(made.to_json()))
+    assert ("padding" in written) is (padding is not None)
+    assert "seconds" not in written["blocks"][0]["groups"]["fc"]
+    block = replace(MADE.blocks[0], groups={"fc": replace(GROUP, seconds=0.0)})
+    assert Manifest.from_json(written) == replace(made, blocks=(block,))
+
+
+def test_a_block_is_read_from_its_report_which_has_more() -> None:
+    report = MADE.blocks[0].to_json() | {"layout": {}, "fit_seconds": 2.0}
+    assert FittedBlock.from_json(report).groups["fc"].macs == GROUP.macs
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, "KeyError: 'blocks'"),
+        ([], "TypeError"),
+        (MADE.to_json() | {"blocks": [{"index": 0, "groups": {"fc": {"fallbacks": []}}}]}, "TypeError.*arithmetic"),
+        ({k: v for k, v in MADE.to_json().items() if k != "arithmetic"}, "KeyError: 'arithmetic'"),
+    ],
+)
+def test_what_is_missing_is_said_and_what_to_do(said: Any, told: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"an earlier qe_dist wrote it \({told}.*quantize the model again"):
+        Manifest.from_json(said)

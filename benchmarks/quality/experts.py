@@ -35,7 +35,7 @@ from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import BlockSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.methods.base import Budget, Codes, Compensation, GroupProblem, Quantizer
+from qe_dist.methods.base import Budget, Codes, Compensation, GroupProblem, Quantizer, RoutesTokens
 from qe_dist.methods.compensation.aser import ASER
 from qe_dist.methods.compensation.lqer import LQER
 from qe_dist.methods.compensation.none import NoCompensation
@@ -123,7 +123,8 @@ class Row:
         return REPAIRS[self.name]
 
     def recipe(self, quantizer: Quantizer) -> Recipe:
-        rank_by = getattr(self.repair.compensation, "rank_by", "frequency")  # ASER smooths what it exempts
+        own = self.repair.compensation
+        rank_by = own.rank_by if isinstance(own, ASER) else "frequency"  # ASER smooths what it exempts
         budget = Budget(rank=self.repair.rank, factor_bits=self.factor_bits)
         transform = OutlierSmoothing(rank_by=rank_by)
         return Recipe(Scheme.parse(self.scheme), transform, quantizer, self.repair.compensation, budget)
@@ -223,7 +224,7 @@ class Fitted:
 
     def groups(self, walk: Walk) -> tuple[dict[str, Group], dict[str, str]]:
         """All of them, and the group whose input each one's router reads. Their held-out errors go to the walk."""
-        own = getattr(walk.row.repair.compensation, "router_input", "sublayer") == "own"
+        own = _reads_own_input(walk.row.repair.compensation)
         routes = {g.name: g.name if own else g.router_input for g in self.spec.groups}
         groups = {name: self.group(walk, name) for name in routes}
         _hold_out(walk, self.data, groups, routes)
@@ -231,7 +232,7 @@ class Fitted:
 
     def group(self, walk: Walk, name: str) -> Group:
         row, compensation, read = walk.row, walk.row.repair.compensation, self.spec.group(name).router_input
-        if getattr(compensation, "router_input", None) == "own":
+        if _reads_own_input(compensation):
             if read == name:  # no difference
                 compensation = replace(compensation, router_input="sublayer")
             read = name
@@ -253,6 +254,10 @@ class Fitted:
         full = torch.cat(list(problem.weights.values())) if row.repair.routing == "oracle" else None
         salt = 4 * self.spec.index + list(self.data.problems).index(name) + 1
         return Group(group, weight, row.repair.routing, full, salt)
+
+
+def _reads_own_input(compensation: Compensation) -> bool:
+    return isinstance(compensation, RoutesTokens) and compensation.router_input == "own"
 
 
 def _routed(problem: GroupProblem, read: GroupProblem) -> GroupProblem:

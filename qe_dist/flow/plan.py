@@ -16,7 +16,6 @@ from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.methods.base import Bounded, Shares
 from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
-from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import M, held_out_size
 
 FREE_SHARE = 0.8  # of what is free; the rest is for Python, activations, and whoever else is there
@@ -199,20 +198,16 @@ def travel_bytes(group: InputGroup, task: Task, block: int) -> int:
 
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
     """Upper bound of these quantized blocks: codes, and what the budget allows for the repair."""
-    scheme, budget = run.recipe.scheme, run.recipe.budget
-    experts = 1 + getattr(run.recipe.compensation, "num_experts", 0)
-    channels = getattr(run.recipe.compensation, "k", 0)
     total = 0
     for block in blocks:
-        for group in block.groups:
+        recipe = run.recipe_for(block.index)
+        view = recipe.view(block)
+        for group in view.groups:
             width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-            total += outputs * width * (scheme.weight_bits + 1) // 8
-            if budget.extra_bits is not None:
-                total += int(budget.extra_bits * outputs * width / 8)
-            else:
-                repair = budget.rank_for(outputs, width) * (outputs + width) + capped(width, channels) * outputs
-                lists = int(run.recipe.list_bits * outputs * width / 8)
-                total += 2 * experts * repair + lists
+            total += outputs * width * (recipe.scheme.weight_bits + 1) // 8
+            total += recipe.compensation.most_bytes(outputs, width, view.router_width(group), recipe.budget)
+            if recipe.budget.extra_bits is None:  # else the budget includes them
+                total += int(recipe.list_bits * outputs * width / 8)
     return total
 
 

@@ -1,8 +1,9 @@
 """What transforms, quantizers and compensations are given, and what they must offer (DESIGN section 2)."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -14,7 +15,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.rotation import Space
 from qe_dist.core.scheme import Scheme
 from qe_dist.core.spec import InputGroup, RouterInput
-from qe_dist.numerics.factors import FACTOR_BITS, even_rank, rank_within
+from qe_dist.numerics.factors import FACTOR_BITS, even_rank, pair_bits, rank_within
 from qe_dist.numerics.hadamard import Orthogonal, Signs
 from qe_dist.numerics.lowrank import capped
 from qe_dist.numerics.stats import GroupStats, Needs
@@ -108,12 +109,20 @@ class Budget:
         assert self.extra_bits is not None
         return rank_within(self.extra_bits * outputs * width, outputs, width, self.factor_bits)
 
+    def pair_bytes(self, outputs: int, width: int) -> int:
+        """Stored bytes at most of one low-rank pair [outputs, width]."""
+        if self.extra_bits is not None:
+            return int(self.extra_bits * outputs * width / 8)
+        return pair_bits(self.rank_for(outputs, width), outputs, width, self.factor_bits) // 8
+
     def less(self, bits: int, problem: GroupProblem) -> "Budget":
         """What is left of the group's byte budget after so many bits, next to nothing at least. A rank stays."""
         if self.extra_bits is None or not bits:
             return self
         return replace(self, extra_bits=max(1e-9, self.extra_bits - bits / problem.num_weights))
 
+
+NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
 
 LEAST_RANK = 32
 """Of a budget by ratio."""
@@ -282,15 +291,32 @@ class Bounded(Protocol):
 
 @runtime_checkable
 class Compensation(Protocol):
-    """Repairs the error of rounding within a budget."""
+    """Repairs the error of rounding within a budget. Methods inherit what they leave as it is."""
 
+    by_modality: ClassVar[bool] = False
+    """Whether it treats tokens of text and of images differently at run time."""
+
+    @abstractmethod
     def needs(self) -> Needs: ...
+
+    @abstractmethod
+    def fit(self, problem: ErrorProblem) -> Correction: ...
+
     def exempt(self, problem: GroupProblem) -> Int[Tensor, " C"]:
         """Columns it carries itself, which are rounded as zero; those that gain most first, for a byte budget may be
         too small for all of them, or for any."""
+        return NO_COLUMNS
+
+    @abstractmethod
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        """Stored bytes at most of what it adds to a group with so many outputs and input channels. router_width: of the
+        tensor that a router would read. Groups that share the byte budget of their block (`Shares`) keep to the sum."""
         ...
 
-    def fit(self, problem: ErrorProblem) -> Correction: ...
+    @abstractmethod
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        """Float32 numbers at most that `gains` and `fit` hold at once, beside the problem that they are given."""
+        ...
 
 
 @runtime_checkable
@@ -342,6 +368,3 @@ class HasConstraints(Protocol):
     def check(self, recipe: Any) -> None:
         """Raises ConfigError that names the two parts that clash, and what would work. recipe: a `Recipe`."""
         ...
-
-
-NO_COLUMNS = torch.zeros(0, dtype=torch.int64)

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qe_dist.core.spec import BlockSpec, InputGroup
-from qe_dist.methods.base import SPREAD, Shares
+from qe_dist.methods.base import Shares
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.gram import PANEL
-from qe_dist.numerics.lowrank import OVERSAMPLE
 from qe_dist.numerics.stats import M, Needs
 
 ROTATING = 3
@@ -110,19 +109,10 @@ def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
     width, outputs = group.in_features, sum(x.out_features for x in group.linears)
     gram = width * width if recipe.needs().gram else 0
     whole, linear = outputs * width, max(x.out_features for x in group.linears) * width
-    rank, experts = _most_rank(group, recipe) + OVERSAMPLE, getattr(recipe.compensation, "num_experts", 0)
     rounding = whole + max(3 * gram, 2 * gram + 4 * whole) if recipe.quantizer.needs().gram else 4 * whole
-    searching = gram + 2 * whole + 8 * rank * (outputs + width)
-    if experts:
-        searching += gram + 3 * whole + 9 * sample_tokens * (outputs + width) + experts * rank * (outputs + width)
+    repairing = recipe.compensation.working_floats(outputs, width, sample_tokens, recipe.budget)
     weighing = gram + 3 * whole
     measuring = 2 * linear + sample_tokens * (6 * width + 3 * outputs)
     budgeted = recipe.budget.extra_bits is not None and not isinstance(recipe.compensation, Shares)
     tried = 2 * whole if budgeted else 0  # a draft with exempted columns, while that without them is made
-    return FLOAT * (tried + max(rounding, searching, weighing, measuring))
-
-
-def _most_rank(group: InputGroup, recipe: Recipe) -> int:
-    outputs, width = sum(x.out_features for x in group.linears), group.in_features
-    rank = recipe.budget.rank_for(outputs, width)
-    return rank if recipe.budget.extra_bits is None else min(SPREAD * rank, outputs, width)
+    return FLOAT * (tried + max(rounding, repairing, weighing, measuring))

@@ -73,7 +73,7 @@ class Recipe:
     @property
     def by_modality(self) -> bool:
         """Whether tokens of text and of images are treated differently at run time (`GroupInput.by_modality`)."""
-        return getattr(self.compensation, "repairs_modalities", False)
+        return self.compensation.by_modality
 
     @property
     def list_bits(self) -> float:

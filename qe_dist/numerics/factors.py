@@ -70,6 +70,13 @@ def rank_within(bits: float, outputs: int, inputs: int, factor_bits: int, copies
     return rank - rank % 2 if factor_bits == 4 else rank
 
 
+def pair_bits(rank: int, outputs: int, inputs: int, factor_bits: int, copies: int = 1) -> int:
+    """Stored bits of `copies` pairs [outputs, rank] and [rank, inputs], scales included; at 4 bits of an even rank."""
+    scale_bits = row_scale_bits(factor_bits)
+    rank += rank % 2 if factor_bits == 4 else 0
+    return copies * (rank * (factor_bits * (outputs + inputs) + scale_bits) + outputs * scale_bits)
+
+
 def columns_within(bits: float, outputs: int, factor_bits: int) -> int:
     """The largest even number of columns [outputs, C] that take at most so many bits, see `column_bits`."""
     empty, two = column_bits(0, outputs, factor_bits), column_bits(2, outputs, factor_bits)

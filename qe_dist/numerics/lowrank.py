@@ -74,6 +74,11 @@ def low_rank(
     return up, up.T @ error
 
 
+def low_rank_floats(outputs: int, inputs: int, rank: int) -> int:
+    """Numbers at most that `low_rank` holds at once: the error, its scaled copy, and some bases and their images."""
+    return 2 * outputs * inputs + 8 * (rank + OVERSAMPLE) * (outputs + inputs)
+
+
 def _orthonormal(columns: Tensor) -> Tensor:
     if not torch.isfinite(columns).all():
         raise NumericalError("subspace iteration met a NaN or Inf")

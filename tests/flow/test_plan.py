@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -122,6 +123,22 @@ def test_balanced_fits_never_end_later_than_unbalanced_ones(costs, speeds):
 def test_a_block_that_does_not_fit_is_refused_now():
     with pytest.raises(ConfigError, match=r"one block needs .* GiB .* on here, has 0.0 GiB\. Use fewer workers"):
         make_plan(task(2, width=4096), [WorkerCapacity(2**20, node="here")])
+
+
+def test_the_disk_must_hold_what_the_compensation_may_store_for_the_groups_as_it_fits_them(monkeypatch):
+    """Here each linear by itself, so that both of them have down matrices and a router."""
+    paper = replace(load_recipe("qe-paper-w4a6"), granularity="linear")
+    linears = tuple(LinearSpec(name, 64, 128, False, "column") for name in ("gate", "up"))
+    spec = ModelSpec("some", (BlockSpec(0, "model.layers.0.", (InputGroup("gate_up", linears, "gate_up"),), ()),), ())
+    each = 128 * 64 * 5 // 8 + paper.compensation.most_bytes(128, 64, 64, paper.budget)
+
+    def check(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free))
+        check_runs(spec, [replace(RUN, recipe=paper)], passthrough_bytes=0)
+
+    check(2 * each)
+    with pytest.raises(ConfigError, match="the checkpoint needs about"):
+        check(2 * each - 1)
 
 
 def test_a_full_disk_is_refused_now():

@@ -25,7 +25,6 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup, all_finite, input_tensors, repair_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import (
-    NO_COLUMNS,
     Budget,
     Compensation,
     Correction,
@@ -37,10 +36,10 @@ from qe_dist.methods.base import (
     SalientColumns,
     Transform,
 )
+from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.packing import pack
 from qe_dist.numerics.reference import linear_forward, prepare, route
-from qe_dist.numerics.stats import Needs
 
 WIDTH, TOKENS = 96, 320
 PROTOCOLS = {"transform": Transform, "quantizer": Quantizer, "compensation": Compensation}
@@ -375,16 +374,10 @@ def test_every_step_of_the_ladder_is_recorded(x: Tensor, problem_for: Problem) -
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(NoCompensation):
     """A compensation that repairs whatever it is told to."""
 
     correction: Correction
-
-    def needs(self) -> Needs:
-        return Needs()
-
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
 
     def fit(self, problem: ErrorProblem) -> Correction:
         return self.correction
@@ -467,6 +460,41 @@ def test_a_budget_too_small_for_a_rank_is_survived(name: str, x: Tensor, problem
     group = recipe.fit(problem_for(recipe, x))
     assert group.report.fallbacks == ()
     assert_stored_numbers_are_finite(group)
+
+
+BUDGETS = {
+    "rank": Budget(rank=7),
+    "rank of named recipes": Budget(rank=64, capped=True),
+    "ratio": Budget(ratio=0.5),
+    "rank at 8 bits": Budget(rank=6, factor_bits=8),
+    "odd rank at 4 bits": Budget(rank=7, factor_bits=4),
+    "bytes": Budget(extra_bits=4.0),
+    "bytes at 4 bits": Budget(extra_bits=2.0, factor_bits=4),
+    "next to no bytes": Budget(extra_bits=0.01, factor_bits=8),
+}
+SETTINGS = [
+    *((name, {}) for name in methods.names("compensation")),
+    ("quant_experts", {"extract": True}),
+    ("quant_experts", {"exempt_columns": False}),
+    ("salient", {"share": 0.5}),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_what_is_stored_is_never_more_than_a_compensation_states(
+    name: str, settings: dict[str, Any], budget: Budget, x: Tensor, problem_for: Problem
+) -> None:
+    compensation = methods.get("compensation", name)(**settings)
+    recipe = replace(recipe_of((*PLAIN[:2], name)), compensation=compensation, budget=budget)
+    group = recipe.fit(problem_for(recipe, x, router_x=x[:, :50].contiguous()))
+    parts = [input_tensors(group.input), *map(repair_tensors, group.linears.values())]
+    found = sum(tensor.nbytes for part in parts for tensor in part.values())
+    stated = compensation.most_bytes(80, WIDTH, 50, budget)
+    assert group.report.fallbacks == ()
+    assert found <= stated
+    if budget.extra_bits is None:  # of bytes, as many are used as whole ranks take
+        assert stated <= 1.05 * found
 
 
 @pytest.mark.parametrize("name", methods.names("compensation"))

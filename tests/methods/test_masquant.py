@@ -256,7 +256,7 @@ def test_the_repair_makes_up_for_the_broken_function(problem_for: Problem, x: Te
 class NothingForImages(NoCompensation):
     """What no recipe may have."""
 
-    repairs_modalities = True
+    by_modality = True
 
 
 def test_without_a_sound_image_token_the_text_scale_serves_both(problem_for: Problem, x: Tensor) -> None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import Correction, ErrorProblem, GroupProblem, LowRank
+from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem, GroupProblem, LowRank
 from qe_dist.numerics.affinity import RankBy, outlier_channels
 from qe_dist.numerics.factors import adapter
-from qe_dist.numerics.lowrank import gram_product
+from qe_dist.numerics.lowrank import gram_product, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
-class ASER:
+class ASER(Compensation):
     """One adapter for every token that also carries the outlier columns."""
 
     k: int = 32
@@ -42,6 +42,12 @@ class ASER:
         gram = problem.stats.total_gram.to(error.dtype)
         pair = adapter(error, gram_product(gram), problem.rank, problem.budget.factor_bits)
         return Correction(shared=LowRank(*pair))
+
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        return budget.pair_bytes(outputs, width)
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        return width * width + low_rank_floats(outputs, width, budget.rank_for(outputs, width))
 
 
 METHOD = ASER

@@ -11,25 +11,20 @@ Departure: one adapter for all linears of a group, where MASQuant has one for ea
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from qe_dist.core.batch import IMAGE
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, Experts, GroupProblem
-from qe_dist.numerics.lowrank import gram_product, low_rank
+from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem, Experts
+from qe_dist.numerics.lowrank import gram_product, low_rank, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
-class CrossModal:
+class CrossModal(Compensation):
     """One whitened low-rank adapter for image tokens."""
 
-    repairs_modalities: ClassVar[bool] = True
+    by_modality: ClassVar[bool] = True
 
     def needs(self) -> Needs:
         return Needs(gram=True, images=True)
-
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
 
     def fit(self, problem: ErrorProblem) -> Correction:
         stats = problem.stats
@@ -39,6 +34,13 @@ class CrossModal:
         error = problem.error_of(IMAGE)
         up, down = low_rank(error, gram_product(stats.gram[IMAGE].to(error.dtype)), problem.rank)
         return Correction(experts=Experts(up[None], down[None]))
+
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        return budget.pair_bytes(outputs, width)
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        rank = budget.rank_for(outputs, width)
+        return max(4 * outputs * width, low_rank_floats(outputs, width, rank))  # first of these: to make the error
 
 
 METHOD = CrossModal

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem, LowRank
+from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem, LowRank
 from qe_dist.numerics.factors import adapter
-from qe_dist.numerics.lowrank import diagonal_product
+from qe_dist.numerics.lowrank import diagonal_product, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 SMALLEST = 1e-4
@@ -22,7 +21,7 @@ SMALLEST = 1e-4
 
 
 @dataclass(frozen=True)
-class LQER:
+class LQER(Compensation):
     """One low-rank adapter for every token, by channel sizes at most; needs no Gram matrix."""
 
     metric: Literal["identity", "mean_abs"] = "mean_abs"
@@ -31,14 +30,17 @@ class LQER:
     def needs(self) -> Needs:
         return Needs()
 
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
-
     def fit(self, problem: ErrorProblem) -> Correction:
         error, size = problem.stacked, problem.stats.mean_abs.clamp_min(SMALLEST)
         scale = torch.ones_like(size) if self.metric == "identity" else size
         pair = adapter(error, diagonal_product(scale.to(error).square()), problem.rank, problem.budget.factor_bits)
         return Correction(shared=LowRank(*pair))
+
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        return budget.pair_bytes(outputs, width)
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        return low_rank_floats(outputs, width, budget.rank_for(outputs, width))
 
 
 METHOD = LQER

@@ -2,24 +2,25 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem
+from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
-class NoCompensation:
+class NoCompensation(Compensation):
     """The rounding error stays."""
 
     def needs(self) -> Needs:
         return Needs()
 
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
-
     def fit(self, problem: ErrorProblem) -> Correction:
         return Correction()
+
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        return 0
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        return 0
 
 
 METHOD = NoCompensation

@@ -11,14 +11,14 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, GroupProblem, LowRank
+from qe_dist.methods.base import SPREAD, Budget, Compensation, Correction, ErrorProblem, LowRank
 from qe_dist.numerics.factors import adapter
-from qe_dist.numerics.lowrank import diagonal_product, gram_product, low_rank
+from qe_dist.numerics.lowrank import diagonal_product, gram_product, low_rank, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
-class QERA:
+class QERA(Compensation):
     """One whitened low-rank adapter for every token."""
 
     metric: Literal["exact", "diagonal"] = "exact"
@@ -27,9 +27,6 @@ class QERA:
     def needs(self) -> Needs:
         return Needs(gram=True)
 
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
-
     def gains(self, problem: ErrorProblem) -> Float[Tensor, " R"]:
         _, down = low_rank(problem.stacked, self._metric(problem), problem.most_rank)
         return problem.gains(down)
@@ -37,6 +34,14 @@ class QERA:
     def fit(self, problem: ErrorProblem) -> Correction:
         pair = adapter(problem.stacked, self._metric(problem), problem.rank, problem.budget.factor_bits)
         return Correction(shared=LowRank(*pair))
+
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        return budget.pair_bytes(outputs, width)
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        rank = budget.rank_for(outputs, width)
+        granted = rank if budget.extra_bits is None else min(SPREAD * rank, outputs, width)
+        return width * width + low_rank_floats(outputs, width, granted)
 
     def _metric(self, problem: ErrorProblem) -> Callable[[Tensor], Tensor]:
         gram = problem.stats.total_gram.to(problem.dtype)

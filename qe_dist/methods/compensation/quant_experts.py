@@ -24,16 +24,25 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import RouterInput
-from qe_dist.methods.base import NO_COLUMNS, Correction, ErrorProblem, Experts, GroupProblem, LowRank
+from qe_dist.methods.base import (
+    NO_COLUMNS,
+    Budget,
+    Compensation,
+    Correction,
+    ErrorProblem,
+    Experts,
+    GroupProblem,
+    LowRank,
+)
 from qe_dist.numerics.affinity import (
     assign_tokens,
     cluster_channels,
     split_channels,
     top_channels,
 )
-from qe_dist.numerics.factors import adapter, rank_within, store_factor
+from qe_dist.numerics.factors import adapter, column_bits, pair_bits, rank_within, store_factor
 from qe_dist.numerics.grid import round_activations
-from qe_dist.numerics.lowrank import capped, gram_product, token_product
+from qe_dist.numerics.lowrank import OVERSAMPLE, capped, gram_product, low_rank_floats, token_product
 from qe_dist.numerics.refine import Refinement, refine
 from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
 from qe_dist.numerics.stats import Needs
@@ -43,7 +52,7 @@ SHARED_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
-class QuantExperts:
+class QuantExperts(Compensation):
     """Shared and routed low-rank experts; the budget's rank is split equally between the two (paper)."""
 
     k: int = 32
@@ -98,7 +107,7 @@ class QuantExperts:
         stats, error, bits = problem.stats, problem.stacked, problem.budget.factor_bits
         gram = stats.total_gram.to(error.dtype)
         shared = self._shared_channels(problem.problem)
-        rank = self._rank(problem)
+        rank = self._rank_of(problem)
         if self.extract:
             error = error.index_fill(1, shared, 0.0)
         up, down = adapter(error, gram_product(gram), rank, bits)
@@ -118,7 +127,7 @@ class QuantExperts:
     ) -> Correction:
         """Routed experts for the tokens of each, and their router."""
         stats, gram = problem.stats, problem.stats.total_gram.to(left)
-        rank, bits = self._rank(problem), problem.budget.factor_bits
+        rank, bits = self._rank_of(problem), problem.budget.factor_bits
         channels = None if common.extracted is None else self._own_channels(owner, occurs, common.extracted)
         ups, downs = [], []
         for e in range(self.num_experts):
@@ -130,17 +139,30 @@ class QuantExperts:
         router = self._router(problem, replace(common, experts=experts), left).to(left)
         return replace(common, experts=replace(experts, router=router))
 
-    def _rank(self, problem: ErrorProblem) -> int:
-        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
-        if problem.budget.extra_bits is None:
-            return max(1, problem.rank // 2)
-        outputs, inputs = problem.stacked.shape
-        experts, stats = self.num_experts, problem.stats
-        bits = problem.budget.extra_bits * problem.problem.num_weights
-        bits -= 16 * experts * stats.sample.router_x.shape[1]
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        rank, copies = self._rank(outputs, width, router_width, budget), 1 + self.num_experts
+        bits = pair_bits(rank, outputs, width, budget.factor_bits, copies) + 16 * self.num_experts * router_width
         if self.extract:
-            bits -= 16 * (1 + experts) * self._k(problem.problem) * outputs
-        return max(1, rank_within(bits, outputs, inputs, problem.budget.factor_bits, copies=1 + experts))
+            bits += copies * column_bits(capped(width, self.k), outputs, 16)
+        return bits // 8
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        rank = budget.rank_for(outputs, width)  # of an expert and the shared one together
+        experts = self.num_experts * (rank + OVERSAMPLE) * (outputs + width)
+        metrics = 2 * width * width + 3 * outputs * width + 9 * sample_tokens * (outputs + width)
+        return low_rank_floats(outputs, width, rank) + metrics + experts
+
+    def _rank(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
+        if budget.extra_bits is None:
+            return max(1, budget.rank_for(outputs, width) // 2)
+        bits = budget.extra_bits * (outputs * width) - 16 * self.num_experts * router_width
+        if self.extract:
+            bits -= 16 * (1 + self.num_experts) * capped(width, self.k) * outputs
+        return max(1, rank_within(bits, outputs, width, budget.factor_bits, copies=1 + self.num_experts))
+
+    def _rank_of(self, problem: ErrorProblem) -> int:
+        return self._rank(*problem.stacked.shape, problem.stats.sample.router_x.shape[1], problem.budget)
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""

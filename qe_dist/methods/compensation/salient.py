@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.methods.base import NO_COLUMNS, Budget, Correction, ErrorProblem, GroupProblem, LowRank, SalientColumns
-from qe_dist.numerics.factors import adapter, column_bits, columns_within, rank_within, store_factor
-from qe_dist.numerics.lowrank import gram_product
+from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem, GroupProblem, LowRank, SalientColumns
+from qe_dist.numerics.factors import adapter, column_bits, columns_within, pair_bits, rank_within, store_factor
+from qe_dist.numerics.lowrank import gram_product, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 
 @dataclass(frozen=True)
-class Salient:
+class Salient(Compensation):
     """A second term for the loudest channels; the budget's rank is their number (paper: 128, in 4 bits)."""
 
     share: float = 1.0
@@ -39,15 +39,12 @@ class Salient:
     def needs(self) -> Needs:
         return Needs(gram=self.share < 1)
 
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
-
     def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Tensor]:
-        channels, _ = self._sizes(problem, budget)
+        channels, _ = self._loudest(problem, budget)
         return {n: _without_term(w, w, channels, budget.factor_bits) for n, w in problem.weights.items()}
 
     def fit(self, problem: ErrorProblem) -> Correction:
-        channels, rank = self._sizes(problem.problem, problem.budget)
+        channels, rank = self._loudest(problem.problem, problem.budget)
         weight, bits = torch.cat(list(problem.problem.weights.values())), problem.budget.factor_bits
         shared = None
         if rank:
@@ -55,19 +52,31 @@ class Salient:
             shared = LowRank(*adapter(error, gram_product(problem.stats.total_gram.to(error.dtype)), rank, bits))
         return Correction(shared, salient=SalientColumns(channels, weight[:, channels]) if channels.numel() else None)
 
-    def _sizes(self, problem: GroupProblem, budget: Budget) -> tuple[Tensor, int]:
-        """(an even number of channels, the loudest first, for two 4-bit codes share a byte; rank of the adapter)"""
-        width = problem.group.in_features
+    def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
+        count, rank = self._sizes(outputs, width, budget)
+        columns, pair = column_bits(count, outputs, budget.factor_bits), 0
+        if rank:
+            pair = pair_bits(rank, outputs, width, budget.factor_bits)
+        return -(-(columns + pair) // 8)
+
+    def working_floats(self, outputs: int, width: int, sample_tokens: int, budget: Budget) -> int:
+        _, rank = self._sizes(outputs, width, budget)
+        return outputs * width + (width * width + low_rank_floats(outputs, width, rank) if rank else 0)
+
+    def _sizes(self, outputs: int, width: int, budget: Budget) -> tuple[int, int]:
+        """(number of salient channels, even since two 4-bit codes share a byte; rank of the adapter)"""
         if budget.extra_bits is None:
-            total = budget.rank_for(problem.num_outputs, width)
+            total = budget.rank_for(outputs, width)
             count = 2 * math.ceil(self.share * total / 2)
-            rank = max(0, total - count)
-        else:
-            bits = budget.extra_bits * problem.num_weights
-            outputs, factor_bits = problem.num_weights // width, budget.factor_bits
-            count = min(columns_within(self.share * bits, outputs, factor_bits), width)
-            left = bits - column_bits(count, outputs, factor_bits)
-            rank = rank_within(left, outputs, width, factor_bits) if self.share < 1 else 0
+            return count, max(0, total - count)
+        bits, factor_bits = budget.extra_bits * (outputs * width), budget.factor_bits
+        count = min(columns_within(self.share * bits, outputs, factor_bits), width)
+        left = bits - column_bits(count, outputs, factor_bits)
+        return count, rank_within(left, outputs, width, factor_bits) if self.share < 1 else 0
+
+    def _loudest(self, problem: GroupProblem, budget: Budget) -> tuple[Tensor, int]:
+        """(salient channels, the loudest first; rank of the adapter)"""
+        count, rank = self._sizes(problem.num_outputs, problem.group.in_features, budget)
         peak = problem.stats.abs_max
         if problem.input_scale is not None:  # how loud they came in
             peak = peak * problem.input_scale

@@ -42,7 +42,7 @@ class MASQuant:
             )
 
     def check(self, recipe: Recipe) -> None:
-        if not getattr(recipe.compensation, "repairs_modalities", False):
+        if not recipe.compensation.by_modality:
             found = recipe.describe()["compensation"]["name"]
             raise ConfigError(
                 f"transform masquant and compensation {found} do not go together: the weight is smoothed for text, "

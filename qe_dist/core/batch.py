@@ -32,8 +32,10 @@ class Batch:
         return replace(self, hidden=hidden)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """With every tensor there."""
-        return Batch.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+        """The batch with every tensor there; those that are there already are not copied."""
+        context = {name: tensor.to(device) for name, tensor in self.context.items()}
+        hidden, modality, ids = (t.to(device) for t in (self.hidden, self.modality, self.sample_ids))
+        return replace(self, hidden=hidden, modality=modality, sample_ids=ids, context=context)
 
     @property
     def num_tokens(self) -> int:

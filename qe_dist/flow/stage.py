@@ -80,10 +80,11 @@ class Stage:
             if batch.index > self.num_counted and self.counted() is not None:
                 raise LookupError(f"batch {batch.index} came before batch {self.num_counted}")
             is_next = batch.index == self.num_counted
+            here = batch.to(self.run.device)  # once, with all that the blocks read beside the hidden states
             for block in self.blocks.values():
-                batch = batch.with_hidden(block.forward(batch, count=is_next))
+                here = here.with_hidden(block.forward(here, count=is_next))
             self.num_counted += is_next
-            return batch.to(batch.hidden.device if stay else "cpu")
+            return here if stay else batch.with_hidden(here.hidden).to("cpu")
 
     def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
         """Forward where a batch ends; spools what enters `next_block`. Returns its tokens and bytes."""
@@ -233,6 +234,7 @@ class _Block:
         return {name: rotate_weight(module.weight.float(), rotation) for name, module in modules.items()}
 
     def forward(self, batch: Batch, count: bool) -> Tensor:
+        """Hidden states after the block. batch: on the block's device. count: adds its tokens to the statistics."""
         hidden = self.arch.run_block(self.module, batch)
         if self.stats and count:
             real, held_out = batch.modality != PADDING, batch.held_out(self.held_out_below)
@@ -245,8 +247,6 @@ class _Block:
     def _count(self, batch: Batch, which: Tensor, add: Callable[..., None]) -> None:
         """Adds these tokens [B, L] to the statistics of every group."""
         modality, keys = batch.modality[which], batch.token_keys()[which]
-        device = next(iter(self.inputs.values())).device
-        which, modality, keys = (t.to(device) for t in (which, modality, keys))
         rows = {name: x[which] for name, x in self.inputs.items()}
         for group in (g for view in self.views.values() for g in view.groups):
             x = rows[group.name]

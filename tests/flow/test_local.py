@@ -8,7 +8,7 @@ import torch
 
 from qe_dist import archs
 from qe_dist.checkpoint.evaluate import evaluate, save_reference
-from qe_dist.core.batch import held_out_below, sample_keys
+from qe_dist.core.batch import Batch, held_out_below, sample_keys
 from qe_dist.core.errors import ConfigError
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.calibrate import Embedder
@@ -345,6 +345,35 @@ def test_a_wave_that_is_streamed_again_counts_no_batch_twice(run, same):
         assert same(block.stats, again.blocks[index].stats)
     with pytest.raises(LookupError, match="batch 7 came before batch 2"):
         again.forward(replace(batches[0], index=7))
+
+
+def test_a_batch_moves_to_the_device_once_and_every_block_finds_it_there(run, monkeypatch):
+    ready = prepare_run(run)
+    stage = Stage((run,), ready.model.arch)
+    stage.load(StagePlan(0, ready.model.blocks))
+    batch = Embedder(run, ready.model.arch).embed(0, ready.samples[0])
+    moves, seen, move, run_block = [], [], Batch.to, type(stage.arch).run_block
+
+    def moved(batch, device):
+        """As to another device: every tensor is a new one."""
+        moves.append(device)
+        copies = {name: tensor.clone() for name, tensor in batch.tensors().items()}
+        return move(Batch.from_tensors(copies), device)
+
+    def spied(arch, block, batch):
+        seen.append([batch.modality, batch.sample_ids, *batch.context.values()])
+        return run_block(arch, block, batch)
+
+    monkeypatch.setattr(Batch, "to", moved)
+    monkeypatch.setattr(type(stage.arch), "run_block", spied)
+    stage.forward(batch)
+    assert moves == [run.device, "cpu"]
+    first, second = seen
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert not {id(t) for t in first} & {id(t) for t in (batch.modality, *batch.context.values())}
+    moves.clear()
+    stage.forward(batch, stay=True)
+    assert moves == [run.device]
 
 
 @pytest.fixture

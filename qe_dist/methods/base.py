@@ -23,7 +23,7 @@ from qe_dist.numerics.stats import GroupStats, Needs
 
 @dataclass(frozen=True)
 class GroupProblem:
-    """What a method gets to see of one input group, in the coordinates x~ = x H / input_scale. float32."""
+    """What a method is given of one input group, in the coordinates x~ = x H / input_scale. Tensors are float32."""
 
     group: InputGroup
     weights: Mapping[str, Float[Tensor, "_ I"]]
@@ -32,7 +32,7 @@ class GroupProblem:
     seed: int = 0
     input_scale: Float[Tensor, "M I"] | None = None
     rotation: Signs = ()
-    """Factors of H, by which weights and statistics are rotated already."""
+    """Hadamard factors of H. Weights and statistics are in the rotated coordinates already."""
 
     def rescaled(self, scale: Float[Tensor, "*M I"]) -> "GroupProblem":
         """The same function in new coordinates: inputs divided by `scale`, weights multiplied by it.
@@ -50,7 +50,7 @@ class GroupProblem:
         )
 
     def without(self, channels: Int[Tensor, " C"]) -> "GroupProblem":
-        """The group as if these channels were silent and nothing read them; the Gram matrix keeps them."""
+        """The group with weights and activation statistics of these channels set to zero; the Gram matrix is kept."""
         if not channels.numel():
             return self
         channels = channels.to(self.stats.importance.device)
@@ -68,18 +68,21 @@ class GroupProblem:
 
 @dataclass(frozen=True)
 class Codes:
+    """A rounded weight: integer codes, and one scale per output and scale group."""
+
     codes: Int8[Tensor, "O I"]
     scale: Float[Tensor, "O G"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Size of a compensation: a rank, a ratio that is turned into one, or stored bits per weight that are."""
+    """How large a compensation may be: exactly one of a rank, a ratio of the width, and stored bits per weight."""
 
     rank: int | None = None
     extra_bits: float | None = None
-    """Of factors and lists of channels together."""
+    """Stored bits per weight of everything beside the codes: factors and the columns of channel lists together."""
     factor_bits: int = 16
+    """Bits of each number of a low-rank factor: 16, 8 or 4."""
     ratio: float | None = None
     """Rank as a share of the smaller dimension of a group's stacked weights, at least LEAST_RANK (MASQuant's code)."""
     capped: bool = False
@@ -101,7 +104,7 @@ class Budget:
             raise ConfigError(f"budget.factor_bits must be 4, 8 or 16, found {self.factor_bits}")
 
     def rank_for(self, outputs: int, width: int) -> int:
-        """The rank that one adapter [outputs, width] may have."""
+        """The rank that one adapter of a group with so many outputs and input channels may have."""
         if self.rank is not None:
             return capped(width, self.rank) if self.capped else min(self.rank, outputs, width)
         if self.ratio is not None:
@@ -116,7 +119,7 @@ class Budget:
         return pair_bits(self.rank_for(outputs, width), outputs, width, self.factor_bits) // 8
 
     def less(self, bits: int, problem: GroupProblem) -> "Budget":
-        """What is left of the group's byte budget after so many bits, next to nothing at least. A rank stays."""
+        """The budget after so many stored bits of the group are spent, never quite zero. A budget by rank stays."""
         if self.extra_bits is None or not bits:
             return self
         return replace(self, extra_bits=max(1e-9, self.extra_bits - bits / problem.num_weights))
@@ -125,25 +128,25 @@ class Budget:
 NO_COLUMNS = torch.zeros(0, dtype=torch.int64)
 
 LEAST_RANK = 32
-"""Of a budget by ratio."""
+"""The least rank that a budget by ratio gives."""
 
 SPREAD = 4
-"""How many times its even share of a block's budget a group can get at most; bounds the work."""
+"""A group gets at most so many times the rank of an even share of its block's budget, which bounds the work."""
 
 
 @dataclass(frozen=True)
 class ErrorProblem:
-    """What is left to repair after rounding."""
+    """What a compensation is given: the rounding errors of a group, and the budget for their repair."""
 
     problem: GroupProblem
-    """Without the channels that a list carries."""
+    """The group without the channels that a list carries."""
     errors: Mapping[str, Float[Tensor, "_ I"]]
-    """W less what was rounded: with all of exempted columns, and whatever was taken over before."""
+    """W minus the dequantized codes. Exempted columns, and what a method took over before rounding, are in it whole."""
     budget: Budget
     granted: int | None = None
-    """The rank that a group got of what its block shares."""
+    """The rank that the group was granted out of its block's shared budget; None where nothing is shared."""
     whole: GroupProblem | None = None
-    """With what a list carries; None: no list carries anything."""
+    """The group with the channels that a list carries; None where no list carries any."""
 
     @property
     def stats(self) -> GroupStats:
@@ -157,17 +160,19 @@ class ErrorProblem:
 
     @property
     def most_rank(self) -> int:
-        """That a group may be granted."""
+        """The largest rank that the group may be granted out of its block's budget."""
         return SPREAD * self.rank
 
     def gains(self, down: Float[Tensor, "R I"]) -> Float[Tensor, " R"]:
-        """What each direction of an adapter with orthonormal `up` takes off the error, relative to the output."""
+        """Squared output error that each direction of an adapter with orthonormal `up` removes, relative to the squared
+        output of the group."""
         gram = self.stats.total_gram.to(down.dtype)
         weight = torch.cat(list((self.whole or self.problem).weights.values()))
         return energy(down, gram) / energy(weight, gram).sum().clamp_min(torch.finfo(down.dtype).tiny)
 
     @property
     def stacked(self) -> Float[Tensor, "O I"]:
+        """The errors of all linears of the group, one above the other."""
         return torch.cat(list(self.errors.values()))
 
     @property
@@ -175,7 +180,7 @@ class ErrorProblem:
         return next(iter(self.errors.values())).dtype
 
     def error_of(self, modality: int) -> Float[Tensor, "O I"]:
-        """What Q(W) misses for tokens of one modality: `stacked`, but where these have a scale of their own."""
+        """The weight error that tokens of one modality meet; not `stacked` where they have a scale of their own."""
         scale = self.problem.input_scale
         if scale is None or len(scale) == 1:
             return self.stacked
@@ -184,7 +189,7 @@ class ErrorProblem:
 
 
 def energy(rows: Float[Tensor, "R I"], gram: Float[Tensor, "I I"]) -> Float[Tensor, " R"]:
-    """Of what each row makes of the inputs. [R]"""
+    """Sum over all inputs x of (row . x)^2, for each row. gram: X^T X of the inputs."""
     with tensor_cores():
         return (rows @ gram).mul_(rows).sum(dim=1)
 
@@ -266,18 +271,22 @@ class ChoosesChannels(Protocol):
 
 @runtime_checkable
 class Transform(Protocol):
-    """Moves the input and, inversely, the weight, so that their product stays the same."""
+    """Scales the input and, inversely, the weight, so that their product stays the same."""
 
     def needs(self) -> Needs: ...
-    def fit(self, problem: GroupProblem) -> GroupProblem: ...
+    def fit(self, problem: GroupProblem) -> GroupProblem:
+        """The problem in new coordinates (`GroupProblem.rescaled`)."""
+        ...
 
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """Rounds one weight."""
+    """Rounds the weights of a group."""
 
     def needs(self) -> Needs: ...
-    def fit(self, weight: Tensor, stats: GroupStats, scheme: Scheme) -> Codes: ...
+    def fit(self, weight: Float[Tensor, "O I"], stats: GroupStats, scheme: Scheme) -> Codes:
+        """Codes and scales of the weight in the number format of the scheme; each row is rounded by itself."""
+        ...
 
 
 @runtime_checkable
@@ -291,20 +300,24 @@ class Bounded(Protocol):
 
 @runtime_checkable
 class Compensation(Protocol):
-    """Repairs the error of rounding within a budget. Methods inherit what they leave as it is."""
+    """Repairs the error of rounding within a budget. Methods inherit from it and replace the defaults they need to."""
 
     by_modality: ClassVar[bool] = False
     """Whether it treats tokens of text and of images differently at run time."""
 
     @abstractmethod
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """The statistics that the pass over the calibration gathers for it."""
+        ...
 
     @abstractmethod
-    def fit(self, problem: ErrorProblem) -> Correction: ...
+    def fit(self, problem: ErrorProblem) -> Correction:
+        """The repair. Raises NumericalError where the mathematics fails."""
+        ...
 
     def exempt(self, problem: GroupProblem) -> Int[Tensor, " C"]:
-        """Columns it carries itself, which are rounded as zero; those that gain most first, for a byte budget may be
-        too small for all of them, or for any."""
+        """Input channels whose columns it carries itself, so that they are rounded as zero. The most useful come first:
+        a byte budget may be too small for all of them, or for any."""
         return NO_COLUMNS
 
     @abstractmethod
@@ -321,10 +334,11 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Shares(Protocol):
-    """A compensation of any rank: under a byte budget it goes to the groups of a block where it does most good."""
+    """A compensation whose rank is free. Under a byte budget the groups of a block share the bytes: each further rank
+    goes to the group where it removes most error."""
 
     def gains(self, problem: ErrorProblem) -> Float[Tensor, " R"]:
-        """What each direction takes off the error, relative to the output, in descending order."""
+        """Squared error that each further rank removes, relative to the squared output, in descending order."""
         ...
 
 
@@ -341,7 +355,9 @@ class RoutesTokens(Protocol):
 class TakesOver(Protocol):
     """A compensation that takes a part of the weights over before the rest is rounded."""
 
-    def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Float[Tensor, "_ I"]]: ...
+    def left_to_round(self, problem: GroupProblem, budget: Budget) -> Mapping[str, Float[Tensor, "_ I"]]:
+        """The weights, by linear, minus the part that the compensation stores itself."""
+        ...
 
 
 @runtime_checkable
@@ -350,7 +366,8 @@ class Rotation(Protocol):
     an input can take the rotation, it is done at run time."""
 
     def bases(self, widths: Mapping[Space, int], gains: Float[Tensor, "L N"]) -> Mapping[Space, Orthogonal]:
-        """The orthogonal matrix of every space, to be fused into the weights. gains: of all norms of the stream."""
+        """The orthogonal matrix of every space, to be fused into the weights. gains: the weights of all norms of the
+        residual stream."""
         ...
 
     def at_run_time(self, group: InputGroup, ranks: int) -> Signs:
@@ -363,7 +380,7 @@ class Rotation(Protocol):
 
 @runtime_checkable
 class HasConstraints(Protocol):
-    """A member of any axis that does not go with all of the others."""
+    """A method that cannot be combined with every method of the other axes."""
 
     def check(self, recipe: Any) -> None:
         """Raises ConfigError that names the two parts that clash, and what would work. recipe: a `Recipe`."""

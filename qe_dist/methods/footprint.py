@@ -1,7 +1,8 @@
 """Memory that a block takes while its statistics are gathered and while it is fitted, counted from its shapes.
 
-Upper bounds: of several groups, and of steps that follow each other, the largest. What is kept is told from what is
-used in passing, for a worker keeps the statistics of several blocks, but streams and fits them one at a time.
+All numbers are upper bounds: where groups or steps follow each other, the largest one counts. Memory that stays
+allocated is counted apart from memory that one step uses, because a worker keeps the statistics of several blocks, but
+streams and fits them one at a time.
 """
 
 from collections.abc import Sequence
@@ -15,28 +16,31 @@ from qe_dist.numerics.gram import PANEL
 from qe_dist.numerics.stats import M, Needs
 
 ROTATING = 3
-"""Copies of an input that rotating it takes: what a factor reads, what it makes, and what is left of it all."""
+"""Copies of an input that exist at once while it is rotated: the original, what a factor reads, and what it makes."""
 FLOAT = 4
-"""Bytes: statistics and fits are float32."""
+"""Bytes of a number in statistics and fits, which are float32."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device."""
+    """Bytes on the device for one block."""
 
     weights: int
+    """Weights in the dtype of the forward pass."""
     grams: int
     """Gram matrices, which may be kept on the host instead."""
     widest_gram: int
-    """Those of one group, which a fit needs on the device in any case."""
+    """Gram matrices of the widest group, which a fit needs on the device in any case."""
     sample: int
+    """Token samples of all groups, and the router inputs of the same tokens."""
     forward: int
-    """In passing, for one batch: activations, and what the statistics make of them."""
+    """Used while one batch passes: activations, and the work of the statistics on them."""
     fit: int
-    """In passing, for one block: weights, errors and codes of all its groups, and the work on the widest one."""
+    """Used while the block is fitted: weights, errors and codes of all its groups, and the work on one of them."""
 
     @property
     def kept(self) -> int:
+        """Bytes that stay allocated from loading the block until it is published."""
         return self.weights + self.statistics
 
     @property
@@ -45,20 +49,24 @@ class Footprint:
 
     @property
     def passing(self) -> int:
+        """Bytes that a step uses and frees again, at most."""
         return max(self.forward, self.fit)
 
     @property
     def peak(self) -> int:
-        """Of a worker with one block; each further block adds what is `kept`."""
+        """Bytes of a worker with one block; each further block adds `kept`."""
         return self.kept + self.passing
 
 
 def footprint(
     block: BlockSpec, recipes: Sequence[Recipe], sample_tokens: int, batch_tokens: int, itemsize: int
 ) -> Footprint:
-    """recipes: of all runs that share the pass. sample_tokens: of a group, held-out ones included. batch_tokens: of the
-    largest batch, padding included. itemsize: bytes of a weight and of an activation in the forward, 2 on a GPU, 4 on
-    a CPU."""
+    """Bytes that a block takes when one pass of the calibration serves these recipes.
+
+    sample_tokens: tokens that a group's sample keeps, held-out ones included. batch_tokens: tokens of the largest
+    batch, padding included. itemsize: bytes of a weight and of an activation in the forward pass, 2 on a GPU, 4 on a
+    CPU.
+    """
     needs = Needs()
     for recipe in recipes:
         needs |= recipe.needs()
@@ -81,7 +89,7 @@ def footprint(
 
 
 def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, itemsize: int) -> int:
-    """The inputs of all groups, once as they are and once without padding, and one update with the widest."""
+    """Bytes for one batch: the inputs of all groups, with and without padding, and the statistics of the widest one."""
     widest = max(g.in_features for g in block.groups)
     inputs = 2 * itemsize * tokens * sum(g.in_features for g in block.groups)
     by_modality = (2 * itemsize + 8) * tokens * widest  # a copy, its size, and that in float64 to be summed
@@ -91,8 +99,8 @@ def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, it
 
 
 def _fit(block: BlockSpec, recipe: Recipe, sample_tokens: int) -> int:
-    """Errors and codes stay until all groups share the budget; so does what a transform has moved, and the
-    group without what its lists carry."""
+    """Bytes of a fit. Until the groups have shared the block's budget it keeps their errors and codes, their
+    transformed weights and statistics, and their weights without the channels that lists carry."""
     drafts = (FLOAT + 1) * block.num_weights
     if not isinstance(recipe.transform, NoTransform):
         widths = [g.in_features for g in block.groups]
@@ -104,8 +112,8 @@ def _fit(block: BlockSpec, recipe: Recipe, sample_tokens: int) -> int:
 
 
 def _group(group: InputGroup, recipe: Recipe, sample_tokens: int) -> int:
-    """The largest of rounding, repairing and measuring one group. Each term counts matrices that are there at once:
-    a Gram matrix, the weights of the group, those of its largest linear, and what the tokens of the sample make."""
+    """Bytes of the largest step among rounding, repairing and measuring one group. Each term counts the matrices that
+    exist at once: Gram matrices, weights of the group or of its largest linear, outputs of the token sample."""
     width, outputs = group.in_features, sum(x.out_features for x in group.linears)
     gram = width * width if recipe.needs().gram else 0
     whole, linear = outputs * width, max(x.out_features for x in group.linears) * width

@@ -1,4 +1,4 @@
-"""How the choices of a recipe meet: transform x channels x weight quantizer x compensation (DESIGN section 2)."""
+"""A recipe: a transform, channel lists, a weight quantizer and a compensation, and how a block is fitted with them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from qe_dist.numerics.factors import column_bits, row_scale_bits, store_factor
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 from qe_dist.numerics.stats import GroupStats, Needs
 
-# The ladder of DESIGN section 8.1. Each step changes the problem a little more; the last gives up the repair.
+# What is tried, in this order, where the mathematics of a fit fails. After the last step the group is rounded with RTN.
 LADDER: tuple[tuple[str, Callable[[GroupProblem], GroupProblem]], ...] = (
     ("as asked", lambda p: p),
     ("float64", lambda p: _in_float64(p)),
@@ -77,30 +77,31 @@ class Recipe:
 
     @property
     def list_bits(self) -> float:
-        """Stored bits of lists of channels, per weight of a wide layer."""
+        """Stored bits of the columns of channel lists, per weight of a wide layer."""
         return 0.0 if self.channels is None else self.channels.bits_per_weight()
 
     def view(self, block: BlockSpec) -> BlockSpec:
-        """The block with its groups as they are fitted."""
+        """The block with the groups that the recipe fits, and what their routers read."""
         routed = isinstance(self.compensation, RoutesTokens)
         return view_of(block, self.granularity, self.compensation.router_input if routed else "sublayer")
 
     def needs(self) -> Needs:
+        """The statistics that the recipe's methods ask for together."""
         return self.transform.needs() | self.quantizer.needs() | self.compensation.needs()
 
     def fit(self, problem: GroupProblem) -> QuantizedGroup:
-        """Transform, round, repair one group."""
+        """Transforms, rounds and repairs one group, which has the byte budget of a block for itself."""
         return self.fit_block({problem.group.name: problem})[problem.group.name]
 
     def fit_block(self, problems: Mapping[str, GroupProblem]) -> dict[str, QuantizedGroup]:
-        """All groups of a block. The groups may as well be drafted and settled in different places."""
+        """Fits all groups of a block, by name. `draft` and `settle` of each group may also run on different workers."""
         drafts = {name: self.draft(problem) for name, problem in problems.items()}
         granted = self.grant({name: draft.ask for name, draft in drafts.items()})
         return {name: self.settle(draft, granted[name]) for name, draft in drafts.items()}
 
     def draft(self, problem: GroupProblem) -> "Draft":
-        """Transforms and rounds a group; repairs it, unless that waits for what the block's budget grants it.
-        Climbs the ladder where the mathematics fails, and says so."""
+        """Transforms and rounds a group. Repairs it, too, unless the rank depends on what the block's budget grants.
+        Where the mathematics fails it takes the steps of LADDER; each is noted in the draft's `fallbacks`."""
         start = time.perf_counter()
         problem = replace(problem, scheme=self.scheme)
         fallbacks = _missing_tokens(problem)
@@ -132,7 +133,7 @@ class Recipe:
         return min(tried, key=lambda draft: draft.left)
 
     def _drafted(self, before: "Draft", exempt: Tensor) -> "Draft":
-        """With codes and, unless it waits for a grant, a repair. exempt: the columns that are rounded as zero."""
+        """`before` with codes and, unless the rank waits for a grant, a repair. exempt: columns rounded as zero."""
         moved, budget = before.repair.problem, before.repair.budget
         weights = moved.weights
         if isinstance(self.compensation, TakesOver):
@@ -148,7 +149,7 @@ class Recipe:
         return replace(draft, correction=self._repaired(repair))
 
     def _rounded(self, weights: Mapping[str, Tensor], stats: GroupStats) -> dict[str, Codes]:
-        """All linears of a group at once: their rows are rounded each by itself, and share what their input costs."""
+        """Codes of all linears of a group, rounded in one call so that work on the Gram matrix is done once."""
         found = self.quantizer.fit(torch.cat(list(weights.values())), stats, self.scheme)
         sizes = [len(w) for w in weights.values()]
         parts = zip(weights, found.codes.split(sizes), found.scale.split(sizes), strict=True)
@@ -167,7 +168,8 @@ class Recipe:
         return correction
 
     def grant(self, asks: Mapping[str, "Ask | None"]) -> dict[str, int | None]:
-        """The ranks of a block's groups under its byte budget, by marginal error per bit; None for who does not ask."""
+        """The rank of each group of a block under the block's byte budget: the next rank goes where it removes most
+        error per stored bit. None for a group that does not ask."""
         asking = {name: ask for name, ask in asks.items() if ask is not None}
         factor_bits = self.budget.factor_bits
         scale_bits = row_scale_bits(factor_bits)
@@ -179,7 +181,7 @@ class Recipe:
         return {name: step * steps[name] if name in steps else None for name in asks}
 
     def settle(self, draft: "Draft", granted: int | None) -> QuantizedGroup:
-        """A drafted group as it is stored, with the repair that was granted to it."""
+        """The stored form of a drafted group. granted: rank of the repair that is still to be fitted, if any."""
         start = time.perf_counter()
         if granted is not None:
             try:
@@ -208,10 +210,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Draft:
-    """A group that is rounded, but not yet stored: its repair may wait for what the block grants it."""
+    """A group that is rounded, but not yet stored. Its repair may wait for the rank that the block grants."""
 
     asked: GroupProblem
-    """As it was before any transform."""
+    """The problem before any transform."""
     repair: ErrorProblem
     codes: Mapping[str, Codes]
     extracted: Int[Tensor, " C"] = NO_COLUMNS
@@ -223,8 +225,8 @@ class Draft:
 
     @property
     def left(self) -> float:
-        """Squared error of the outputs that the codes and the shared part of the repair leave, both as they are stored.
-        By the Gram matrix; what rounding the activations adds is not counted."""
+        """Squared error of the outputs, by the Gram matrix, with the codes and the shared low-rank pair as they are
+        stored. The rounding of activations is not counted."""
         bits, error, c = self.repair.budget.factor_bits, self.repair.stacked, self.correction.with_even_ranks()
         if c.extracted is not None:
             error = error.index_fill(1, c.extracted, 0.0)
@@ -244,14 +246,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a group could make of the block's budget: small, so that it travels."""
+    """What a group reports so that the block's budget can be shared; small enough to send between workers."""
 
     gains: Float[Tensor, " R"]
-    """Squared error that each further direction takes off."""
+    """Squared error that each further rank removes."""
     outputs: int
     inputs: int
     bits: float
-    """What it brings to the block's budget: its share, less what its lists take."""
+    """The group's part of the block's budget in bits, minus what its channel lists take."""
 
 
 def _since(start: float) -> float:
@@ -259,7 +261,7 @@ def _since(start: float) -> float:
 
 
 def _in_steps(gains: Tensor, step: int) -> Tensor:
-    """Of so many directions at a time; what does not fill a step is dropped."""
+    """Sums of the gains of `step` ranks at a time; ranks at the end that do not fill a step are dropped."""
     return gains[: len(gains) // step * step].view(-1, step).sum(dim=1)
 
 

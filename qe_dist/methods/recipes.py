@@ -77,7 +77,7 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "qe": _ours,
 }
 SCHEMES = {"w4a8": "w4a8", "w4a6": "w4a6", "w4a4": "w4a4", "w4a16": "w4a16g128", "w3a16": "w3a16g128"}
-"""By the name that the field uses: weights alone are rounded in groups of 128."""
+"""Number formats under the names that the field uses; where only weights are rounded, scale groups have 128 inputs."""
 RECIPES: dict[str, Recipe] = {f"{m}-{s}": make(scheme) for m, make in METHODS.items() for s, scheme in SCHEMES.items()}
 
 
@@ -132,7 +132,7 @@ def _named(name: str) -> Recipe:
 
 
 def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
-    """The recipe with members on the axes that it leaves open."""
+    """The recipe with these methods on the axes that it leaves open."""
     default = METHODS["rtn"](str(recipe.scheme))
     taken = {a: type(getattr(recipe, a)).__name__ for a in methods.FOLDERS if getattr(recipe, a) != getattr(default, a)}
     for member in members:

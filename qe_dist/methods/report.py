@@ -17,12 +17,12 @@ from qe_dist.numerics.stats import TokenSample
 
 
 class Errors(NamedTuple):
-    """Relative to the output; None where there is no token."""
+    """Norm of the output error relative to the output; None where there is no token."""
 
     total: float | None
     by_modality: Mapping[str, float]
     rounding: float | None
-    """Of the codes alone."""
+    """The error of the codes without the repair."""
 
 
 def with_report(

@@ -22,7 +22,7 @@ class ASER(Compensation):
     """One adapter for every token that also carries the outlier columns."""
 
     k: int = 32
-    """Outlier columns (paper)."""
+    """Number of outlier columns (the paper's: 32)."""
     rank_by: RankBy = "mean"
     """mean: outliers have the largest mean|x| * mean|W| (paper). frequency: they are most often among the k most
     important channels of a token, as in Quant Experts. Give outlier_smoothing the same."""

@@ -17,12 +17,12 @@ from qe_dist.numerics.lowrank import diagonal_product, low_rank_floats
 from qe_dist.numerics.stats import Needs
 
 SMALLEST = 1e-4
-"""Of a mean|x| (code of the paper): a channel that is never used still counts a little."""
+"""The least mean|x| (code of the paper), so that a channel that is never used still counts a little."""
 
 
 @dataclass(frozen=True)
 class LQER(Compensation):
-    """One low-rank adapter for every token, by channel sizes at most; needs no Gram matrix."""
+    """One low-rank adapter for every token, weighted at most by channel sizes; needs no Gram matrix."""
 
     metric: Literal["identity", "mean_abs"] = "mean_abs"
     """identity: LQER, the plain SVD of the error. mean_abs: L2QER."""

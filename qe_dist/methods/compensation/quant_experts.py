@@ -48,7 +48,7 @@ from qe_dist.numerics.routing import choose_experts, mean_residual, regress_erro
 from qe_dist.numerics.stats import Needs
 
 SHARED_WEIGHT = 0.05
-"""Share of all tokens in the metric of one expert, so that few tokens cannot overfit it [INF]."""
+"""Weight of all tokens in the metric of one expert, so that it cannot overfit few tokens [INF]."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class QuantExperts(Compensation):
     """Shared and routed low-rank experts; the budget's rank is split equally between the two (paper)."""
 
     k: int = 32
-    """Important channels per token (paper; at most a 32nd of the layer's width)."""
+    """Number of important channels per token (the paper's; fewer on narrow layers, `numerics.lowrank.capped`)."""
     num_experts: int = 8
-    """Routed experts (paper)."""
+    """Number of routed experts (the paper's)."""
     extract: bool = False
     """Carry the experts' channels in 16 bits beside the quantized path."""
     exempt_columns: bool = True
-    """Whether the shared expert carries the columns C_s instead of the codes (paper). Not to be asked of 4-bit factors,
+    """Whether the shared expert carries the columns C_s instead of the codes (paper). Turn it off with 4-bit factors,
     which cannot hold whole columns."""
     rounds: int = 0
     """How often the experts are fitted anew for the tokens that the router sends to them. The paper: never."""
@@ -73,7 +73,7 @@ class QuantExperts(Compensation):
     """What the routers of o and down read. sublayer: the input of their sublayer, which every tensor-parallel rank has
     in full. own: the tensor that they multiply, as in the paper; such a checkpoint runs on one rank only."""
     refine_epochs: int = 0
-    """Layer-wise training of routed experts and router; the paper's optional refinement has 16."""
+    """Epochs of layer-wise training of routed experts and router; the paper's optional refinement has 16."""
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.num_experts < 1 or self.refine_epochs < 0 or self.rounds < 0:
@@ -125,7 +125,7 @@ class QuantExperts(Compensation):
     def _with_experts(
         self, problem: ErrorProblem, common: Correction, left: Tensor, owner: Tensor, occurs: Tensor
     ) -> Correction:
-        """Routed experts for the tokens of each, and their router."""
+        """`common` with routed experts, each fitted to the tokens that it owns, and their router."""
         stats, gram = problem.stats, problem.stats.total_gram.to(left)
         rank, bits = self._rank_of(problem), problem.budget.factor_bits
         channels = None if common.extracted is None else self._own_channels(owner, occurs, common.extracted)
@@ -153,7 +153,7 @@ class QuantExperts(Compensation):
         return low_rank_floats(outputs, width, rank) + metrics + experts
 
     def _rank(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
-        """Of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
+        """The rank of each expert: half of a rank budget, or what a byte budget leaves after routers and columns."""
         if budget.extra_bits is None:
             return max(1, budget.rank_for(outputs, width) // 2)
         bits = budget.extra_bits * (outputs * width) - 16 * self.num_experts * router_width
@@ -180,7 +180,7 @@ class QuantExperts(Compensation):
         return cluster_channels(occurs, self.num_experts, seed)
 
     def _own_channels(self, owner: Tensor, occurs: Tensor, shared: Tensor) -> Tensor:
-        """As many channels as are shared: those most often important for the tokens of each expert. [E, k]"""
+        """[E, k]: the channels that each expert extracts, as many as are shared: those most often important for it."""
         counts = torch.stack([occurs[owner == e].sum(dim=0) for e in range(self.num_experts)])
         # Where an expert has too few, those that matter to any token fill up.
         counts = counts.double() + occurs.double().mean(dim=0) * 1e-3

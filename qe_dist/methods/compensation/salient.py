@@ -30,7 +30,7 @@ class Salient(Compensation):
     """A second term for the loudest channels; the budget's rank is their number (paper: 128, in 4 bits)."""
 
     share: float = 1.0
-    """Of the budget for salient channels; a whitened adapter for all channels has the rest. The paper: 1."""
+    """Share of the budget for salient channels; a whitened adapter for all channels gets the rest. The paper: 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

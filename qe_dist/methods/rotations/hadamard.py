@@ -34,11 +34,11 @@ class Hadamard:
     """Spreads the outlier channels of a token over all channels."""
 
     seed: int = 0
-    """Of the random signs."""
+    """Seed of the random signs."""
     octaves: float = 0.0
-    """How far the norm gains of channels that are mixed may be apart. 0: any, as in the paper."""
+    """Channels are mixed if their norm gains are at most about so many octaves apart. 0: all are mixed (paper)."""
     online: bool = True
-    """Whether down's input is rotated at run time. other engines cannot do that."""
+    """Whether down's input is rotated at run time. Engines other than ours cannot do that."""
     ranks: int = 8
     """Tensor-parallel ranks that the rotation at run time can be shared out to, whatever the run is made for: it mixes
     blocks of channels that lie on one of so many. Smaller blocks cost less, too."""
@@ -59,7 +59,7 @@ class Hadamard:
         return {space: randomized_hadamard(b, random) for space, b in bands.items()}
 
     def at_run_time(self, group: InputGroup, ranks: int) -> Signs:
-        """Of inputs that are made channel by channel: of down."""
+        """Factors for the input of down, which other linears make channel by channel; none for other groups."""
         width = group.in_features
         if group.linears[0].split == "row":
             width //= math.lcm(*(count for count in (ranks, self.ranks) if width % count == 0))

@@ -28,9 +28,9 @@ class MASQuant:
     """A scale for text and one for images."""
 
     steps: int = 64
-    """Of training, 128 tokens each; 0 keeps the first scales. MASQuant has 256; the error stops falling before 64."""
+    """Training steps of 128 tokens; 0 keeps the first scales. MASQuant has 256; the error stops falling before 64."""
     lr: float = 5e-2
-    """Of AdamW on log s (MASQuant's code)."""
+    """Learning rate of AdamW on log s (MASQuant's code)."""
     tokens: int = 512
     """Sampled tokens of each modality to train on."""
 
@@ -70,7 +70,7 @@ class MASQuant:
 
 
 def _tokens(problem: GroupProblem, modality: int, count: int) -> Float[Tensor, "T I"]:
-    """Of the sample; where this modality has none, for they had a NaN, those of the other."""
+    """Sampled tokens of this modality; where all of them had a NaN, those of the other one."""
     sample = problem.stats.sample
     own = sample.x[sample.modality == modality]
     return (own if len(own) else sample.x)[:count].to(next(iter(problem.weights.values())))

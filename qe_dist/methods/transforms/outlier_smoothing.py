@@ -19,7 +19,7 @@ class OutlierSmoothing:
     """Shrinks the channels that matter most to the size of the smallest of them."""
 
     k: int = 32
-    """Channels; QE and ASER: 32."""
+    """Number of channels C_s; QE and ASER: 32."""
     rank_by: RankBy = "frequency"
     """frequency: C_s are most often among the k most important channels of a token (Quant Experts). mean: they have
     the largest mean|x| * mean|W| (ASER)."""

@@ -1,4 +1,4 @@
-"""Where a budget does most good: ranks for several adapters by marginal error per bit."""
+"""Divides a budget among several low-rank adapters: the next rank goes where it removes most error per bit."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def allot(gains: Sequence[Float[Tensor, " _"]], costs: Sequence[float], budget: float) -> list[int]:
-    """How many of its directions each adapter gets.
+    """The rank of each adapter.
 
-    gains: what each further direction takes off the error, in descending order. costs: of one direction of each
-    adapter, in the unit of the budget. Taking the best gain per cost first is optimal, but for the last direction that
+    gains: the error that each further rank removes, in descending order. costs: the cost of one rank of each adapter,
+    in the unit of the budget. Taking the best gain per cost first is optimal, but for the last direction that
     does not fit any more: each adapter's directions are taken in their order because their gains descend.
     """
     pairs = enumerate(zip(gains, costs, strict=True))

@@ -15,17 +15,17 @@ from qe_dist.core.errors import NumericalError
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 
 ROWS = 2048
-"""Searched at a time, which bounds the memory."""
+"""Rows of a weight that are searched at a time, which bounds the memory."""
 
 
 def clip_factors(bits: int, count: int) -> list[float]:
-    """Multiples of RTN's scale; that itself is the first."""
+    """Multiples of RTN's scale that a search tries; the first is 1."""
     fits = (2**bits - 1) / (2**bits - 2)
     return [1.0, *torch.linspace(0.5, fits, count - 1, dtype=torch.float64).tolist()]
 
 
 def scaled(scale: Float[Tensor, "O G"], factor: float) -> Float[Tensor, "O G"]:
-    """In bf16. A scale that would become zero stays as it is."""
+    """The scale times the factor, in bf16. A scale that would become zero stays as it is."""
     product = (scale.double() * factor).to(torch.bfloat16)
     return torch.where(product > 0, product, scale.to(torch.bfloat16))
 
@@ -37,10 +37,10 @@ def clipped_scale(
     gram: Float[Tensor, "I I"] | None = None,
     factors: Sequence[float] | None = None,
 ) -> Float[Tensor, "O G"]:
-    """For each row and group g the multiple of its scale that leaves RTN the least e G_gg e^T.
+    """For each row and group g the multiple of its scale for which rounding leaves the least e G_gg e^T.
 
-    G_gg is the Gram matrix of the group's own columns; without it, the least e e^T. Of equals the first wins. A factor
-    costs 2 O I g FLOP: next to nothing for groups of 128, but with one scale per row (g = I) twice what it costs GPTQ.
+    G_gg is the Gram matrix of the group's own columns; without it, the least e e^T. The first of equal ones is taken.
+    A factor costs 2 O I g FLOP: little for groups of 128, but with one scale per row (g = I) twice what it costs GPTQ.
     """
     factors = clip_factors(bits, 24) if factors is None else factors
     scale = weight_scale(weight, bits, group_size)

@@ -19,7 +19,8 @@ FACTOR_BITS = (4, 8, 16)
 
 
 def store_factor(matrix: Float[Tensor, "*rows columns"], bits: int) -> Factor:
-    """16: bf16. 8: int8 with a bf16 scale per row, max|row| / 127. 4: two codes to a byte, max|row| / 7."""
+    """The matrix as stored in so many bits. 16: bf16. 8: int8 with a bf16 scale per row, max|row| / 127. 4: two codes
+    to a byte, scale max|row| / 7; ConfigError for an odd number of columns."""
     if bits == 16:
         return Factor(matrix.to(torch.bfloat16))
     top = 2 ** (bits - 1) - 1
@@ -30,7 +31,7 @@ def store_factor(matrix: Float[Tensor, "*rows columns"], bits: int) -> Factor:
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Two columns to a byte, see `Factor`."""
+    """4-bit codes of two neighbouring columns packed into each byte, see `Factor`. ConfigError for an odd number."""
     if codes.shape[-1] % 2:
         raise ConfigError(
             f"4-bit factors hold two columns to a byte and cannot hold {codes.shape[-1]}; choose factor_bits = 8"
@@ -42,8 +43,8 @@ def _pairs(codes: Tensor) -> Tensor:
 def adapter(
     error: Float[Tensor, "O I"], times_gram: Callable[[Tensor], Tensor], rank: int, bits: int
 ) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
-    """(up, down) of the best repair that will be stored in so many bits: at 4, rounding `down` costs much, and `up`
-    makes up for a part of it."""
+    """(up, down) of the best repair of this rank when its factors are stored in so many bits. At 4 bits rounding `down`
+    costs much, so `up` is fitted to the rounded `down`."""
     up, down = low_rank(error, times_gram, rank)
     if bits == 4 and down.numel():
         up = fit_up(error, times_gram, store_factor(down, bits).dense.to(down))
@@ -58,7 +59,7 @@ def even_rank(
 
 
 def row_scale_bits(factor_bits: int) -> int:
-    """Of the scale that every row of a factor has, where it is stored as integers."""
+    """Bits of the scale of each row of a factor: none where factors are stored in bf16."""
     return 0 if factor_bits == 16 else 16
 
 

@@ -31,7 +31,7 @@ from qe_dist.numerics.clipping import scaled
 from qe_dist.numerics.grid import dequantize, round_to_grid, weight_scale
 
 CHANNELS = 128
-"""RotatedTensor into codes at a time, once all are settled."""
+"""Channels whose codes are made at a time after all points are chosen, which bounds the memory."""
 
 
 def gptq(
@@ -45,13 +45,14 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
 ) -> tuple[Int8[Tensor, "O I"], Float[Tensor, "O G"]]:
-    """Codes and bf16 scales.
+    """Codes and bf16 scales. Raises NumericalError where the Gram matrix has a NaN or Inf.
 
-    With `act_order` the loudest channels go first, and the scales are those of the weight as it came. Without,
-    channels go as they lie, and a group's scale is taken when its turn comes, from what the groups before it have made
-    of it. A scale that is given is not taken anew. Each row keeps that of the `factors`, times which its scales are
-    used, with the least error. `damping` is relative to the mean of the Gram matrix's diagonal.
-    A channel that is not live leaves the problem: its codes are 0, it takes no error and passes none on.
+    act_order: the channels with the largest inputs are rounded first, with the scales of the original weight. Without
+    it channels are rounded in their order, and a group's scale is computed when the group's turn comes, from its
+    weights as the groups before have changed them. scale: used as given. factors: multiples of the scales that are
+    tried; each row keeps the one with the least error. damping: added to the Gram matrix's diagonal, relative to its
+    mean.
+    Channels that are not live get code 0 and take no part in the error feedback.
     """
     live = live_channels(weight, gram)
     late = scale is None and group_size is not None and not act_order
@@ -75,7 +76,7 @@ def gptq(
 
 
 def live_channels(weight: Float[Tensor, "O I"], gram: Float[Tensor, "I I"]) -> Bool[Tensor, " I"]:
-    """Channels that fire and that some row reads. A compensation zeroes the columns that it carries itself."""
+    """Channels with any nonzero input and any nonzero weight. Columns that a compensation carries itself are zero."""
     return weight.any(dim=0) & (gram.diagonal() != 0)
 
 
@@ -112,17 +113,18 @@ class _Rounded:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The live channels of a weight, a row each; what goes first lies last."""
+    """The live channels of a weight, one row each, in the reverse of the order in which they are rounded."""
 
     weight: Float[Tensor, "L O"]
     group: list[int]
-    """Of each channel."""
+    """Scale group of each channel."""
     feedback: Float[Tensor, "L L"]
     pivot: Float[Tensor, " L"]
     bits: int
 
     def round(self, scale: Float[Tensor, "O G"], late: float | None) -> _Rounded:
-        """With `late` every scale is overwritten: by this multiple of RTN's, once its group is due."""
+        """The weight rounded with these scales. late: each scale is replaced by this multiple of RTN's when its group's
+        turn comes."""
         work = self.weight.clone()  # what each channel asks to be rounded to
         error = torch.empty_like(work)
         steps = scale.to(work.dtype).T.contiguous()
@@ -152,7 +154,7 @@ class _Layer:
         self._settle(work, error, steps, low, middle)
 
     def _rounded(self, work: Float[Tensor, "L O"], scale: Float[Tensor, "O G"]) -> _Rounded:
-        """What the channels asked for, rounded; some of them at a time, which bounds the memory."""
+        """Codes and loss of every row. work: the values that channels are rounded to, error feedback included."""
         codes, loss = torch.empty_like(work, dtype=torch.int8), torch.zeros_like(work[0])
         for low in range(0, len(work), CHANNELS):
             part = slice(low, low + CHANNELS)
@@ -174,7 +176,7 @@ class _Layer:
 
 
 def _spans(group: list[int]) -> Iterator[tuple[int, int]]:
-    """[low, high) of equal neighbours, from the last to the first."""
+    """(low, high) of each run of equal neighbours, from the last run to the first."""
     high = len(group)
     for _, same in groupby(reversed(group)):
         low = high - len(list(same))

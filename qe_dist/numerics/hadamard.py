@@ -23,14 +23,16 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 LARGEST_FACTOR = 128
-"""Larger factors cost more multiplications, smaller ones more passes over memory. Twice that where nothing smaller
-does: 18944 = 148 * 128."""
+"""Order of the largest Hadamard factor. Larger ones cost more multiplications, smaller ones more passes over memory.
+Up to twice that is used where no smaller one divides the width: 18944 = 148 * 128."""
 STRIP = 2**16
-"""Entries that are float64 at one time: they stay in the cache."""
+"""Entries that are in float64 at a time, few enough for the cache."""
 
 
 @dataclass(frozen=True)
 class Mixing:
+    """A rotation of some channels among each other: random signs, then Hadamard factors."""
+
     channels: slice | Int[Tensor, " C"]
     signs: Float[Tensor, " C"]
     factors: tuple[Float[Tensor, "_ _"], ...]
@@ -61,13 +63,14 @@ class Orthogonal:
 
 
 def bands_of(gains: Float[Tensor, "L N"], octaves: float) -> Int[Tensor, " N"]:
-    """Channels by the geometric mean of their gains, in bands of so many octaves, one of them about the median."""
+    """The band of each channel. Channels are sorted into bands of so many octaves by the geometric mean of their gains;
+    one band is centred on the median."""
     size = _octaves(gains).mean(dim=0)
     return ((size - size.median()) / octaves).round().unique(return_inverse=True)[1]
 
 
 def randomized_hadamard(bands: Int[Tensor, " N"], random: torch.Generator) -> Orthogonal:
-    """In float64; the same generator state gives the same matrix."""
+    """A random orthogonal matrix for these bands, in float64; the same generator state gives the same matrix."""
     mixings = []
     for band in range(int(bands.max()) + 1):
         channels = (bands == band).nonzero().flatten()
@@ -84,13 +87,13 @@ Signs = tuple[Int8[Tensor, "_ _"], ...]
 
 
 def online_factors(width: int) -> Signs:
-    """Of the largest Hadamard matrix, a product of known ones, whose size divides the width. Empty for an odd width."""
+    """Factors of the largest known Hadamard matrix whose size divides the width. Empty for an odd width."""
     size = next(n for n in range(width, 0, -1) if width % n == 0 and orders(n) is not None)
     return tuple(factor.to(torch.int8) for factor in _factors(size))
 
 
 def unit(factors: Iterable[Tensor], dtype: torch.dtype = torch.float64) -> tuple[Float[Tensor, "_ _"], ...]:
-    """Hadamard matrices as orthogonal ones."""
+    """Hadamard matrices scaled to orthogonal ones."""
     return tuple(factor.to(dtype) / math.sqrt(len(factor)) for factor in factors)
 
 
@@ -111,7 +114,7 @@ def rotate_weight(weight: Float[Tensor, "O I"], factors: Signs) -> Float[Tensor,
 
 
 def block_size(factors: Iterable[Tensor]) -> int:
-    """Channels that a product of such factors mixes; 1 without any."""
+    """How many channels the product of these factors mixes; 1 without factors."""
     return math.prod(len(factor) for factor in factors)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 LEVEL = 0.95
 FEWEST = 10
-"""Samples, below which an interval would claim more than the draws can tell."""
+"""With fewer samples there is no interval: bootstrap draws of so few say little."""
 DRAWS = 4000
 AT_ONCE = 2**21
-"""Numbers of a matrix of draws."""
+"""Numbers in one matrix of draws, which bounds the memory."""
 
 Interval = tuple[float, float]
 

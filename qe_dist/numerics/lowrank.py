@@ -19,8 +19,8 @@ from qe_dist.core.errors import NumericalError
 OVERSAMPLE = 8
 STEPS = 8
 ROUGH = 6
-"""The first of them, whose products a GPU may make with tensor cores: the last ones and the projection make up for it,
-even where one channel is ten thousand times as loud as the others. With all of them rough it costs a quarter there."""
+"""In so many first steps a GPU may use tensor cores. The last steps and the projection correct their rounding, even
+where one channel is ten thousand times as large as the others; with all steps rough the error there is 25 % larger."""
 
 
 def gram_product(gram: Float[Tensor, "I I"]) -> Callable[[Tensor], Tensor]:
@@ -28,7 +28,7 @@ def gram_product(gram: Float[Tensor, "I I"]) -> Callable[[Tensor], Tensor]:
 
 
 def diagonal_product(diagonal: Float[Tensor, " I"]) -> Callable[[Tensor], Tensor]:
-    """v -> D v: the Gram matrix as if its channels knew nothing of each other."""
+    """v -> D v: the product with a Gram matrix whose channels are taken as uncorrelated."""
     return lambda v: diagonal[:, None] * v
 
 
@@ -87,7 +87,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 INDEPENDENT = 1e-4
-"""Least share of a column that must be left after those before it, for `cholesky_qr` to be as exact as float32 is."""
+"""`cholesky_qr` is exact to float32 if at least this share of each column is independent of the columns before it."""
 
 
 def cholesky_qr(columns: Float[Tensor, "O R"]) -> Float[Tensor, "O R"] | None:
@@ -120,7 +120,7 @@ def fit_up(
 
 
 PAPER_WIDTH = 1536
-"""Of the narrowest model in the Quant Experts paper, Qwen2-VL-2B."""
+"""Hidden size of the narrowest model in the Quant Experts paper, Qwen2-VL-2B."""
 
 
 def capped(width: int, asked: int) -> int:

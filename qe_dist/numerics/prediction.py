@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LOGIT_BYTES = 2**26
-"""Of one matrix of logits; there are three at a time."""
+"""Bytes of one matrix of logits; there are three at a time."""
 SLICE_BYTES = 2**26
-"""Of the rows of a head that are in float32 at a time."""
+"""Bytes of the rows of a head that are in float32 at a time."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Head:
 
     @classmethod
     def of(cls, weight: Float[Tensor, "V D"]) -> "Head":
-        """Of a weight in memory."""
+        """The head whose weight is in memory."""
         return cls(*weight.shape, lambda: iter(weight.split(slice_rows(weight.shape[1]))))
 
 
@@ -38,7 +38,7 @@ def slice_rows(width: int) -> int:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of every token that is predicted."""
+    """How every predicted token was scored."""
 
     nll: Float[Tensor, " T"]
     """Negative log-likelihood, in nats."""
@@ -47,7 +47,7 @@ class TokenScores:
     kl: Float[Tensor, " T"] | None = None
     """KL(reference || model), in nats."""
     agrees: Bool[Tensor, " T"] | None = None
-    """Whether both think the same token the most likely."""
+    """Whether the same token is the most likely one for both models."""
 
 
 def score_tokens(

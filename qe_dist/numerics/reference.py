@@ -22,19 +22,19 @@ from qe_dist.numerics.routing import choose_experts
 
 @dataclass(frozen=True)
 class PreparedInput:
-    """Everything about x that the linears of a group share."""
+    """What the linears of a group read, made once from their input x."""
 
     base: Float[Tensor, "T I"]
     """Qa(x~), extracted channels zero."""
     shared: Float[Tensor, "T R"] | None
     shared_channels: Float[Tensor, "T C"] | None
     experts: Float[Tensor, "T R"] | None
-    """x~ A of the token's own expert; zero for tokens of none."""
+    """x~ A of the token's own expert; zero for tokens without an expert."""
     expert_channels: Float[Tensor, "T D"] | None
-    """Those that the token's own expert extracts; zero for tokens of none."""
+    """Channels that the token's own expert extracts; zero for tokens without an expert."""
     salient: Float[Tensor, "T S"] | None
     members: tuple[Int[Tensor, " _"], ...] = ()
-    """The tokens of each expert: it is applied to these alone."""
+    """Indices of the tokens of each expert."""
 
 
 def route(
@@ -89,17 +89,17 @@ def prepare(
 
 
 def salient_of(base: Float[Tensor, "T I"], part: GroupInput) -> Float[Tensor, "T S"] | None:
-    """What the salient columns meet: channels of the rounded input; None where there are no such columns."""
+    """The salient channels of the rounded input; None where there are none."""
     return None if part.salient_channels is None else _pick(base, part.salient_channels.long())
 
 
 def _pick(x: Tensor, channels: Tensor) -> Tensor:
-    """Channels of every token; zero for those of other ranks."""
+    """These channels of every token; zero for channels that another rank holds (index = width)."""
     return pad(x, (0, 1))[:, channels]
 
 
 def _without(x: Tensor, channels: Tensor) -> Tensor:
-    """Every token with its channels [T, C] zero."""
+    """x with the channels of each token [T, C] set to zero."""
     return pad(x, (0, 1)).scatter(1, channels, 0.0)[:, :-1]
 
 
@@ -113,7 +113,7 @@ def _add_own(y: Tensor, x: Tensor, matrices: Tensor, members: tuple[Tensor, ...]
 def linear_forward(
     linear: QuantizedLinear, x: PreparedInput, weight: Float[Tensor, "O I"] | None = None
 ) -> Float[Tensor, "T O"]:
-    """float32, whatever the precision of the input. weight: the linear's codes times its scale, where they are kept."""
+    """Outputs of a quantized linear, in float32. weight: its dequantized codes, where the caller keeps them."""
     y = x.base @ (dequantize(linear.codes, linear.scale) if weight is None else weight).T
     if linear.shared_up is not None:
         y.addmm_(x.shared, linear.shared_up.dense.T)

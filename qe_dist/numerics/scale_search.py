@@ -29,8 +29,9 @@ class ScaleSearch:
     tokens: int = 512
     """Sampled tokens on which the outputs are compared."""
     size: Literal["auto", "mean", "max"] = "auto"
-    """Of a channel: mean|x| (AWQ, MBQ) or max|x| (SmoothQuant, SVDQuant). auto: max where the grid of a token reaches
-    its largest channel, mean where only weights are rounded or the largest are not rounded (docs/experiments.md)."""
+    """Size of a channel, by which scales are made: mean|x| (AWQ, MBQ) or max|x| (SmoothQuant, SVDQuant). auto:
+    max where the grid of a token reaches its largest channel, mean where only weights are rounded or the largest
+    channels are not rounded (docs/experiments.md)."""
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.tokens < 1:
@@ -39,13 +40,13 @@ class ScaleSearch:
             raise ConfigError(f"transform.size must be auto, mean or max, found {self.size!r}")
 
     def loss(self, difference: Float[Tensor, "T O"], modality: Int8[Tensor, " T"]) -> Float[Tensor, ""]:
-        """Size of what rounding changes in the outputs of some tokens."""
+        """The number that the search minimises. difference: outputs with rounding minus outputs without."""
         raise NotImplementedError
 
     def best(
         self, weights: Mapping[str, Float[Tensor, "_ I"]], stats: GroupStats, scheme: Scheme
     ) -> Float[Tensor, " I"]:
-        """The earliest of the best scales, in float32."""
+        """The scale of smallest loss, in float32; the first of equal ones."""
         weight = torch.cat(list(weights.values()))
         x, modality = stats.sample.x[: self.tokens].to(weight), stats.sample.modality[: self.tokens]
         reaches_largest = scheme.act_bits is not None and scheme.dynamic_outliers is None

@@ -37,18 +37,19 @@ _CHANNELS = ("lr_shared_channels", "lr_expert_channels", "lr_salient_channels")
 
 
 def outputs_dim(name: str) -> int | None:
-    """Where a linear's tensor of this name has its outputs; None for one that has none."""
+    """Dimension of the outputs in a linear's tensor of this name; None for a tensor without outputs."""
     return _BY_OUTPUTS.get(name)
 
 
 def inputs_dim(name: str, shape: tuple[int, ...]) -> int | None:
-    """Where a tensor of a row-parallel linear or of its group's input is cut; None for one that every rank holds."""
+    """Dimension in which a tensor of a row-parallel linear, or of its group's input, is cut; None for a tensor that
+    every rank holds whole."""
     dim = (_BY_INPUTS | _INPUT_BY_INPUTS).get(name)
     return None if name == "weight_scale" and shape[1] == 1 else dim
 
 
 def cut(tensor: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
-    """This rank's of `size` equal parts."""
+    """The part of this rank when the tensor is cut into `size` equal parts; dim None: the whole tensor."""
     return tensor if dim is None else tensor.chunk(size, dim)[rank]
 
 

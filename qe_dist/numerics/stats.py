@@ -1,4 +1,4 @@
-"""Statistics of the tensor that a group of linears reads, one pass, mergeable.
+"""Statistics of the tensor that the linears of a group read: gathered in one pass, and parts can be merged.
 
 All of them are sums, maxima or a bottom-k sample, so parts merge exactly; adding in batch order makes the
 last bits equal as well. Rows with a NaN or Inf are counted and left out, never summed.
@@ -17,18 +17,18 @@ from qe_dist.numerics.lowrank import capped
 
 M = len(MODALITIES)
 HELD_OUT_SHARE = 8
-"""Of the size of the token sample, that of the one of held-out sequences is the so manieth part."""
+"""The sample of held-out tokens has the size of the token sample divided by this number."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks to be collected beside the token sample."""
+    """The statistics that a recipe asks for, beside the token sample."""
 
     gram: bool = False
     top_channels: frozenset[int] = frozenset()
-    """Every k for which is asked how often a channel is among the k most important ones of a token."""
+    """For each of these k it is counted how often a channel is among the k most important ones of a token."""
     images: bool = False
-    """Tokens of images: samples without any are refused before the run begins."""
+    """Whether image tokens are needed: samples without any are refused before the run begins."""
 
     def __or__(self, other: "Needs") -> "Needs":
         top = self.top_channels | other.top_channels
@@ -37,7 +37,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class TokenSample:
-    """The tokens with the smallest keys: the same ones whatever the batches, stages or workers."""
+    """The tokens with the smallest keys, which are the same whatever the batches, stages or workers."""
 
     keys: Int[Tensor, " S"]
     x: Float[Tensor, "S I"]
@@ -63,12 +63,12 @@ class TokenSample:
 
 
 def held_out_size(sample_size: int) -> int:
-    """Tokens of held-out sequences, beside so many of the others."""
+    """Size of the sample of held-out tokens, beside a token sample of so many."""
     return max(1, sample_size // HELD_OUT_SHARE)
 
 
 def _finite(tokens: TokenSample) -> tuple[TokenSample, int]:
-    """Without the tokens that have a NaN or Inf, and how many these were."""
+    """(the tokens without those that have a NaN or Inf, the number of those)"""
     finite = torch.isfinite(tokens.x).all(dim=1) & torch.isfinite(tokens.router_x).all(dim=1)
     if finite.all():
         return tokens, 0
@@ -87,10 +87,10 @@ class GroupStats:
     abs_max: Float[Tensor, "M I"]
     gram: Float[Tensor, "M I I"] | None
     top_count: Mapping[int, Int[Tensor, "M I"]]
-    """By k of `needs.top_channels`."""
+    """For each k of `needs.top_channels`: how often each channel was among the k most important ones of a token."""
     sample: TokenSample
     held_out: TokenSample
-    """Tokens of sequences that are in nothing else, to measure on; none where none are held out."""
+    """Tokens of held-out sequences, which are in no other statistic; errors are measured on them. May be empty."""
     importance: Float[Tensor, " I"] = field(repr=False)
     """Mean |W| of each input channel over the group's linears: importance of a token's channel is |x| times it."""
 
@@ -103,7 +103,7 @@ class GroupStats:
         sample_size: int,
         gram_on: str | torch.device | None = None,
     ) -> "GroupStats":
-        """gram_on: where Gram matrices are kept; None: with the weights."""
+        """Statistics of no tokens. gram_on: device of the Gram matrices; None for that of the weights."""
 
         def no_tokens() -> TokenSample:
             ints, modality = zeros(0, dtype=torch.int64), zeros(0, dtype=torch.int8)
@@ -139,7 +139,7 @@ class GroupStats:
         modality: Int8[Tensor, " T"],
         keys: Int[Tensor, " T"],
     ) -> None:
-        """Adds the tokens of one batch (padding already removed). Their dtype stays as it is: wide copies are dear."""
+        """Adds the tokens of one batch, without padding. Their dtype is kept, since a wider copy costs memory."""
         tokens, bad = _finite(TokenSample(keys, x, router_x, modality))
         self.nonfinite += bad
         x, modality = tokens.x, tokens.modality
@@ -168,7 +168,7 @@ class GroupStats:
         modality: Int8[Tensor, " T"],
         keys: Int[Tensor, " T"],
     ) -> None:
-        """Adds tokens of sequences that are held out; they are seen by `held_out` alone."""
+        """Adds tokens of held-out sequences, to `held_out` alone."""
         tokens, _ = _finite(TokenSample(keys, x, router_x, modality))
         self.held_out = self.held_out.smallest_with(tokens, held_out_size(self.sample_size))
 

@@ -18,4 +18,4 @@ class Stopped(QEError):
 
 
 class NumericalError(QEError):
-    """Mathematics that did not succeed. Caught in one place only, the ladder in `methods/base.py`."""
+    """A computation that failed numerically. `methods/recipe.py` catches it and takes the next step of LADDER."""

@@ -21,7 +21,7 @@ class Sample:
     text: str | None = None
     images: tuple[Path, ...] = ()
     pixels: int = 0
-    """Of all its images."""
+    """Number of pixels of all its images together."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an architecture needs of a model on disk."""
+"""The interface through which architectures read a model on disk."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path

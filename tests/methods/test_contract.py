@@ -25,7 +25,6 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.quantized import QuantizedGroup, all_finite, input_tensors, repair_tensors
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import (
-    NO_COLUMNS,
     Budget,
     Compensation,
     Correction,
@@ -37,10 +36,10 @@ from qe_dist.methods.base import (
     SalientColumns,
     Transform,
 )
+from qe_dist.methods.compensation.none import NoCompensation
 from qe_dist.methods.recipe import Recipe
 from qe_dist.numerics.packing import pack
 from qe_dist.numerics.reference import linear_forward, prepare, route
-from qe_dist.numerics.stats import Needs
 
 WIDTH, TOKENS = 96, 320
 PROTOCOLS = {"transform": Transform, "quantizer": Quantizer, "compensation": Compensation}
@@ -375,16 +374,10 @@ def test_every_step_of_the_ladder_is_recorded(x: Tensor, problem_for: Problem) -
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(NoCompensation):
     """A compensation that repairs whatever it is told to."""
 
     correction: Correction
-
-    def needs(self) -> Needs:
-        return Needs()
-
-    def exempt(self, problem: GroupProblem) -> Tensor:
-        return NO_COLUMNS
 
     def fit(self, problem: ErrorProblem) -> Correction:
         return self.correction

@@ -52,8 +52,8 @@ ROOT = Path(__file__).parents[2]
 REAL, RESULTS = ROOT / "real", ROOT / "benchmarks" / "results"
 MODELS = {"lm": "text-", "vlm": ""}
 """And how the names of their data begin."""
-CALIBRATION, SETS = 64, {"development": 10, "test": 32}
-"""Samples."""
+CALIBRATION, SETS = 64, {"lm": {"development": 10, "test": 32}, "vlm": {"development": 32, "test": 96}}
+"""Samples. Two thirds of the VLM's have a picture, and an answer of one or two tokens."""
 SAMPLE_TOKENS = 4096
 RANK, HALF, EQUAL_BYTES = 64, 32, 288
 """Of one adapter; of the shared and of each routed expert; of one adapter as large as a shared expert and 8 others."""
@@ -324,7 +324,7 @@ def _scores(head: Tensor, part: Part, streams: Sequence[Tensor]) -> Iterator[dic
 
 
 def _prepared(name: str, folder: Path) -> tuple[Prepared, dict[str, tuple[Path, int]]]:
-    data = {part: REAL / "data" / f"{MODELS[name]}{part}.jsonl" for part in ("calibration", *SETS)}
+    data = {part: REAL / "data" / f"{MODELS[name]}{part}.jsonl" for part in ("calibration", *SETS[name])}
     run = RunConfig(
         REAL / name,
         Row("qe own", "w4a6").recipe(GPTQ()),
@@ -332,7 +332,7 @@ def _prepared(name: str, folder: Path) -> tuple[Prepared, dict[str, tuple[Path, 
         folder / name,
         sample_tokens=SAMPLE_TOKENS,
     )
-    sets = {part: (data[part], count) for part, count in SETS.items()}
+    sets = {part: (data[part], count) for part, count in SETS[name].items()}
     return prepare(run, sets, CALIBRATION), sets
 
 
@@ -355,7 +355,7 @@ def main(
         return
     path = RESULTS / "experts.json"
     model, _ = _prepared(what, work)
-    parts = {name: model.part(name) for name in SETS}
+    parts = {name: model.part(name) for name in SETS[what]}
     for bundle in bundles():
         result = json.loads(path.read_text()) if path.exists() else {"models": {}}
         own = result["models"].setdefault(what, {"sets": {n: _facts(p) for n, p in parts.items()}, "rows": []})

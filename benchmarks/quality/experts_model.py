@@ -6,6 +6,7 @@ Statistics are those of the library (`flow.stage`). Held-out tokens are of the d
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.core.batch import PADDING, Batch
-from qe_dist.core.sample import Example
+from qe_dist.core.sample import Example, Sample
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import StagePlan
@@ -107,8 +108,7 @@ def prepare(run: RunConfig, sets: Mapping[str, tuple[Path, int]], calibration: i
     encoder, prelude = arch.encoder(run.model), arch.prelude(done.source, "cpu", torch.float32)
 
     def embedded(path: Path, count: int) -> Iterator[tuple[Batch, list[Example]]]:
-        every = read_samples(path)
-        samples = [every[i * len(every) // count] for i in range(count)]  # files are sorted by kind
+        samples = spread(read_samples(path), count)
         examples = sorted((encoder(s, load_images(s)) for s in samples), key=lambda e: e.input_ids.numel())
         for i in range(0, len(examples), run.samples_per_batch):
             part = examples[i : i + run.samples_per_batch]
@@ -138,6 +138,17 @@ def prepare(run: RunConfig, sets: Mapping[str, tuple[Path, int]], calibration: i
         torch.save(Part([b for b, _ in found], [e for _, e in found], final), run.output / f"{name}.pt")
     (run.output / "ready").touch()
     return done
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """So many samples, of each kind its share, evenly spaced among those of the kind. (Evenly spaced among all of them
+    would be of one kind where kinds take turns.)"""
+    kinds: dict[str, list[Sample]] = {}
+    for sample in samples:
+        kinds.setdefault(sample.kind, []).append(sample)
+    ends = list(accumulate(len(own) * count / len(samples) for own in kinds.values()))
+    shares = [round(end) - round(before) for before, end in pairwise([0.0, *ends])]
+    return [own[i * len(own) // share] for own, share in zip(kinds.values(), shares, strict=True) for i in range(share)]
 
 
 class _Caught:

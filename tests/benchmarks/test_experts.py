@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qe_dist.core.quantized import QuantizedGroup
+from qe_dist.core.sample import Sample
 from qe_dist.core.scheme import Scheme
 from qe_dist.methods.base import Budget
 from qe_dist.methods.compensation.quant_experts import QuantExperts
@@ -19,6 +20,7 @@ from qe_dist.methods.transforms.outlier_smoothing import OutlierSmoothing
 from qe_dist.numerics.reference import linear_forward, prepare, route
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "quality"))
+import experts_model
 from experts import REPAIRS, RandomClusters, bundles
 from experts_runtime import Group, Routing, Weight, hashed
 
@@ -124,3 +126,18 @@ def test_ranks_are_those_of_the_name_on_narrow_layers_too(name: str) -> None:
     recipe = next(row for row in ROWS if row.name == name).recipe(RoundToNearest())
     said = [int(word) for word in name.split() if word.isdigit()]
     assert recipe.budget.rank_for(4096, 576) == (said[0] if said else 64)
+
+
+@pytest.mark.parametrize("count", [7, 10, 32])
+def test_samples_are_spread_over_kinds_that_take_turns(count):
+    kinds = ["text", "digits", "charts", "shapes", "tables", "words", "numbers"]
+    samples = [Sample(i, f"file:{i}", kinds[i % 7], text="a") for i in range(224)]
+    found = experts_model.spread(samples, count)
+    assert len({s.index for s in found}) == len(found) == count
+    counts = [sum(s.kind == kind for s in found) for kind in kinds]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_samples_of_one_kind_are_evenly_spaced():
+    samples = [Sample(i, f"file:{i}", "text", text="a") for i in range(64)]
+    assert [s.index for s in experts_model.spread(samples, 10)] == [i * 64 // 10 for i in range(10)]

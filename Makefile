@@ -1,10 +1,14 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: the first one run sets up .venv.
 
 PYTHON ?= python3
-# Which tests `make test` runs: all that need neither a GPU nor minutes. Two at a time, but for those that start a Ray.
-TESTS ?= not (gpu or slow or vllm)
-# Which `make test-vllm` runs: all of them. CI leaves out those that take minutes.
+# What `make test` runs, the gate: in ten minutes on two cores. Two at a time, but for those that start a Ray.
+TESTS ?= not (gpu or nightly or vllm)
+# What `make nightly` adds to `make test-vllm`.
+NIGHTLY ?= nightly and not (gpu or vllm)
+# What `make test-vllm` runs: all of them. CI leaves out what is marked nightly.
 VLLM_TESTS ?= vllm
+# Folders whose tests draw examples: at night twenty times as many, and others each time.
+FUZZED := tests/core tests/io tests/kernels tests/methods tests/numerics
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peer/.ready .venv-autoround/.ready
@@ -12,7 +16,7 @@ VLLM := .venv-vllm/.ready
 REAL := .venv/.real
 
 .DELETE_ON_ERROR:
-.PHONY: demo real test test-vllm lint bench peer clean
+.PHONY: demo real test nightly test-vllm lint bench peer clean
 
 demo: $(READY)
 	@$(BIN)/qe-dist demo
@@ -24,6 +28,14 @@ real: $(REAL)
 test: lint $(REAL)
 	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
 	@$(BIN)/python -m pytest -q -m "($(TESTS)) and ray"
+
+# Chaos, long Ray tests, every form of what the gate has one form of; then examples, versions, and vLLM.
+nightly: $(REAL) $(PEERS) $(VLLM)
+	@$(BIN)/python -m pytest -q -m "($(NIGHTLY)) and not ray" --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m "($(NIGHTLY)) and ray"
+	@$(BIN)/python -m pytest -q --hypothesis-profile=nightly --numprocesses 2 $(FUZZED)
+	@$(BIN)/python benchmarks/transformers_versions.py
+	@$(MAKE) test-vllm
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)

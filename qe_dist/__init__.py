@@ -5,6 +5,6 @@ Importing this package teaches transformers to load our checkpoints (as soon as 
 
 from qe_dist.serve.registration import register_on_import
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register_on_import()

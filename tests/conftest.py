@@ -22,7 +22,8 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("house", max_examples=25, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("house")
+hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None)  # other examples every night
+hypothesis.settings.load_profile("house")  # --hypothesis-profile wins
 
 
 @pytest.fixture(scope="session", autouse=True)

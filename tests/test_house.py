@@ -1,6 +1,8 @@
 """The house rules that a reader counts on and no linter checks."""
 
 import ast
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +67,38 @@ def test_the_library_never_prints() -> None:
 
 def test_no_grab_bag_files() -> None:
     assert [where(path) for path in FILES if path.name in GRAB_BAGS] == []
+
+
+MARKERS = {"ray", "nightly", "vllm", "gpu"}
+"""Of ours, by which a test is chosen; pyproject.toml says what they mean."""
+OF_PYTEST = {"parametrize", "skipif", "xfail", "filterwarnings", "usefixtures"}
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_every_test_is_in_the_gate_or_marked_for_another_run() -> None:
+    """Whatever its markers are, exactly one of the runs that the Makefile has takes it; `gpu` is run by hand."""
+    used = {
+        node.attr
+        for path in TEST_FILES
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "mark"
+    }
+    assert used - OF_PYTEST == MARKERS
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    runs = [re.search(rf"^{name} \?= (.+)$", makefile, re.M)[1] for name in ("TESTS", "NIGHTLY", "VLLM_TESTS")]
+    for size in range(len(MARKERS) + 1):
+        for markers in itertools.combinations(sorted(MARKERS), size):
+            known = {name: name in markers for name in MARKERS}
+            chosen = [run for run in (*runs, "gpu and not vllm") if eval(run, known)]
+            assert len(chosen) == 1, f"a test marked {markers} is in {chosen}"
+
+
+def test_no_test_is_left_out_for_a_package_that_is_missing() -> None:
+    """Triton alone exists for some systems only."""
+    skips = [
+        (path.name, node.args[0].value)
+        for path in TEST_FILES
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "importorskip"
+    ]
+    assert {package for _, package in skips} <= {"triton"}, skips

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.entries import by_arithmetic, plot, table_of
 from qe_pipelines.evaluate import encode
 from qe_pipelines.measuring import measure
@@ -49,6 +50,7 @@ def compare(
     missing = [name for name, value in given.items() if not value]
     if missing:
         raise ConfigError(f"compare needs {', '.join(missing)} (or --list alone)")
+    require(*TO_QUANTIZE, "matplotlib")
     from qe_cluster import launch
 
     from qe_dist.checkpoint.quality import too_few

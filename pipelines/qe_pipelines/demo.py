@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qe_pipelines.compare import fit
+from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.evaluate import encode
 from qe_pipelines.measuring import measure
 from qe_pipelines.picture import picture
@@ -60,6 +61,7 @@ def demo(
 ) -> None:
     """Quantize the bundled models at W4A8, W4A6 and W4A4 and compare what is left of them."""
     set_up_logging(None)
+    require(*TO_QUANTIZE)
     from qe_cluster.launch import ray_cluster
 
     from qe_dist.core.errors import ConfigError

@@ -12,6 +12,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qe_dist.core.errors import ConfigError
+from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.progress import log, run_view, set_up_logging
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a checkpoint that transformers loads after `import qe_dist`."""
     set_up_logging(log_file)
+    require(*TO_QUANTIZE)
     from qe_cluster import driver, launch
 
     from qe_dist.flow.config import RunConfig

@@ -16,7 +16,8 @@ def register() -> None:
     from vllm import __version__ as found
 
     check_supported(found)
-    from qe_dist.serve import vllm_linear, vllm_media  # noqa: F401 (they register themselves)
+    from qe_dist.serve import vllm_linear  # noqa: F401 (it registers itself)
+    from qe_dist.serve.http import vllm_media  # noqa: F401
 
 
 def check_installed() -> None:

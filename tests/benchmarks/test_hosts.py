@@ -65,7 +65,7 @@ def test_nothing_outlives_an_owner_that_is_killed():
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_of_which_a_host_is_cut_off_and_comes_back_gives_the_bytes_of_one_process():
     with tempfile.TemporaryDirectory(prefix="qe-") as folder:  # paths of sockets must be short
         result = benchmark(Path(folder), delay_ms=2, mbit=500, seed=0, blocks=4, samples=16)

@@ -40,7 +40,7 @@ def test_a_cost_is_one_line_of_json(quality, capsys):
     assert line["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not PEER.exists(), reason="make peer sets it up")
 @pytest.mark.filterwarnings("default")
 def test_both_sides_round_to_the_same_weights(quality, tmp_path):

@@ -19,10 +19,12 @@ from qe_dist.flow.config import RunConfig
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.run_dir import RunDir
 from qe_dist.methods.recipes import load_recipe
+from tests.gate import in_gate
 from tests.tiny import calibration, tiny_model, with_blocks
 
 pytestmark = pytest.mark.ray
 BLOCKS = 4
+IN_A_BLOCK = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def files(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
-@pytest.mark.parametrize(("workers", "blocks"), [(1, None), (2, None), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("workers", "blocks"), in_gate([(2, 1)], [(1, None), (2, None), (1, 1), (2, 1)]))
 def test_any_number_of_workers_and_waves_gives_the_bytes_of_one_process(
     run, expected, cluster, tmp_path, workers, blocks
 ):
@@ -94,7 +96,7 @@ def title(process):
 
 @pytest.mark.parametrize(
     ("moment", "nth", "who"),
-    [("batch", 2, 0), ("batch", 3, -1), ("block", 1, 0), ("block", 2, -1), ("wave", 2, 0)],
+    in_gate([("block", 1, 0)], [("batch", 2, 0), ("batch", 3, -1), ("block", 1, 0), ("block", 2, -1), ("wave", 2, 0)]),
 )
 def test_a_worker_that_is_killed_is_replaced_and_nothing_finished_is_done_again(
     run, expected, cluster, tmp_path, moment, nth, who
@@ -116,6 +118,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_finished_is_done_again(
     assert [data["reason"].startswith("a worker died") for data in lost] == [True]
 
 
+@pytest.mark.nightly
 def test_an_embedder_that_is_killed_is_replaced(run, expected, cluster, tmp_path):
     one, killed = replace(run, output=tmp_path / "out"), []
 
@@ -130,6 +133,7 @@ def test_an_embedder_that_is_killed_is_replaced(run, expected, cluster, tmp_path
     assert files(one.output) == expected
 
 
+@pytest.mark.nightly
 def test_a_worker_that_dies_again_and_again_ends_the_call_with_the_reason(run, cluster, tmp_path):
     def listen(event, data):
         if event == "batch":
@@ -140,6 +144,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_call_with_the_reason(run, c
         driver.quantize(replace(run, output=tmp_path / "out"), listen=listen)
 
 
+@pytest.mark.nightly
 def test_a_cluster_with_less_room_is_made_do_with_and_says_so(run, expected, cluster, tmp_path):
     events = []
     one = replace(run, output=tmp_path / "out", workers=5)
@@ -149,16 +154,19 @@ def test_a_cluster_with_less_room_is_made_do_with_and_says_so(run, expected, clu
     assert files(one.output) == expected
 
 
+@pytest.mark.nightly
 def test_who_finds_no_room_at_all_is_told_what_a_worker_needs(run, cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"no worker can start: each needs \{'CPU': 64\}, the cluster has"):
         driver.quantize(replace(run, output=tmp_path / "out", threads=64), patience=1.0)
 
 
+@pytest.mark.nightly
 def test_a_gpu_is_not_waited_for_where_there_is_none(run, cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"each needs \{'CPU': 1, 'GPU': 1\}.* 0 of 0 GPUs free.* never shared"):
         driver.quantize(replace(run, output=tmp_path / "out", device="cuda"), patience=1.0)
 
 
+@pytest.mark.nightly
 def test_a_second_command_in_the_same_directory_is_refused_while_the_first_lives(run, cluster, tmp_path):
     one, said = replace(run, output=tmp_path / "out"), []
 
@@ -172,7 +180,7 @@ def test_a_second_command_in_the_same_directory_is_refused_while_the_first_lives
     assert said
 
 
-@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "visual.merger.mlp.0.weight"])
+@pytest.mark.parametrize("tensor", in_gate([IN_A_BLOCK], [IN_A_BLOCK, "visual.merger.mlp.0.weight"]))
 def test_an_error_in_a_worker_arrives_as_itself(run, cluster, tmp_path, tensor):
     from safetensors.torch import load_file, save_file
 
@@ -199,7 +207,7 @@ def command(run, output: Path) -> list[str]:
     return [sys.executable, "-m", "qe_pipelines.main", "quantize", str(run.model), *words]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", in_gate([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_the_command_that_is_asked_to_stop_publishes_what_is_done_and_exits_with_75(run, expected, tmp_path, number):
     output = tmp_path / "stopped"
     process = subprocess.Popen(command(run, output), stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -223,6 +231,7 @@ def wait_for(process, condition):
         time.sleep(0.005)
 
 
+@pytest.mark.nightly
 def test_the_command_killed_in_the_middle_and_typed_again_gives_the_same_bytes(run, expected, tmp_path):
     output = tmp_path / "killed"
     finished = output / ".run" / "blocks"

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from qe_cluster.launch import ray_cluster
 from qe_cluster.metrics import MIB, Metrics
 
-parser = pytest.importorskip("prometheus_client.parser", reason="a node serves metrics with ray[default] only")
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 SECONDS = 60
 """To wait for Ray's agent; it takes a few."""
 KEPT = 2.0
@@ -39,7 +39,7 @@ def read(node, until: Callable[[dict], bool]) -> dict[tuple[str, ...], float]:
             text = urllib.request.urlopen(url, timeout=5).read().decode()
         except OSError:  # not up yet
             continue
-        samples = [sample for family in parser.text_string_to_metric_families(text) for sample in family.samples]
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         found = {
             (s.name.removeprefix("ray_qe_"), *(s.labels[key] for key in ours if key in s.labels)): s.value
             for s in samples

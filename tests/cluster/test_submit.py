@@ -45,6 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_job_goes_on_when_ctrl_c_ends_its_log_and_gives_the_bytes_of_one_process(started, run, tmp_path) -> None:
     command = [sys.executable, *QE_DIST, "submit", "--address", started.dashboard, *quantize(run, tmp_path / "out")]
     pipe = subprocess.PIPE
@@ -66,6 +67,7 @@ def test_a_job_goes_on_when_ctrl_c_ends_its_log_and_gives_the_bytes_of_one_proce
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_the_exit_code_and_the_error_are_those_of_the_command(started, tmp_path) -> None:
     command = ("quantize", tmp_path, "--recipe", "nonsense", "--calibration", tmp_path, "--output", tmp_path / "out")
     done = started.run(*QE_DIST, "submit", "--", *command, RAY_API_SERVER_ADDRESS=started.dashboard)
@@ -82,6 +84,7 @@ def test_the_example_runs_a_command(started) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_job_that_was_stopped_ends_as_one_that_can_be_continued(started) -> None:
     done = started.run("-c", STOPPED, started.dashboard)
     assert done.returncode == 75, done.stdout + done.stderr
@@ -89,6 +92,7 @@ def test_a_job_that_was_stopped_ends_as_one_that_can_be_continued(started) -> No
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("words", "change", "said"),
     [

@@ -21,6 +21,7 @@ from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import METHODS, load_recipe, recipe_from
 from qe_dist.numerics.packing import unpack
 from qe_dist.serve.loading import load_model
+from tests.gate import in_gate
 from tests.tiny import DATA, MODELS, calibration, tiny_model
 
 BEFORE, AFTER = 96, 128  # two ranks, each with one tile of 64
@@ -91,7 +92,10 @@ def test_the_bundled_model_computes_the_same_with_768_channels_as_with_640():
     assert (hidden[1] - hidden[0]).abs().max() < 1e-13 * hidden[0].abs().max()
 
 
-@pytest.mark.parametrize("name", sorted({*METHODS, *(f"{q}+qera" for q in methods.names("quantizer"))} - {"masquant"}))
+EVERY = sorted({*METHODS, *(f"{q}+qera" for q in methods.names("quantizer"))} - {"masquant"})
+
+
+@pytest.mark.parametrize("name", in_gate(("gptq+qera", "qe", "obq+qera"), EVERY))
 def test_every_recipe_takes_dead_channels_and_its_checkpoint_loads(run, name):
     recipe = load_recipe(f"{name}-w4a6")  # but for dynamic outlier channels, which two ranks cannot have
     quantize(replace(run, recipe=replace(recipe, scheme=replace(recipe.scheme, dynamic_outliers=None))))

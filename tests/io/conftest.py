@@ -5,14 +5,11 @@ from collections.abc import Iterator
 import pytest
 
 from qe_dist.io import bucket
+from tests.s3 import s3_server
 
 
 @pytest.fixture(scope="session")
 def s3_storage() -> Iterator:
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto")
-    from tests.s3 import s3_server
-
     with s3_server() as meter:
         yield meter
 

@@ -5,6 +5,8 @@ from qe_kernels.down import DownConfig, down_config
 
 from tests.kernels.aot import FROM_REGISTERS, SHARED_LIMIT, TENSOR_CORE, Build, Job, build, count
 
+pytestmark = pytest.mark.nightly  # ptxas takes minutes; test_aot_linear.py has builds in the gate
+
 PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132}
 VALUES = {16: "*bf16:16", 8: "*i8:16", 4: "*u8:16"}
 QE, EXPERTS = (384, 0), (32, 8 * 16)

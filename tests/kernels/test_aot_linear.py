@@ -1,5 +1,6 @@
 """What ptxas makes of the fused linear: registers, spills, shared memory, and the path of the weights."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from qe_kernels.layout import Order, code_factor, order_for
 from qe_kernels.linear import Config, _Branch
 
+from tests.gate import in_gate
 from tests.kernels.aot import FROM_REGISTERS, SHARED_LIMIT, TENSOR_CORE, Build, Job, build, count
 
 DECODE = Config(64, 16, 128)
@@ -102,18 +104,23 @@ LARGE_CASES = [
     Case(89, replace(LARGE, BK=64), int8=True, group=None),
 ]
 CASES = [*DECODE_CASES, *LARGE_CASES]
+GATE = (DECODE_CASES[1], DECODE_CASES[10])
+"""Built in every `make test`: groups of bf16 on Hopper, int8 on Ampere."""
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[Case, Build]:
-    """In two processes: most of the time is ptxas."""
-    jobs = [case.job for case in CASES]
+def built(request: pytest.FixtureRequest) -> dict[Case, Build]:
+    """The cases of this session, in two processes: most of the time is ptxas."""
+    asked = {item.callspec.params["case"] for item in request.session.items if item.module is request.module}
+    cases = [case for case in CASES if case in asked]
+    halves = cases[0::2], cases[1::2]
     with ThreadPoolExecutor(2) as pool:
-        even, odd = pool.map(build, (jobs[0::2], jobs[1::2]))
-    return dict(zip((*CASES[0::2], *CASES[1::2]), (*even, *odd), strict=True))
+        found = pool.map(build, ([case.job for case in half] for half in halves))
+    made = zip((*halves[0], *halves[1]), itertools.chain.from_iterable(found), strict=True)
+    return dict(made)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", in_gate(GATE, CASES), ids=str)
 def test_nothing_spills_and_all_fits(built: dict[Case, Build], case: Case) -> None:
     found = built[case]
     assert found.stack == 0
@@ -121,14 +128,14 @@ def test_nothing_spills_and_all_fits(built: dict[Case, Build], case: Case) -> No
     assert found.shared <= SHARED_LIMIT[case.capability]
 
 
-@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+@pytest.mark.parametrize("case", in_gate(GATE, DECODE_CASES), ids=str)
 def test_decode_leaves_room_for_several_blocks(built: dict[Case, Build], case: Case) -> None:
     """Of 65536 registers for 512 threads, of shared memory for two blocks: latency is hidden by their number."""
     assert built[case].registers <= 128
     assert built[case].shared <= SHARED_LIMIT[case.capability] // 2
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", in_gate(GATE, CASES), ids=str)
 def test_weights_do_not_go_back_to_shared_memory(built: dict[Case, Build], case: Case) -> None:
     if case.capability < 90 and not case.int8 and not case.job.constexprs["WGMMA"]:
         pytest.xfail("before 3.9, Triton exchanges 16-bit weights through shared memory on Ampere and Ada")
@@ -139,7 +146,7 @@ def test_weights_do_not_go_back_to_shared_memory(built: dict[Case, Build], case:
         assert count(loop, FROM_REGISTERS) == count(loop, TENSOR_CORE)
 
 
-@pytest.mark.parametrize("case", [case for case in DECODE_CASES if case.config.BK == 128], ids=str)
+@pytest.mark.parametrize("case", in_gate(GATE, [case for case in DECODE_CASES if case.config.BK == 128]), ids=str)
 def test_decode_copies_16_bytes_at_a_time(built: dict[Case, Build], case: Case) -> None:
     """Neighbouring threads copy neighbouring 16 bytes; only scales of weights go by 4."""
     loop = built[case].loop

@@ -7,6 +7,8 @@ from qe_kernels.quantize import _quantize, warps
 
 from tests.kernels.aot import SHARED_LIMIT, Build, Job, build, count
 
+pytestmark = pytest.mark.nightly  # ptxas takes minutes; test_aot_linear.py has builds in the gate
+
 HIDDEN, INTERMEDIATE = 8192, 29696
 BLOCK = {HIDDEN: 8192, INTERMEDIATE: 32768}
 

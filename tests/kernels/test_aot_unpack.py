@@ -5,6 +5,8 @@ from qe_kernels.layout import Order, order_for
 
 from tests.kernels.aot import FROM_REGISTERS, SHARED_LIMIT, TENSOR_CORE, Job, build, count
 
+pytestmark = pytest.mark.nightly  # ptxas takes minutes; test_aot_linear.py has builds in the gate
+
 DTYPES = ["bf16", "fp16", "i8"]
 WEIGHTS_PER_THREAD = 64
 """Of a tile of 64 x 128, for 128 threads."""

@@ -114,6 +114,7 @@ def test_every_recipe_has_a_checkpoint_a_row_and_every_format_a_plot(compared: P
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_checkpoint_is_that_of_quantize_alone(
     compared: Path, given_files: dict[str, Path], tmp_path: Path, name: str
@@ -125,6 +126,7 @@ def test_a_checkpoint_is_that_of_quantize_alone(
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_entry_says_what_eval_and_the_manifest_say(
     compared: Path, given_files: dict[str, Path], capsys: pytest.CaptureFixture[str], name: str
@@ -145,6 +147,7 @@ def test_an_entry_says_what_eval_and_the_manifest_say(
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 def test_a_second_call_fits_only_what_is_new(
     compared: Path, given_files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import calibration
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 
 ROOT = Path(__file__).parents[2]
 

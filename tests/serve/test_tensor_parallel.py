@@ -14,6 +14,7 @@ from qe_dist.core.layout import BlockLayout, Layout, TensorSpec
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.loading import load_model
+from tests.gate import in_gate
 from tests.serve.conftest import ADAPTED, OUTLIERS, ROTATED
 from tests.serve.python import python
 from tests.serve.ranks import Answers, ask
@@ -53,10 +54,10 @@ def cut(
     return {name: said if isinstance(said, str) else Answers(**said) for name, said in found.items()}
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    ["rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6", ROTATED],
-)
+CUT = ("rtn-w4a16g64", ADAPTED, "qe-extract-w4a6", "lists+gptq+qera-w4a6@0.5", "smoothquant+cross_modal-w4a6", ROTATED)
+
+
+@pytest.mark.parametrize("recipe", in_gate(["qe-extract-w4a6", ROTATED], CUT))
 def test_two_ranks_answer_as_one(recipe: str, checkpoints: dict[str, Path], questions: list[Any], cut: Any) -> None:
     one, two = ask(load_model(checkpoints[recipe]), questions), cut[recipe]
     assert two.weights == [one.weights[0] // 2] * 2

@@ -23,7 +23,7 @@ from tests.vllm.generate import Answers, Job, generate
 from tests.vllm.questions import DATA, EQUAL, MODEL, QUESTIONS, ROOT, prompts
 from tests.vllm.twin import Twin
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 
 BASES = ("rtn-w4a8", "gptq+qera-w4a6k64@0.25f4")
 ADAPTED = "aser-w4a16g64"

@@ -2,7 +2,7 @@
 
 The engine behind HTTP is that of test_offline.py, which compares every recipe with transformers on one rank and on two.
 A server must answer as that does. What HTTP adds (templates, images in base64, tokenizing, streaming, processes that
-talk to each other) knows neither recipes nor ranks, so CI has one server for each recipe, and `make test-vllm` both.
+talk to each other) knows neither recipes nor ranks, so CI has one server, and the nightly run one for each.
 """
 
 import asyncio
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.vllm
 
 SHARED = "qe-w4a8"
 """Its server, on one rank, serves all tests but the first."""
-OTHERS = [("qe-w4a16g64", 1), ("qe-w4a8", 2), ("rtn-w4a8", 2)]
-SLOW = [("qe-w4a16g64", 2), ("rtn-w4a8", 1)]
+OTHERS = [("qe-w4a16g64", 1), ("qe-w4a8", 2), ("rtn-w4a8", 2), ("qe-w4a16g64", 2), ("rtn-w4a8", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,8 @@ def check_answers(server: Server, offline: list[dict[str, Any]]) -> None:
     assert abs(accuracy(prompts(), texts) - accuracy(prompts(), offline)) <= 0.0051  # half a point: one question
 
 
-@pytest.mark.parametrize(("recipe", "ranks"), [*OTHERS, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("recipe", "ranks"), OTHERS)
 def test_answers_are_those_of_the_offline_engine(
     recipe: str, ranks: int, checkpoints: Any, offline: Any, tmp_path: Path
 ) -> None:
@@ -67,6 +67,7 @@ def test_answers_are_those_of_the_offline_engine(
         check_answers(server, wanted)
 
 
+@pytest.mark.nightly
 def test_the_shared_server_does_so_too(server: Server, offline: Any) -> None:
     check_answers(server, offline(1)[SHARED])
 
@@ -104,6 +105,7 @@ def test_a_stream_adds_up_to_the_answer(client: httpx.Client, index: int) -> Non
     assert len(choices) > 2
 
 
+@pytest.mark.nightly
 def test_logprobs_are_those_of_the_offline_engine(client: httpx.Client, offline: Any) -> None:
     path, body = request(prompts()[0], logprobs=True)
     told = client.post(path, json=body).json()["choices"][0]["logprobs"]["content"]
@@ -177,6 +179,7 @@ def test_a_large_but_honest_photograph_is_answered(client: httpx.Client) -> None
     assert reply.status_code == 200
 
 
+@pytest.mark.nightly
 def test_load_with_cancelled_and_malformed_requests_harms_nobody(server: Server) -> None:
     """A small version of benchmarks/serving/load.py."""
     questions = prompts()

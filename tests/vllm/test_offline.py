@@ -20,7 +20,7 @@ from tests.vllm.generate import Answers, Job, generate
 from tests.vllm.questions import EQUAL, MODEL, ONE_RANK, QUESTIONS, RECIPES, STORIES, WIDE, prompts
 from tests.vllm.twin import Twin, accuracy
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 
 MEAN_LOGPROB = {1: 0.001, 2: 0.02}
 """By ranks: how far the log-probability of a token may be off on average. Two ranks have two activation grids, so that
@@ -173,7 +173,7 @@ def adapter() -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_lora_adapter_does_what_it_does_in_floating_point(
     ranks: int, checkpoints: dict[str, Path], folder: Path
 ) -> None:

@@ -26,7 +26,7 @@ from benchmarks.serving.load import CHAT, COMPLETIONS, answer, chat, request
 from tests.vllm.questions import EQUAL, QUESTIONS, ROOT, Question, prompts
 from tests.vllm.server import FLOAT32, KEY, MODEL, documented, environment, free_port
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.nightly]
 
 RECIPE, REPLICAS, CLIENTS = "qe-w4a8", 2, 8
 LIMIT = 8

@@ -18,7 +18,7 @@ from PIL import Image
 from qe_dist.serve.loading import load_model
 from tests.vllm.questions import DATA, ROOT
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 
 COMMAND = "python -m qe_dist.serve.hf serve CHECKPOINT --host 127.0.0.1 --port 8000"
 QUESTIONS, STORIES, TOKENS = 12, 4, 24

@@ -1,6 +1,7 @@
 """A Llama decoder and a front end of text only, from a model on disk to tokens that are generated."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,19 @@ from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.sample import Sample
 from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.blocks import open_blocks
 from qe_dist.serve.loading import load_model
-from tests.tiny import DATA, calibration, samples_for, stories, tiny_model
+from tests.tiny import DATA, MODELS, calibration, samples_for, stories, tiny_model
+
+sys.path.insert(0, str(MODELS / "real"))
+sys.path.insert(0, str(MODELS.parent / "benchmarks" / "quality"))
+import build
+from dense import write_llama
 
 ARCH = archs.get("llama")
 RECIPES = ("qe-paper-w4a6", "hadamard+gptq-w4a8")
@@ -39,11 +46,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["model", *RECIPES])
-@torch.no_grad()
 def test_block_by_block_is_the_loaded_model_bit_for_bit(name: str, root: Path) -> None:
-    encoder, model = ARCH.encoder(root / name), load_model(root / name)
-    examples = [encoder(sample, []) for sample in samples_for(root / name)]
-    source, blocks = open_blocks(root / name, ARCH, "cpu", torch.float32)
+    check_block_by_block(root / name, samples_for(root / name))
+
+
+@torch.no_grad()
+def check_block_by_block(folder: Path, samples: list[Sample]) -> None:
+    """Logits of the whole model are those of its blocks one after the other."""
+    encoder, model = ARCH.encoder(folder), load_model(folder)
+    examples = [encoder(sample, []) for sample in samples]
+    source, blocks = open_blocks(folder, ARCH, "cpu", torch.float32)
     batch = ARCH.prelude(source, "cpu", torch.float32)(examples, 0)
     for load in blocks:
         batch = batch.with_hidden(load()(batch))
@@ -59,6 +71,23 @@ def test_a_checkpoint_generates(name: str, root: Path) -> None:
     inputs = ARCH.model_inputs([prompt], pad=0)
     out = load_model(root / name).generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert out.shape[1] == len(prompt.input_ids) + 5
+
+
+@pytest.mark.nightly
+def test_smollm2_in_its_own_shape_is_quantized_streamed_and_generates(tmp_path: Path) -> None:
+    """Real weights: those of `make real`, as the Llama that was published."""
+    build.make(tmp_path / "real")
+    write_llama(tmp_path / "real" / "lm", tmp_path / "llama")
+    data = tmp_path / "few.jsonl"
+    lines = (tmp_path / "real" / "data" / "text-calibration.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:8]))
+    output = tmp_path / "out"
+    quantize(RunConfig(tmp_path / "llama", load_recipe("qe-w4a16g64"), data, output))
+    check_block_by_block(output, read_samples(data)[:2])
+    encoder = ARCH.encoder(output)
+    prompt = encoder.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    out = load_model(output).generate(input_ids=prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in encoder.tokenizer.decode(out[0])
 
 
 def test_samples_with_images_are_refused(root: Path, tmp_path: Path) -> None:

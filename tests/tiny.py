@@ -27,7 +27,7 @@ def tiny_model(
     from transformers import AutoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = config or archs.get(arch).tiny_config()
+    config = config or archs.get(arch).tiny
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
     model = archs.get(arch).auto_class().from_config(AutoConfig.from_pretrained(folder))
@@ -59,7 +59,7 @@ def samples_for(folder: Path) -> list[Sample]:
 
 def with_blocks(count: int, arch: str = "qwen2_vl") -> dict[str, Any]:
     """The tiny configuration, deeper."""
-    config = dict(archs.get(arch).tiny_config())
+    config = dict(archs.get(arch).tiny)
     return config | {"text_config": config["text_config"] | {"num_hidden_layers": count}}
 
 

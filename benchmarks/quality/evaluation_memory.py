@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def config() -> dict[str, Any]:
-    made = copy.deepcopy(dict(archs.get("qwen2_vl").tiny_config()))
+    made = copy.deepcopy(dict(archs.get("qwen2_vl").tiny))
     made["text_config"] |= {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH}
     made["text_config"] |= {"num_attention_heads": 8, "rope_parameters": made["text_config"]["rope_parameters"] | {
         "mrope_section": [8, 12, 12]

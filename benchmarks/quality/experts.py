@@ -24,11 +24,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from experts_model import BlockData, Part, Prepared, places, prepare
+from experts_model import BlockData, Part, Prepared, prepare
 from experts_runtime import Block, Group, Routing, Weight
 from qe_pipelines.results import environment
 from torch import Tensor
 
+from qe_dist.checkpoint.evaluate import places
 from qe_dist.core.batch import IMAGE
 from qe_dist.core.cost import cost_of
 from qe_dist.core.quantized import QuantizedGroup

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qe_dist import archs
+from qe_dist.checkpoint.evaluate import places
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.sample import Example, Sample
 from qe_dist.data.samples import load_images, read_samples
@@ -68,11 +69,8 @@ class Prepared:
         self.source = open_source(run)
         self.arch = archs.for_config(self.source.config)
         self.spec = self.arch.spec(self.source)
-        names = {n: self.arch.disk_name(f"language_model.{n}.weight", self.source) for n in ("norm", "embed_tokens")}
-        self.norm = self.source.get(names["norm"]).float()
-        head = "lm_head.weight"
-        self.head = self.source.get(head if head in self.source.names() else names["embed_tokens"]).float()
-        self.eps = self.arch.hf_config(self.source.config).text_config.rms_norm_eps
+        self.norm = self.arch.last_norm(self.source, "cpu", torch.float32)
+        self.head = self.source.get(self.arch.head(self.source)).float()
 
     def block(self, index: int) -> BlockData:
         return torch.load(self.folder / f"block-{index:02}.pt", weights_only=False)
@@ -85,13 +83,8 @@ class Prepared:
 
     def predicting(self, hidden: Tensor, examples: Sequence[Example]) -> list[Tensor]:
         """What the last norm makes of the last block's output [B, L, D], where something is predicted. [P, D] each"""
-        hidden = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
+        hidden = self.norm(hidden)
         return [hidden[row][places(e)] for row, e in enumerate(examples)]
-
-
-def places(example: Example) -> Tensor:
-    """Position t predicts token t + 1."""
-    return (example.labels[1:] != -100).nonzero().squeeze(1)
 
 
 def prepare(run: RunConfig, sets: Mapping[str, tuple[Path, int]], calibration: int) -> Prepared:

@@ -327,10 +327,6 @@ class Family:
         widths: dict[Space, int] = {"stream": text.hidden_size, "head": self.decoder.head_width(text)}
         return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
 
-    def tiny_config(self) -> Mapping[str, Any]:
-        """A `config.json` of a model that takes milliseconds, for tests."""
-        return self.tiny
-
 
 def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The head takes the last norm's gain, the embeddings do not. Older configs have the flag in `text_config`."""

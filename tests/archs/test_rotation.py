@@ -17,7 +17,7 @@ from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import MODELS, samples_for, tiny_model
 
 ARCH = archs.get("qwen2_vl")
-TINY = dict(ARCH.tiny_config())
+TINY = dict(ARCH.tiny)
 QUAROT, BANDED = Hadamard(), Hadamard(octaves=2.0)
 
 
@@ -97,7 +97,7 @@ def test_the_rotated_model_is_the_same_function(config, rotation, tmp_path):
     check_function(model(tmp_path / "source", config), rotation, tmp_path)
 
 
-LLAMA = archs.get("llama").tiny_config()
+LLAMA = archs.get("llama").tiny
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}])

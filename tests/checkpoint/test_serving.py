@@ -115,7 +115,7 @@ def test_what_is_padded_can_be_cut(bits, group, size, times):
 def runs(tmp_path_factory):
     """A recipe each of groups, grids, routed experts, extracted and salient channels and odd words."""
     root = tmp_path_factory.mktemp("runs")
-    tiny = dict(archs.get("qwen2_vl").tiny_config())
+    tiny = dict(archs.get("qwen2_vl").tiny)
     four_heads = tiny | {"vision_config": tiny["vision_config"] | {"num_heads": 4}}
     model, data = tiny_model(root / "model", config=four_heads), calibration(root / "data", 4)
     made = {

@@ -35,7 +35,7 @@ def tied(tmp_path_factory):
 
 
 def tiny_config():
-    return dict(archs.get("qwen2_vl").tiny_config())
+    return dict(archs.get("qwen2_vl").tiny)
 
 
 @pytest.fixture

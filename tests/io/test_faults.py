@@ -32,7 +32,7 @@ BLOCKS = 4
 def whole(tmp_path_factory):
     """An undisturbed run of four blocks in waves of one."""
     root = tmp_path_factory.mktemp("whole")
-    config = dict(archs.get("qwen2_vl").tiny_config())
+    config = dict(archs.get("qwen2_vl").tiny)
     config["text_config"] = config["text_config"] | {"num_hidden_layers": BLOCKS}
     model = tiny_model(root / "model", config=config)
     run = RunConfig(

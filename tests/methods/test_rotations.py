@@ -43,7 +43,7 @@ def test_channels_of_unlike_gain_stay_apart_unless_all_are_to_be_mixed():
 
 
 def test_at_run_time_down_alone_is_rotated():
-    groups = {g.name: g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny_config())}
+    groups = {g.name: g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny)}
     for name, group in groups.items():
         assert not Hadamard(online=False).at_run_time(group, ranks=1)
         assert bool(Hadamard().at_run_time(group, ranks=1)) == (name == "mlp.down")
@@ -54,7 +54,7 @@ def test_at_run_time_down_alone_is_rotated():
     [(1, {1: 96, 2: 48, 3: 32, 4: 24, 8: 12}), (2, {1: 48, 4: 24, 5: 48}), (8, {1: 12, 2: 12, 3: 4, 8: 12, 16: 2})],
 )
 def test_its_blocks_are_for_as_many_ranks_as_it_says_and_for_those_of_the_run(own, sizes):
-    down = next(g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny_config()) if g.name == "mlp.down")
+    down = next(g for g in archs.get("qwen2_vl").groups(archs.get("qwen2_vl").tiny) if g.name == "mlp.down")
     assert {ranks: block_size(Hadamard(ranks=own).at_run_time(down, ranks)) for ranks in sizes} == sizes
 
 

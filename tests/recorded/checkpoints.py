@@ -32,7 +32,7 @@ WIDER = {"qe-w4a16": "qe-w4a16@0.5", "qe-w4a8": "qe-w4a8@0.5"}
 
 def model(folder: Path) -> Path:
     """Wide enough for groups of 128."""
-    config = dict(archs.get("qwen2_vl").tiny_config())
+    config = dict(archs.get("qwen2_vl").tiny)
     text = config["text_config"] | {
         "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4,
     }  # fmt: skip

@@ -334,6 +334,19 @@ def test_from_a_block_on_needs_a_run_and_a_block_that_exists(run):
         quantize(replace(run, from_block=2))
 
 
+def test_every_wave_but_the_last_leaves_the_input_of_the_next(run, monkeypatch):
+    left = []
+
+    def finish(self, batch, next_block):
+        left.append(next_block)
+        return plain(self, batch, next_block)
+
+    plain = Stage.finish
+    monkeypatch.setattr(Stage, "finish", finish)
+    quantize(replace(run, blocks_per_worker=1))
+    assert left == [1, 1, None, None]  # of two batches in two waves
+
+
 def test_a_wave_that_is_streamed_again_counts_no_batch_twice(run, same):
     ready = prepare_run(run)
     embedder = Embedder(run, ready.model.arch)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qe_kernels.factors import Factor, dense
+from qe_kernels.products import finished
 from qe_kernels.split_k import Workspace, reduce_splits
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
@@ -305,9 +306,9 @@ def _unpack(pairs, DTYPE: tl.constexpr):
 def _dot(a, b, acc):
     """acc + a b with exact products; where 16-bit types differ, in float32."""
     if INTERPRET or a.dtype != b.dtype:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+        return finished(tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3"))
     else:
-        return tl.dot(a, b, acc)
+        return finished(tl.dot(a, b, acc))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qe_kernels.factors import dense
 from qe_kernels.layout import Order, Weight, code_factor, unpack_weight
+from qe_kernels.products import finished
 from qe_kernels.split_k import Workspace, reduce_splits
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
 from qe_kernels.unpack import load_weight
@@ -371,4 +372,4 @@ def _dot(a, b, acc):
     """a b + acc (None: 0). The interpreter would take bf16 for integers."""
     if INTERPRET and b.dtype != tl.int8:
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, out_dtype=tl.int32 if b.dtype == tl.int8 else tl.float32)
+    return finished(tl.dot(a, b, acc, out_dtype=tl.int32 if b.dtype == tl.int8 else tl.float32))

@@ -7,14 +7,13 @@ builds run in a process of their own, without TRITON_INTERPRET.
 import importlib
 import os
 import pickle
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from tests.kernels.sass import Hazard, Instruction, count, disassemble, hazards, main_loop, parse, resources
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, by capability."""
@@ -35,6 +34,8 @@ class Job:
     capability: int
     warps: int = 4
     stages: int = 4
+    unfinished: bool = False
+    """Without `products.finished`: as the compilers would do it."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,17 @@ class Build:
     stack: int
     shared: int
     """Bytes."""
-    sass: tuple[str, ...]
-    """The instructions, without predicates."""
-    loop: tuple[str, ...]
+    sass: tuple[Instruction, ...]
+    loop: tuple[Instruction, ...]
     """Those of the main loop: the innermost one that has the most tensor core instructions."""
 
     @property
     def spills(self) -> int:
         return count(self.sass, r"(STL|LDL)\b")
 
-
-def count(sass: Sequence[str], pattern: str) -> int:
-    return sum(re.match(pattern, instruction) is not None for instruction in sass)
+    @property
+    def hazards(self) -> list[Hazard]:
+        return hazards(self.sass)
 
 
 _built: dict[str, Build] = {}
@@ -63,28 +63,49 @@ _built: dict[str, Build] = {}
 def build(jobs: Sequence[Job]) -> list[Build]:
     """Each job is built once in a test session."""
     missing = {repr(job): job for job in jobs if repr(job) not in _built}
-    if missing:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        environment.pop("TRITON_INTERPRET", None)
-        result = subprocess.run(
-            [sys.executable, "-c", "from tests.kernels.aot import serve; serve()"],
-            input=pickle.dumps(list(missing.values())),
-            capture_output=True,
-            env=environment,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr.decode()
-        _built.update(zip(missing, pickle.loads(result.stdout), strict=True))
+    for unfinished in (False, True):
+        here = {name: job for name, job in missing.items() if job.unfinished == unfinished}
+        if here:
+            _built.update(zip(here, _elsewhere(list(here.values()), unfinished), strict=True))
     return [_built[repr(job)] for job in jobs]
 
 
-def serve() -> None:
+def _elsewhere(jobs: list[Job], unfinished: bool) -> list[Build]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", f"from tests.kernels.aot import serve; serve({unfinished})"],
+        input=pickle.dumps(jobs),
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    return pickle.loads(result.stdout)
+
+
+def serve(unfinished: bool) -> None:
     """The process of its own: jobs on standard input, builds on standard output."""
+    if unfinished:
+        _leave_products_unfinished()
     jobs = pickle.load(sys.stdin.buffer)
-    pickle.dump([_compile(job) for job in jobs], sys.stdout.buffer)
+    pickle.dump([compile_job(job) for job in jobs], sys.stdout.buffer)
 
 
-def _compile(job: Job) -> Build:
+def _leave_products_unfinished() -> None:
+    """For all kernels of this process: Triton looks functions up when a kernel is compiled for the first time."""
+    import triton
+    from qe_kernels import down, linear
+
+    linear.finished = down.finished = triton.jit(_as_it_is)
+
+
+def _as_it_is(product):
+    return product
+
+
+def compile_job(job: Job) -> Build:
+    """In this process, where nothing is interpreted."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -99,16 +120,9 @@ def _compile(job: Job) -> Build:
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": job.warps, "num_stages": job.stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", cubin.name)
-        listing = _run(tools / "nvdisasm", "-c", cubin.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    sass, loops = _parse(listing)
-    return Build(int(registers), int(stack), kernel.metadata.shared, sass, _main_loop(sass, loops))
+    code = parse(disassemble(kernel.asm["cubin"]))
+    registers, stack = resources(kernel.asm["cubin"])
+    return Build(registers, stack, kernel.metadata.shared, tuple(code), tuple(main_loop(code)))
 
 
 def _describe(kind: Any, path: tuple[int, ...], constants: dict[Any, Any], divisible: dict[Any, Any]) -> Any:
@@ -123,26 +137,3 @@ def _describe(kind: Any, path: tuple[int, ...], constants: dict[Any, Any], divis
     if divisor:
         divisible[path] = [["tt.divisibility", int(divisor)]]
     return name
-
-
-def _run(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _parse(listing: str) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
-    """Instructions, and the first and last of each loop: where a branch goes back to a label."""
-    sass, labels, loops = [], {}, []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(sass)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z].*?)\s*;", line):
-            target = re.search(r"^BRA.*`\((\.L_\w+)\)", instruction[1])
-            if target and target[1] in labels:
-                loops.append((labels[target[1]], len(sass)))
-            sass.append(instruction[1])
-    return tuple(sass), loops
-
-
-def _main_loop(sass: tuple[str, ...], loops: list[tuple[int, int]]) -> tuple[str, ...]:
-    bodies = [sass[first : last + 1] for first, last in loops]
-    return max(bodies, key=lambda body: (count(body, TENSOR_CORE), -len(body)), default=())

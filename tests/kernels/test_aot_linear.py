@@ -24,6 +24,12 @@ def routed(up: str, scale: str | None, rank: int = 16) -> _Branch:
     return _Branch("*bf16:16", up, scale, "i32:16", "i32", "i32:16", "i32:16", "i32:16", "i32:16", rank)
 
 
+def of_dtype(branch: _Branch, dtype: str) -> _Branch:
+    """Written for bf16; its scales stay so."""
+    up = branch.up.replace("bf16", dtype)
+    return branch._replace(z=branch.z.replace("bf16", dtype), up=up)
+
+
 NO_BRANCHES = ()
 QE = (shared("*u8:16", "*bf16:16"), routed("*i8:16", "*bf16:16"))
 """Shared low rank in 4 bits, routed in 8."""
@@ -37,11 +43,14 @@ class Case:
     branches: tuple[_Branch, ...] = QE
     int8: bool = False
     group: int | None = 128
+    bits: int = 4
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
         tile = f"{self.config.BN}x{self.config.BM}x{self.config.BK}"
-        kind = f"a{8 if self.int8 else 16}g{self.group}{'w' * self.config.scale_weights}"
-        return f"sm{self.capability}-{tile}-{kind}-{len(self.branches)}branches"
+        kind = f"w{self.bits}a{8 if self.int8 else 16}g{self.group}{'w' * self.config.scale_weights}"
+        half = "-fp16" if self.dtype == "fp16" else ""
+        return f"sm{self.capability}-{tile}-{kind}-{len(self.branches)}branches{half}"
 
     @property
     def job(self) -> Job:
@@ -49,11 +58,11 @@ class Case:
         in_register = config.scale_weights or (self.group and self.group % config.BK)
         scaling = "output" if self.group is None else "weight" if in_register else "accumulator"
         signature = {
-            "base": "*i8:16" if self.int8 else "*bf16:16",
+            "base": "*i8:16" if self.int8 else f"*{self.dtype}:16",
             "planes": ("*u8:16",) * 3,
             "scale": "*bf16:16",
-            "branches": self.branches,
-            "y": "*bf16:16",
+            "branches": tuple(of_dtype(branch, self.dtype) for branch in self.branches),
+            "y": f"*{self.dtype}:16",
             "partials": "*fp32:16",
             "counters": "*i32:16",
             "M": "i32",
@@ -65,9 +74,9 @@ class Case:
             signature["expert"] = "*i32:16"
         constexprs: dict[str, Any] = {
             "BRANCHES": len(self.branches),
-            "BITS": 4,
+            "BITS": self.bits,
             "WGMMA": order_for(divmod(self.capability, 10)) is Order.WGMMA,
-            "FACTOR": code_factor(4, self.int8),
+            "FACTOR": code_factor(self.bits, self.int8),
             "GROUP": self.group,
             "SCALING": scaling,
             "BN": config.BN,

@@ -13,21 +13,10 @@ from qe_kernels.layout import field_widths
 from qe_kernels.linear import Config
 from qe_kernels.workspaces import FLOATS, TILES
 
+from tests.kernels.hopper import H100, weight
 from tests.kernels.test_aot_linear import CASES
 
-H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), processors=132)
 CONFIG = Config(64, 16, 128, split_k=2)
-
-
-def weight(rows: int, columns: int, bits: int = 4, group_size: int | None = None, int8: bool = False) -> Weight:
-    """Without memory."""
-    planes = tuple(
-        torch.empty(-(-rows // 64), -(-columns // 128), 64, 16 * width, dtype=torch.uint8, device="meta")
-        for width in field_widths(bits)
-    )
-    groups = 1 if group_size is None else columns // group_size
-    scale = torch.empty(groups, rows, device="meta")
-    return Weight(planes, scale, rows, columns, bits, group_size, Order.WGMMA, int8)
 
 
 QKV, O, GATE_UP, DOWN = (

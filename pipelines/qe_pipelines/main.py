@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qe_dist.core.errors import QEError, Stopped
+from qe_dist.core.errors import QEError, Stopped, TemporaryError
 from qe_pipelines.compare import compare
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
@@ -39,8 +39,8 @@ def about() -> None:
 
 
 def main() -> None:
-    """The console script. An error that the user can correct ends in one paragraph and exit code 2, a run that was
-    asked to stop in exit code 75 (EX_TEMPFAIL: try again)."""
+    """The console script. An error that the user can correct ends in one paragraph and exit code 2; what the same
+    command continues, as after a lost node, a full disk or a request to stop, in exit code 75 (EX_TEMPFAIL)."""
     try:
         app(standalone_mode=True)
     except Stopped as stopped:
@@ -49,7 +49,7 @@ def main() -> None:
     except QEError as error:
         log.error(str(error))
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, TemporaryError) else 2)
 
 
 if __name__ == "__main__":

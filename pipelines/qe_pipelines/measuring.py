@@ -34,13 +34,13 @@ def measure(runs: Sequence[Any], arch: Any, examples: Any) -> list[Entry]:
 def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: str) -> list[Any]:
     """Runs tasks on Ray, as many at a time as fit into the memory of the nodes, and returns their results in order.
 
-    tasks: function, arguments, the folder that it evaluates, and the bytes that it needs. Raises QEError when a process
-    is killed, since it would be killed again, and ConfigError when no node has enough memory.
+    tasks: function, arguments, the folder that it evaluates, and the bytes that it needs. Raises TemporaryError when a
+    process is killed, and ConfigError when no node has enough memory.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-    from qe_dist.core.errors import QEError
+    from qe_dist.core.errors import TemporaryError
 
     _check_room(tasks)
     gpus = 0 if device == "cpu" else 1
@@ -55,7 +55,7 @@ def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: st
         except RayTaskError as error:
             raise error.cause from None
         except (OutOfMemoryError, WorkerCrashedError):
-            raise QEError(
+            raise TemporaryError(
                 f"the process that evaluates {folder} was killed; it counted on {size / GIB:.1f} GiB, and most likely "
                 "the machine had no memory left. End what else runs there, give fewer --workers, or evaluate block by "
                 "block: qe-dist eval --stream"

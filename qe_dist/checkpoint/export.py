@@ -30,7 +30,15 @@ from qe_dist.checkpoint.verify import Checkpoint
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.layout import FORMAT, GroupLayout
 from qe_dist.io.checkpoint import COPIED, INDEX
-from qe_dist.io.publish import make_folder, publish, publish_json, publish_one_by_one, publish_tensors, sha256
+from qe_dist.io.publish import (
+    cannot_write,
+    make_folder,
+    publish,
+    publish_json,
+    publish_one_by_one,
+    publish_tensors,
+    sha256,
+)
 
 ADAPTER = "adapter"
 REPORT = "qe_export.json"
@@ -83,7 +91,7 @@ def export(folder: Path, output: Path, peft: bool) -> Exported:
         exported = _Export(checkpoint, unfinished, peft).write(output.name)
         unfinished.rename(output)
     except OSError as error:
-        raise CheckpointError(f"{output} could not be written: {error.strerror or error}") from None
+        raise cannot_write(output, error) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return exported

@@ -5,6 +5,11 @@ class QEError(Exception):
     """Anything that the user can act on. The command line prints it as one paragraph and exits with 2."""
 
 
+class TemporaryError(QEError):
+    """A node, a worker or room on a disk was lost, which is no fault of the input. What is finished is kept, and the
+    same command continues. The command line exits with 75 (EX_TEMPFAIL)."""
+
+
 class ConfigError(QEError, ValueError):
     """An option, recipe, calibration file or output directory that cannot be used as it is."""
 
@@ -13,7 +18,15 @@ class CheckpointError(QEError):
     """A model or checkpoint on disk that is missing, damaged or not of the expected form."""
 
 
-class Stopped(QEError):
+class NoRoomError(ConfigError, TemporaryError):
+    """A disk or a cluster that has too little room now for what is asked. The same command works once there is more."""
+
+
+class TemporaryFileError(CheckpointError, TemporaryError):
+    """A file for which a disk has no room, or that was damaged and is removed. The same command makes it."""
+
+
+class Stopped(TemporaryError):
     """The user asked to stop. Nothing is wrong; the same command continues."""
 
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from qe_dist.core.batch import held_out_below
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import ConfigError, NoRoomError
 from qe_dist.core.spec import BlockSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.base import Bounded, Shares
@@ -142,7 +142,8 @@ class FitJob:
 
 
 def check_runs(model: ModelSpec, runs: Sequence[RunConfig], passthrough_bytes: int) -> None:
-    """Raises ConfigError for what would fail later with any workers: from_block, scheme, budget, disk space."""
+    """Raises ConfigError for what would fail later with any workers: from_block, scheme, budget, disk space
+    (NoRoomError)."""
     for run in runs:
         if run.from_block >= len(model.blocks):
             raise ConfigError(f"from_block is {run.from_block}, but the model ends with block {len(model.blocks) - 1}")
@@ -213,7 +214,7 @@ def _check_disk(run: RunConfig, output_bytes: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < output_bytes:
-        raise ConfigError(
+        raise NoRoomError(
             f"{place} has {free / 2**20:.0f} MiB free, the checkpoint needs about {output_bytes / 2**20:.0f} MiB; "
             "free some space or choose another output directory"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qe_dist.core.errors import CheckpointError
+from qe_dist.core.errors import CheckpointError, TemporaryFileError
 from qe_dist.core.layout import BlockLayout, GroupLayout, Layout, TensorSpec
 from qe_dist.core.manifest import FittedBlock, Manifest
 from qe_dist.core.quantized import QuantizedGroup, QuantizedLinear, input_tensors, repair_tensors
@@ -210,7 +210,7 @@ def _move_up(run: RunDir, name: str, size: int) -> None:
     if not found.exists() or found.stat().st_size != size:
         said = f"has {found.stat().st_size} bytes, expected {size}" if found.exists() else "is missing"
         run.forget_file(name)
-        raise CheckpointError(
+        raise TemporaryFileError(
             f"{found} {said}; every worker must see the same {run.output} (a shared file system). "
             "Type the same command again to have it made anew"
         )

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from qe_dist.core.errors import CheckpointError, ConfigError, QEError
-from qe_dist.io.publish import make_folder
+from qe_dist.core.errors import ConfigError, QEError
+from qe_dist.io.publish import cannot_write, make_folder
 
 HEARTBEAT_SECONDS = 5.0
 """Time between two heartbeats."""
@@ -113,10 +113,7 @@ class RunLock:
                 if number < self.number:
                     self._path(number).unlink(missing_ok=True)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} could not be written: {error.strerror}; free some space (or mend the permissions) and "
-                "type the same command again"
-            ) from None
+            raise cannot_write(self.folder, error) from None
         self._thread = threading.Thread(target=self._give_heartbeats, name="run lock", daemon=True)
         self._thread.start()
         return self

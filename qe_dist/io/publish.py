@@ -7,6 +7,7 @@ writing, so that the file is not read again.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qe_dist.core.errors import CheckpointError
+from qe_dist.core.errors import CheckpointError, TemporaryFileError
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -32,7 +33,7 @@ DTYPES = {
 def publish(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path, and renames the result to `path`.
 
-    Raises CheckpointError when it cannot be written, as on a full disk; a file that was at `path` before stays.
+    Raises `cannot_write` when it cannot be written; a file that was at `path` before stays.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -42,17 +43,23 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error.strerror or error}; free some space (or mend the permissions) and "
-            "type the same command again, nothing finished is lost"
-        ) from None
+        raise cannot_write(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def cannot_write(path: Path, error: OSError) -> CheckpointError:
+    """The error to raise for a path that cannot be written: TemporaryFileError where there is no room."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (TemporaryFileError if full else CheckpointError)(
+        f"{path} could not be written: {error.strerror or error}; free some space (or mend the permissions) and "
+        "type the same command again, nothing finished is lost"
+    )
+
+
 def publish_json(path: Path, content: Any) -> None:
-    """Publishes a JSON file. Raises CheckpointError as `publish` does."""
+    """Publishes a JSON file. Raises as `publish` does."""
     publish(path, lambda p: p.write_bytes(json_bytes(content)))
 
 

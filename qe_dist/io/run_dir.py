@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from qe_dist.core.batch import Batch
-from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.errors import CheckpointError, ConfigError, TemporaryFileError
 from qe_dist.io.lock import RunLock
 from qe_dist.io.publish import (
     digest,
@@ -131,8 +131,8 @@ class RunDir:
         publish_sealed(self._batch_path(block, batch.index), batch.tensors())
 
     def get_batch(self, block: int, index: int) -> Batch:
-        """The batch as it was put. Raises CheckpointError for a damaged one, and removes it, so that a continued run
-        makes it again."""
+        """The batch as it was put. Raises TemporaryFileError for a damaged one, and removes it, so that a continued
+        run makes it again."""
         path = self._batch_path(block, index)
         if not path.exists():  # or this host does not see it yet
             self.refresh()
@@ -140,7 +140,7 @@ class RunDir:
             return Batch.from_tensors(read_sealed(path))
         except CheckpointError as error:
             path.unlink(missing_ok=True)
-            raise CheckpointError(f"{error}; it is removed, type the same command again to make it anew") from None
+            raise TemporaryFileError(f"{error}; it is removed, type the same command again to make it anew") from None
 
     def last_spooled(self, block: int, num_batches: int) -> int:
         """The last block up to `block` whose input is spooled completely; 0 if there is none."""

@@ -23,7 +23,7 @@ def main(folder: str, output: str) -> None:
     ]
     Path(output).write_text("\n".join(lines) + "\n")
     samples = read_samples(Path(output))  # an image that is damaged or an empty caption is named here
-    print(f"{output}: {len(samples)} samples, {sum(sample.pixels for sample in samples)} pixels")
+    print(f"{output}: {len(samples)} samples, {sum(len(sample.images) for sample in samples)} images")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ EXTRAS = PYPROJECT["optional-dependencies"]
 OF_USERS = ("quantize", "report", "s3", "vllm", "serve")
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 """Where a package is not called as what it is imported by."""
-NOT_IMPORTED = {"jinja2": "transformers", "pyarrow": "Ray Serve LLM", "s3fs": "fsspec"}
+NOT_IMPORTED = {"pyarrow": "Ray Serve LLM", "s3fs": "fsspec"}
 """Declared, and imported by whom instead of us."""
 
 

@@ -160,7 +160,7 @@ def show_answers(console: Console, model: Path, data: Path, output: Path) -> Non
     arch = archs.for_config(json.loads((model / "config.json").read_text()))
     encoder = arch.encoder(model)
     for sample in chosen:
-        console.print(picture(sample.images[0]) if console.color_system else str(sample.images[0]))
+        console.print(picture(sample.images[0].path) if console.color_system else sample.images[0].name)
         question, expected = (_text(sample.messages[i]) for i in (0, 1))
         console.print(f"[bold]{escape(question)}[/]  expected: {escape(expected)}", highlight=False)
         for name, speaker in speakers.items():

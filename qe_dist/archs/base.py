@@ -20,7 +20,7 @@ from qe_dist.archs.shared.modules import empty, fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.rotation import RotatedTensor, RotationSites, Space
-from qe_dist.core.sample import Example, Sample
+from qe_dist.core.sample import Example, PixelBounds, Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, Feeder, InputGroup, LinearSpec, ModelSpec
 
@@ -46,8 +46,11 @@ class ImageReader(Protocol):
     token: int
     """The placeholder of an image in the tokens of a text."""
 
-    def __call__(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
-        """What the vision tower takes, and how many tokens each image becomes."""
+    def __call__(
+        self, images: Sequence[Image.Image], bounds: Sequence[PixelBounds]
+    ) -> tuple[Mapping[str, Tensor], list[int]]:
+        """What the vision tower takes, and how many tokens each image becomes. bounds: of each image. Raises ValueError
+        for an image, or for bounds, that the processor does not take."""
         ...
 
 
@@ -261,8 +264,9 @@ class Family:
         from qe_dist.archs.shared.chat import ChatEncoder
 
         config = self.hf_config(json.loads((folder / "config.json").read_text()))
-        end = config.get_text_config().eos_token_id
-        return ChatEncoder(folder, self.frontend.images(folder, config), end if isinstance(end, list) else [end])
+        text = config.get_text_config()
+        end = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        return ChatEncoder(folder, self.frontend.images(folder, config), end, text.max_position_embeddings)
 
     def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
         """Right-padded keyword arguments of the whole Hugging Face model."""

@@ -14,7 +14,10 @@ from qe_dist.data.samples import load_images, read_samples
 from qe_dist.io.checkpoint import MANIFEST, read_manifest
 from qe_dist.io.weights import SafetensorsSource
 
-ENCODING_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+ENCODING_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "additional_chat_templates/default.jinja",
+)  # fmt: skip
 
 
 class EncodedSamples(Sequence[Example]):

@@ -20,7 +20,7 @@ from qe_dist.archs.base import Encoder, Family
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.layout import BlockLayout, Layout, TensorSpec
 from qe_dist.core.manifest import FittedBlock, Manifest
-from qe_dist.core.sample import Sample
+from qe_dist.core.sample import ImageRef, Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.io.checkpoint import INDEX, MANIFEST, read_manifest
 from qe_dist.io.integrity import file_faults, settings_faults
@@ -157,7 +157,7 @@ def image_effect(model: Any, arch: Family, encoder: Encoder) -> float:
 def _last_logits(model: Any, arch: Family, encoder: Encoder, image: Image.Image) -> torch.Tensor:
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "It"}]}
-    example = encoder(Sample(0, "verify", "image", messages=(asked, answer)), [image])
+    example = encoder(Sample(0, "verify", "image", (asked, answer), images=(ImageRef("random"),)), [image])
     inputs = {k: v.to(model.device) for k, v in arch.model_inputs([example], pad=0).items()}
     return model(**inputs, use_cache=False).logits[0, -1].float()
 

@@ -10,8 +10,33 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class PixelBounds:
+    """Fewest and most pixels that an image is to be scaled to. None: what the model's image processor takes."""
+
+    least: int | None = None
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where the encoded bytes of an image are: in a file, in this process's scratch file, or here."""
+
+    name: str
+    """What messages to the user call it."""
+    path: Path | None = None
+    begin: int = 0
+    """Of its bytes in the scratch file, which has the images that are no files."""
+    length: int = 0
+    content: bytes | None = None
+    """The bytes themselves, in a sample that goes to another process."""
+    bounds: PixelBounds = PixelBounds()
+    size: tuple[int, int] = (0, 0)
+    """Width and height of the decoded image."""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One line of a JSON-lines file: a conversation, with images, or plain text."""
+    """A conversation, with images, or plain text."""
 
     index: int
     origin: str
@@ -19,9 +44,9 @@ class Sample:
     kind: str
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
-    images: tuple[Path, ...] = ()
-    pixels: int = 0
-    """Number of pixels of all its images together."""
+    images: tuple[ImageRef, ...] = ()
+    digest: str = ""
+    """SHA-256 of what is said and of all pixels, whatever form of file they came in."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +60,5 @@ class Example:
     modality: Int8[Tensor, " L"]
     vision: Mapping[str, Tensor]
     """What the vision tower takes (pixel values, grids); empty for plain text."""
+    cut: int = 0
+    """Tokens at its end that the model's context has no room for."""

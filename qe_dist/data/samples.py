@@ -5,7 +5,6 @@ or short {"image": ..., "prompt": ..., "answer": ...}, or {"text": ...}. Paths a
 """
 
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.sample import Sample
+from qe_dist.core.sample import ImageRef, Sample
 
 MAX_PIXELS = 64_000_000
 """Of one image; anything larger is taken for a decompression bomb."""
@@ -52,11 +51,11 @@ def _sample(line: str, index: int, origin: str, folder: Path) -> Sample:
     else:
         raise ConfigError(f"{origin}: expected 'messages', 'text', or 'prompt' and 'answer'; found {sorted(record)}")
     names = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-    images = tuple(_image_path(name, origin, folder) for name in names)
+    paths = [_image_path(name, origin, folder) for name in names]
     # A damaged image should stop the run now, not at its batch.
-    pixels = sum(math.prod(_decoded(path, origin).size) for path in images)
+    images = tuple(ImageRef(str(path), path, size=_decoded(path, origin).size) for path in paths)
     kind = str(record.get("kind", "image" if images else "chat"))
-    return Sample(index, origin, kind, messages=tuple(messages), images=images, pixels=pixels)
+    return Sample(index, origin, kind, messages=tuple(messages), images=images)
 
 
 def _from_short(record: dict[str, Any], origin: str) -> list[dict[str, Any]]:
@@ -130,4 +129,4 @@ def _decoded(path: Path, origin: str) -> Image.Image:
 
 def load_images(sample: Sample) -> list[Image.Image]:
     """The decoded images of a sample, RGB."""
-    return [_decoded(path, sample.origin) for path in sample.images]
+    return [_decoded(image.path, sample.origin) for image in sample.images]

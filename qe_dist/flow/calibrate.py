@@ -31,8 +31,9 @@ def batch_tokens(batches: Sequence[Sequence[Sample]], pixels_per_token: int) -> 
 
 def _tokens(sample: Sample, pixels_per_token: int) -> int:
     said = [part.get("text", "") for message in sample.messages for part in message["content"]]
+    pixels = sum(width * height for width, height in (image.size for image in sample.images))
     characters = len(sample.text or "") + sum(map(len, said))
-    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + sample.pixels // pixels_per_token
+    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + pixels // pixels_per_token
 
 
 class Embedder:

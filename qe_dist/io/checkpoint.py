@@ -37,6 +37,12 @@ COPIED = (
 )  # fmt: skip
 
 
+def copied_files(folder: Path) -> list[str]:
+    """The files beside the tensors that a checkpoint takes over: COPIED, and named chat templates."""
+    named = sorted(path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja"))
+    return [name for name in COPIED if (folder / name).exists()] + named
+
+
 def linear_tensors(linear: QuantizedLinear, bits: int) -> dict[str, Tensor]:
     """A linear's tensors by their names within it."""
     shape = torch.tensor(linear.codes.shape, dtype=torch.int64)
@@ -126,16 +132,17 @@ def assemble(
         run.output / INDEX,
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    for name in COPIED:
-        if (source.folder / name).exists():
-            publish(run.output / name, partial(shutil.copyfile, source.folder / name))
+    copied = copied_files(source.folder)
+    for name in copied:
+        (run.output / name).parent.mkdir(exist_ok=True)
+        publish(run.output / name, partial(shutil.copyfile, source.folder / name))
     quantized = Layout(tuple(BlockLayout.from_json(report["layout"]) for report in blocks.values())).to_json()
     config = {**source.config, "quantization_config": quantized}
     padded = isinstance(source, PaddedSource)
     model, original = (source.model, source.source) if padded else (spec, source)
     reports = zip(spec.blocks, blocks.values(), strict=True)
     fitted = tuple(FittedBlock.from_json({**report, "prefix": block.prefix}) for block, report in reports)
-    others = [run.output / name for name in (*files, INDEX, *COPIED) if (run.output / name).exists()]
+    others = [run.output / name for name in (*files, INDEX, *copied) if (run.output / name).exists()]
     manifest = Manifest(
         recipe=recipe,
         run=run_info,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.sample import Example
+from qe_dist.core.sample import Example, PixelBounds
 
 
 class Qwen2VLImages:
@@ -27,10 +27,22 @@ class Qwen2VLImages:
             raise CheckpointError(f"{folder}: image processor cannot be loaded: {error}") from None
         self.token = token
 
-    def __call__(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Tensor], list[int]]:
-        out: Any = self.processor(list(images), return_tensors="pt")
+    def __call__(
+        self, images: Sequence[Image.Image], bounds: Sequence[PixelBounds]
+    ) -> tuple[Mapping[str, Tensor], list[int]]:
+        found = [
+            self.processor([image], return_tensors="pt", **self._size(bound))
+            for image, bound in zip(images, bounds, strict=True)
+        ]
+        out = {name: torch.cat([one[name] for one in found]) for name in ("pixel_values", "image_grid_thw")}
         counts = out["image_grid_thw"].prod(dim=1) // self.processor.merge_size**2
-        return {k: out[k] for k in ("pixel_values", "image_grid_thw")}, counts.tolist()
+        return out, counts.tolist()
+
+    def _size(self, bound: PixelBounds) -> dict[str, Any]:
+        """The processor's own bounds with those that a sample has in their place; what it calls edges are pixels."""
+        own = {"shortest_edge": bound.least, "longest_edge": bound.most}
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"size": dict(self.processor.size) | given} if given else {}
 
 
 class Qwen2VLFrontend:

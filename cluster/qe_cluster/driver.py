@@ -102,6 +102,8 @@ class _Waves:
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": summary.continued}
         process = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
         self.listen("start", counts | process | {"first": ready.next_block(), "workers": ready.config.workers})
+        for text in ready.notes:
+            self.listen("note", {"text": text})
         try:
             while (first := ready.next_block()) is not None:
                 self._run_wave(self._plan_wave(first))

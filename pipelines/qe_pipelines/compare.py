@@ -13,12 +13,13 @@ from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.entries import by_arithmetic, plot, table_of
 from qe_pipelines.evaluate import encode
 from qe_pipelines.measuring import measure
+from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import run_view, set_up_logging
 from qe_pipelines.results import write_result
 
 
 def compare(
-    model: Annotated[Path | None, typer.Argument(help="Hugging Face model directory")] = None,
+    model: Annotated[str | None, typer.Argument(help="folder, or name on the Hugging Face hub")] = None,
     recipes: Annotated[str, typer.Option(help="comma-separated names or TOML files, such as rtn-w4a6,qe-w4a6")] = "",
     calibration: Annotated[Path | None, typer.Option(help="JSON-lines file of samples to calibrate with")] = None,
     data: Annotated[
@@ -29,6 +30,7 @@ def compare(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="directory for a checkpoint of every recipe")] = None,
+    revision: Revision = None,
     list_all: Annotated[bool, typer.Option("--list", help="print what recipes are made of, and stop")] = False,
     workers: Annotated[int | None, typer.Option(help="Ray workers; default: as for quantize")] = None,
     ray_address: Annotated[str | None, typer.Option(help="address of a running Ray cluster")] = None,
@@ -58,13 +60,12 @@ def compare(
     from qe_dist.methods.recipes import load_recipe
 
     loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}
-    encoded = encode(model, data)  # raises for a faulty sample, before any work
+    folder = folder_at(model, revision)
+    encoded = encode(folder, data)  # raises for a faulty sample, before any work
     here = launch.resources(ray_address)
     runs = [
-        RunConfig(
-            model, recipe, calibration, output / folder, workers or here.workers(1), device=here.device, seed=seed
-        )
-        for folder, recipe in loaded.items()
+        RunConfig(folder, recipe, calibration, output / name, workers or here.workers(1), device=here.device, seed=seed)
+        for name, recipe in loaded.items()
     ]
     console = _console()
     with launch.ray_cluster(ray_address, max(run.workers for run in runs)):
@@ -73,7 +74,7 @@ def compare(
     write_result(output / "compare.json", {"model": str(model), "entries": [vars(e) for e in entries]})
     for title, own in by_arithmetic(entries):
         console.print(table_of(title, own, entries))
-        plot(own, f"{model.name}, {title}", output / f"{title}.png")
+        plot(own, f"{folder.name}, {title}", output / f"{title}.png")
     if note := too_few(len(encoded[1])):
         console.print(note, highlight=False, soft_wrap=True)
     console.print(f"numbers and plots are in {output}", highlight=False, soft_wrap=True)

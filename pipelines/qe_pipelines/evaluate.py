@@ -9,15 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qe_pipelines.models import Revision, folders_at
 from qe_pipelines.progress import set_up_logging
 
 COLUMNS = {"accuracy": "exact match", "perplexity": "perplexity", "kl": "KL", "agreement": "agreement"}
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="model or quantized checkpoint")],
+    model: Annotated[str, typer.Argument(help="model or quantized checkpoint")],
     data: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
-    reference: Annotated[Path | None, typer.Option(help="model to measure the KL divergence from")] = None,
+    reference: Annotated[str | None, typer.Option(help="model to measure the KL divergence from")] = None,
+    revision: Revision = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="block by block, for models that do not fit into memory; needs disk")
     ] = False,
@@ -28,16 +30,19 @@ def evaluate(
     from qe_dist.checkpoint.encoded import check_comparable
     from qe_dist.checkpoint.evaluate import measure, save_states
     from qe_dist.checkpoint.quality import too_few
+    from qe_dist.serve.loading import check_loadable
 
-    arch, examples = encode(model, data)
-    if reference is not None:
-        check_comparable(examples, reference)
+    folder, original = folders_at(model, reference, revision)
+    arch, examples = encode(folder, data)
+    if original is not None:
+        check_comparable(examples, original)
+        check_loadable(original)
     opened = streamed if stream else loaded
     with tempfile.TemporaryDirectory(prefix="qe-dist-eval-") as temporary:
         work, full = Path(temporary), None
-        if reference is not None:
-            full = save_states(opened(reference, arch, work / "between"), examples, work / "reference")
-        found = measure(opened(model, arch, work / "between"), examples, full)
+        if original is not None:
+            full = save_states(opened(original, arch, work / "between"), examples, work / "reference")
+        found = measure(opened(folder, arch, work / "between"), examples, full)
     result = found.summary()
     if as_json:
         typer.echo(json.dumps({**result, "scores": found.columns()}, indent=1))
@@ -72,9 +77,14 @@ def streamed(folder: Path, arch: Any, work: Path) -> Any:
 
 
 def encode(folder: Path, data: Path) -> tuple[Any, Any]:
-    """The architecture, and the samples of a file as the model's own tokenizer and image processor see them."""
-    from qe_dist.checkpoint.encoded import EncodedSamples
+    """The architecture, and the samples of a file as the model's own tokenizer and image processor see them.
 
+    Raises ConfigError or CheckpointError for a model that could not be loaded, and for a faulty sample.
+    """
+    from qe_dist.checkpoint.encoded import EncodedSamples
+    from qe_dist.serve.loading import check_loadable
+
+    check_loadable(folder)
     examples = EncodedSamples(folder, data)
     return examples.arch, examples
 

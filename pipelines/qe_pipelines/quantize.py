@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qe_dist.core.errors import ConfigError
 from qe_pipelines.console import TO_QUANTIZE, require
+from qe_pipelines.models import Revision, model_at
 from qe_pipelines.progress import log, run_view, set_up_logging
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its URL (s3://, gs://)")],
+    model: Annotated[str, typer.Argument(help="folder, URL (s3://, gs://), or name on the Hugging Face hub")],
     recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
     calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],
     workers: Annotated[int | None, typer.Option(help="default: one per GPU, else one per CPU (at most 4)")] = None,
     ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: start one here")] = None,
+    revision: Revision = None,
     resume: Annotated[str, typer.Option(help="auto, required or never")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     samples_per_batch: Annotated[int, typer.Option(help="calibration samples per batch")] = 8,
@@ -54,7 +56,7 @@ def quantize(
     chosen = load_recipe(recipe)
     here = launch.resources(ray_address)
     run = RunConfig(
-        model=model,
+        model=model_at(model, revision),
         recipe=chosen,
         calibration=calibration,
         output=output,
@@ -75,7 +77,12 @@ def quantize(
     )
     with stopping() as stop, run_view(quiet) as view:
         summary = driver.quantize(run, address=ray_address, listen=view, stop=stop, patience=patience)
-    for line in summary_lines(summary, output):
+    _tell(summary_lines(summary, output), quiet)
+
+
+def _tell(lines: Iterable[str], quiet: bool) -> None:
+    """Into the log, and, unless it shall be quiet, to the terminal."""
+    for line in lines:
         log.info(line)
         if not quiet:
             typer.echo(line)

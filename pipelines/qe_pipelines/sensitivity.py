@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from qe_pipelines.evaluate import encode
+from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import set_up_logging
 
 
 def sensitivity(
-    model: Annotated[Path, typer.Argument(help="model in full precision")],
+    model: Annotated[str, typer.Argument(help="model in full precision")],
     data: Annotated[Path, typer.Option(help="JSON-lines file of samples with images and answers")],
+    revision: Revision = None,
 ) -> None:
     """Measure on MODEL how much an image token counts beside a text token, for the transform mbq of a recipe.
 
@@ -24,9 +26,10 @@ def sensitivity(
     from qe_dist.checkpoint.sensitivity import sensitivity as measure
     from qe_dist.serve.loading import load_model
 
-    arch, examples = encode(model, data)
-    check_memory(2 * sum(path.stat().st_size for path in model.glob("*.safetensors")))
-    found = measure(load_model(model).float(), arch, examples)
+    folder = folder_at(model, revision)
+    arch, examples = encode(folder, data)
+    check_memory(2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    found = measure(load_model(folder).float(), arch, examples)
     table = Table("output of", "image / text", "image / answer", title="mean |dLoss/dy|")
     for row in zip(found.places, found.image_to_text, found.image_to_answer, strict=True):
         table.add_row(row[0], *(f"{ratio:.2f}" for ratio in row[1:]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import set_up_logging
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def verify(
     output: Annotated[Path, typer.Argument(help="a finished checkpoint")],
-    source: Annotated[Path | None, typer.Option(help="the model it was made of: names and shapes must match")] = None,
+    source: Annotated[str | None, typer.Option(help="the model it was made of: names and shapes must match")] = None,
+    revision: Revision = None,
     tensor_parallel_size: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +41,8 @@ def verify(
         "types and shapes": checks.check_layout,
     }
     if source is not None:
-        steps[f"every linear of {source}"] = lambda c: checks.check_source(c, source)
+        original = folder_at(source, revision)
+        steps[f"every linear of {source}"] = lambda c: checks.check_source(c, original)
     count = 0
     for title, check in steps.items():
         count += _tell(title, check(checkpoint))

@@ -27,7 +27,7 @@ from qe_dist.io.integrity import file_faults, settings_faults
 from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import DTYPES, read_json
 from qe_dist.io.rotated import RotatedSource
-from qe_dist.io.weights import SafetensorsSource
+from qe_dist.model import open_model
 
 SLICE_BYTES = 2**26
 """Of a tensor that is looked at, at a time."""
@@ -165,8 +165,9 @@ def _last_logits(model: Any, arch: Family, encoder: Encoder, image: Image.Image)
 def _source(folder: Path, manifest: Manifest) -> WeightSource:
     """Names and shapes of the model that was quantized: rotated, it may have a head that was tied; padded, its MLPs are
     wider."""
-    source: WeightSource = SafetensorsSource(folder)
-    arch = archs.for_config(source.config)
+    model = open_model(folder)
+    source: WeightSource = model.source
+    arch = model.arch
     if manifest.recipe.get("rotation") is not None:
         source = RotatedSource(source, arch.rotation_sites(source), bases={})
     if manifest.padding is not None:

@@ -1,5 +1,6 @@
 """The whole pipeline in one process: the specification of what the Ray driver does."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +19,15 @@ from qe_dist.flow.config import RunConfig, check_siblings
 from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, local_capacities, make_plan, plan_wave
 from qe_dist.flow.run import Run, with_policy
 from qe_dist.flow.serving import check_serving
-from qe_dist.flow.source import open_source
+from qe_dist.flow.source import rewritten
 from qe_dist.flow.stage import Stage
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
 from qe_dist.methods import AXES
+from qe_dist.model import open_model
+
+log = logging.getLogger("qe_dist")
 
 
 def quantize(*configs: RunConfig) -> None:
@@ -33,6 +37,8 @@ def quantize(*configs: RunConfig) -> None:
     """
     capacities = local_capacities(configs[0])
     ready = prepare_run(*configs, capacities=capacities)
+    for note in ready.notes:
+        log.warning("%s", note)
     with opened(ready) as (ready, lease), closing(Embedder(ready.config, ready.model.arch)) as embedder:
         start(ready)
         while (first := ready.next_block()) is not None:
@@ -68,6 +74,8 @@ class Prepared:
     samples: list[list[Sample]]
     source: WeightSource
     model: ModelSpec
+    notes: tuple[str, ...] = ()
+    """What of the model is left out or changed, a line each."""
 
     @property
     def configs(self) -> tuple[RunConfig, ...]:
@@ -119,8 +127,9 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     configs = tuple(with_policy(config, store) for config, store in zip(configs, stores, strict=True))
     check_siblings(configs)
     samples = make_batches(configs[0])
-    source = open_source(configs[0])
-    model = archs.for_config(source.config).spec(source)
+    found = open_model(configs[0].model)
+    source = rewritten(configs[0], found.source)
+    model = found.arch.spec(source)
     for config in configs:
         _check_images(config, samples, source)
     images = [image.path for batch in samples for sample in batch for image in sample.images]
@@ -128,7 +137,7 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     for config in configs:
         check_serving(model, config, source.config)
     check_runs(model, configs, upper_bytes(source, model.passthrough))
-    ready = Prepared(runs[0], runs, samples, source, model)
+    ready = Prepared(runs[0], runs, samples, source, model, found.notes)
     if capacities:
         make_plan(ready.task, capacities)
     return ready

@@ -8,13 +8,18 @@ from qe_dist.core.source import WeightSource
 from qe_dist.flow.config import RunConfig
 from qe_dist.io.padded import PaddedSource, paddable
 from qe_dist.io.rotated import RotatedSource
-from qe_dist.io.weights import SafetensorsSource
+from qe_dist.model import open_model
 from qe_dist.numerics.sharding import padding_step
 
 
 def open_source(run: RunConfig) -> WeightSource:
     """The model on disk, rewritten as recipe and tensor-parallel size ask. Reads headers, and gains of norms."""
-    source = _rotated(run, SafetensorsSource(run.model))
+    return rewritten(run, open_model(run.model).source)
+
+
+def rewritten(run: RunConfig, source: WeightSource) -> WeightSource:
+    """A model as recipe and tensor-parallel size ask for it."""
+    source = _rotated(run, source)
     group = paddable(archs.for_config(source.config).groups(source.config))
     step = padding_step(run.recipe.scheme, run.tensor_parallel_size)
     if group is None or group.in_features % step == 0:

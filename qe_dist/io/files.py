@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qe_dist.core.errors import CheckpointError
 from qe_dist.io.bucket import Bucket, is_url
 from qe_dist.io.shards import Span, Stored, unreadable
 
@@ -38,6 +39,10 @@ class Files(Protocol):
 
     def shown(self, name: str) -> str:
         """How a message names a file."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """Of all files directly in the folder."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -70,6 +75,14 @@ class LocalFiles:
 
     def shown(self, name: str) -> str:
         return str(self.folder / name)
+
+    def names(self) -> Collection[str]:
+        try:
+            return {path.name for path in self.folder.iterdir() if not path.is_dir()}
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error.strerror}") from None
 
     def size(self, name: str) -> int | None:
         path = self.folder / name
@@ -119,6 +132,9 @@ class RemoteFiles:
 
     def shown(self, name: str) -> str:
         return self._bucket.shown(name)
+
+    def names(self) -> Collection[str]:
+        return self._sizes.keys()
 
     def size(self, name: str) -> int | None:
         return self._sizes.get(name)

@@ -7,14 +7,17 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.source import WeightSource
+from qe_dist.io.bucket import is_url
 from qe_dist.io.files import open_files
-from qe_dist.io.shards import DTYPES, PACKED_DTYPES, Span, Stored, header_end, parse_header
+from qe_dist.io.folder import named_by_file, no_config
+from qe_dist.io.index import merge, read_index, same_bytes
+from qe_dist.io.shards import Span, Stored, check_start, header_end, parse_header
 
-INDEX = "model.safetensors.index.json"
 HEADER_GUESS = 64 * 1024
 """Bytes that the header of a shard hardly ever exceeds: one read instead of two."""
 CHECKED_VALUES = 2**22
@@ -24,46 +27,53 @@ SAMPLED_BYTES = 1024
 
 
 class SafetensorsSource:
-    """A Hugging Face model directory, on disk or behind a URL. Opening it reads headers only; `get` holds one tensor.
+    """A Hugging Face model directory, on disk or behind a URL, with every tensor that its shards hold. Opening it reads
+    headers only; `get` holds one tensor.
 
-    packed: whether the model may be quantized. Raises ConfigError when there is no model, and CheckpointError for files
-    that are missing or damaged.
+    Raises ConfigError when there is no model, saying what is there instead, and CheckpointError for files that are
+    missing, damaged or contradict each other.
     """
 
-    def __init__(self, model: Path | str, packed: bool = False) -> None:
+    def __init__(self, model: Path | str) -> None:
+        if not is_url(model) and Path(model).is_file():
+            raise ConfigError(named_by_file(Path(model)))
         self._files = open_files(model)
         self.folder = self._files.folder
-        self.config = self._read_json("config.json")
-        weight_map: dict[str, str] = {}
-        if self._files.size(INDEX) is not None:
-            weight_map = self._read_json(INDEX).get("weight_map", {})
-        shards = sorted(set(weight_map.values())) or ["model.safetensors"]
-        self._headers = self._read_headers(shards)
-        self._stored: dict[str, Stored] = {}
-        for shard, header in self._headers.items():
-            self._stored |= parse_header(
-                self._files.shown(shard), shard, header, self._size(shard), PACKED_DTYPES if packed else DTYPES
-            )
-        missing = sorted(set(weight_map) - set(self._stored))
-        if missing:
-            raise CheckpointError(
-                f"{self._files.shown(INDEX)} places {missing[0]} (and {len(missing) - 1} more) in "
-                f"{weight_map[missing[0]]}, which does not hold it; copy the shard again"
-            )
+        self.config = self._read_config()
+        index = read_index(self._files)
+        self.notes = index.notes
+        """What of the folder is left out, and why."""
+        self._headers = self._read_headers(index.shards)
+        held = {
+            shard: parse_header(self.shown(shard), shard, header, self._size(shard))
+            for shard, header in self._headers.items()
+        }
+        self._stored = merge(self._files, index, held)
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path, shown = self.folder / name, self._files.shown(name)
-        if not path.exists():
-            raise ConfigError(f"{shown} does not exist; expected a Hugging Face model directory")
+    def shown(self, name: str = "") -> str:
+        """How a message names a file of the model, or its folder."""
+        return self._files.shown(name)
+
+    def _read_config(self) -> dict[str, Any]:
+        path, shown = self.folder / "config.json", self.shown("config.json")
+        if "config.json" not in self._files.names():
+            raise ConfigError(no_config(self._files))
         try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{shown} is not JSON: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{shown} cannot be read: {error.strerror}") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{shown} is not the config of a model: expected an object, found {str(config)[:40]}")
+        return config
 
     def _read_headers(self, shards: Sequence[str]) -> dict[str, bytes]:
         """The JSON at the beginning of each shard."""
         starts = [Span(shard, 0, min(self._size(shard), HEADER_GUESS)) for shard in shards]
         found = dict(zip(shards, self._files.read(starts), strict=True))
+        for shard, start in found.items():
+            check_start(self.shown(shard), start, self._size(shard))
         longer = [
             Span(shard, 0, header_end(start))
             for shard, start in found.items()
@@ -74,6 +84,11 @@ class SafetensorsSource:
 
     def _size(self, shard: str) -> int:
         size = self._files.size(shard)
+        if size is None and (self.folder / shard).is_symlink():
+            raise CheckpointError(
+                f"{self.shown(shard)} is a link to {(self.folder / shard).readlink()}, which does not exist; fetch the "
+                "model again, or give a folder that holds the file itself"
+            )
         if size is None:
             raise CheckpointError(
                 f"{self._files.shown(shard)} is missing; a model directory needs every safetensors shard "
@@ -87,10 +102,19 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """As it is stored."""
+        return self._find(name).dtype
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal to the bit. Reads a few MiB of them at a time."""
+        return same_bytes(self._files, self._find(one), self._find(other))
+
     def get(self, name: str) -> Tensor:
         stored = self._find(name)
         tensor = self._files.get(name, stored)
-        if not all(part.isfinite().all() for part in tensor.flatten().split(CHECKED_VALUES)):
+        whole = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+        if not all(part.isfinite().all() for part in whole.flatten().split(CHECKED_VALUES)):
             raise CheckpointError(f"{self._files.shown(stored.span.file)}: {name} contains NaN or Inf")
         return tensor
 

@@ -12,10 +12,12 @@ from qe_dist.archs.base import BlockLoader, Family, RunBlock
 from qe_dist.archs.shared.modules import fill
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import ConfigError
-from qe_dist.core.layout import BlockLayout, Layout
+from qe_dist.core.layout import METHOD, BlockLayout, Layout
 from qe_dist.core.source import WeightSource
 from qe_dist.io.checkpoint import read_manifest
+from qe_dist.io.dequantized import quantization
 from qe_dist.io.weights import SafetensorsSource
+from qe_dist.model import open_model
 from qe_dist.serve.format import check_files
 from qe_dist.serve.modality import TokenModality
 from qe_dist.serve.transformers_plugin import check_tensors, replace_linears
@@ -28,16 +30,16 @@ def open_blocks(
 
     ConfigError for a checkpoint that others quantized: what its linears compute, only their own loader knows.
     """
-    source = SafetensorsSource(folder, packed=True)
-    quantized = source.config.get("quantization_config")
-    if quantized is None:
+    source: WeightSource = SafetensorsSource(folder)
+    said = quantization(source.config)
+    if said is None or said.get("quant_method") != METHOD:
+        try:
+            source = open_model(folder).source
+        except ConfigError as error:
+            own = "; blocks of others only their own loader can run: leave out --stream" if said else ""
+            raise ConfigError(f"{error}{own}") from None
         return source, [partial(_plain, arch, source, spec, device, dtype) for spec in arch.spec(source).blocks]
-    try:
-        layout = Layout.from_json(quantized)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{folder}: {error}; blocks of others only their own loader can run: leave out --stream"
-        ) from None
+    layout = Layout.from_json(said)
     check_files(folder)
     blocks = zip(read_manifest(folder).blocks, layout.blocks, strict=True)
     return source, [partial(_quantized, arch, source, b.index, b.prefix, one, device, dtype) for b, one in blocks]

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.errors import ConfigError, TemporaryError
 from qe_dist.io.bucket import is_url
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
@@ -27,7 +27,7 @@ def find(model: Path | str, revision: str | None = None) -> Path | str:
 
     model: a folder, a URL, or a name on the hub, whose files are fetched unless the cache has them (HF_HOME,
     HF_HUB_OFFLINE and HF_TOKEN are obeyed). revision: a branch, tag or commit of such a name. Raises ConfigError for
-    what is none of these, and CheckpointError when the hub cannot be reached.
+    what is none of these, and TemporaryError when the way to the hub breaks off.
     """
     name, place = str(model), Path(model)
     if is_url(name) or place.exists() or not is_name(name):
@@ -87,7 +87,7 @@ def _fetched(name: str, revision: str | None) -> Path:
             "give a folder, or fetch it where there is a network"
         ) from None
     except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
+        raise TemporaryError(
             f"{name}{at} could not be fetched from the hub: {_reason(error)}; type the same command again; "
             "it goes on where it stopped"
         ) from None

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, errors
 
-from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.errors import ConfigError, TemporaryError
 from qe_dist.io import hub
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -73,8 +73,8 @@ class Response:
         (lambda: errors.RepositoryNotFoundError("401", response=Response()), ConfigError, "shows no such model"),
         (lambda: errors.GatedRepoError("403", response=Response()), ConfigError, "asks for consent"),
         (lambda: errors.RevisionNotFoundError("404", response=Response()), ConfigError, "has no revision v9"),
-        (lambda: OSError(28, "No space left on device"), CheckpointError, "No space left on device"),
-        (lambda: errors.HfHubHTTPError("503 Server Error\nmore", response=Response()), CheckpointError, "503 Server"),
+        (lambda: OSError(28, "No space left on device"), TemporaryError, "No space left on device"),
+        (lambda: errors.HfHubHTTPError("503 Server Error\nmore", response=Response()), TemporaryError, "503 Server"),
     ],
 )
 def test_what_the_hub_answers_becomes_one_line(monkeypatch, error, kind, says):

@@ -123,6 +123,11 @@ def test_a_command_names_the_extra_that_it_lacks(hidden: str, words: tuple[str, 
     assert ended.stderr == f"error: {hidden} is not installed; pip install 'qe_dist[{extra}]'\n"
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    ended = without(("torch", "ray", "transformers"), "--help")
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_url_names_the_extra_that_it_lacks(tmp_path: Path) -> None:
     code = HIDDEN.format(hidden=("s3fs",), words=[]) + "from qe_dist.io.bucket import Bucket; Bucket('s3://models/m')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qe_dist.core.machine import cpu_name
-
 PACKAGES = ("torch", "ray", "transformers", "safetensors", "scikit-learn", "numpy", "qe-dist")
 
 
 def environment() -> dict[str, Any]:
     """Date, command, commit, machine and versions, as JSON can store them."""
+    from qe_dist.core.machine import cpu_name  # with torch, which no other command waits for
+
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),

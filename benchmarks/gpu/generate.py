@@ -69,7 +69,7 @@ class _SeparateLinear(on_kernels.Linear):
 
     def __init__(self, words: Tensor, scale: Tensor, repair: Any, *rest: Any) -> None:
         super().__init__(words, scale, repair, *rest)
-        self.ups = {n: (f if isinstance(f, Tensor) else f.dense).bfloat16() for n, f in repair.items()}
+        self.dense = {n: (f if isinstance(f, Tensor) else f.dense).bfloat16() for n, f in repair.items()}
 
     def __call__(self, x: on_kernels.Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         made = x.activations
@@ -78,9 +78,10 @@ class _SeparateLinear(on_kernels.Linear):
             "shared_up": x.down.shared_z, "shared_columns": made.shared_z, "expert_up": x.down.expert_z,
             "expert_columns": made.expert_z, "salient_columns": made.salient_z,
         }  # fmt: skip
-        return sum((self._branch(zs[name], up, x.expert) for name, up in self.ups.items()), y)
+        return sum((self._branch(zs[name], up, x.expert) for name, up in self.dense.items()), y)
 
     def _branch(self, z: Tensor, up: Tensor, expert: Tensor | None) -> Tensor:
+        z = z[..., : up.shape[-1]]  # without the zeros that fill ranks up
         if up.dim() == 2:
             return z @ up.T
         if z.dim() == 3:

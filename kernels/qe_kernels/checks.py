@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qe_kernels.branches import MAX_EXPERTS, Branch
 from qe_kernels.dispatch import depths
+from qe_kernels.factors import padded_columns, padded_rank
 from qe_kernels.layout import TILE_COLUMNS, TILE_ROWS, Order, Weight, field_widths
-from qe_kernels.linear import MAX_EXPERTS, Branch
 
 FLOATS = (torch.bfloat16, torch.float16)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
@@ -177,7 +178,7 @@ def check_linear(
         raise ValueError("token_scale: expected one for each token, for int8 codes, found None")
     if token_scale is not None:
         expect("token_scale", token_scale, torch.float32, (tokens,), device)
-    _check_weight(weight, device, order)
+    _check_weight("weight", weight, device, order)
     for index, branch in enumerate(branches):
         _check_branch(f"branches[{index}]", branch, tokens, weight.rows, base, out_dtype, expert)
     if expert is not None:
@@ -186,41 +187,52 @@ def check_linear(
         expect("bias", bias, SCALES, (weight.rows,), device)
 
 
-def _check_weight(weight: Weight, device: torch.device, order: Order | None) -> None:
+def _check_weight(name: str, weight: Weight, device: torch.device, order: Order | None) -> None:
     if order is not None and weight.order is not order:
         raise ValueError(
-            f"weight: expected the {order} order for {device}, found one packed in the {weight.order} order for "
+            f"{name}: expected the {order} order for {device}, found one packed in the {weight.order} order for "
             "another architecture; pack it again with order_for(device)"
         )
     if order is not None and not depths(weight):
         raise ValueError(
-            f"weight.group_size: expected 8, 16, or a multiple of 32 (of 64 or 128 for the narrow planes of 2, 3, 5, 6 "
+            f"{name}.group_size: expected 8, 16, or a multiple of 32 (of 64 or 128 for the narrow planes of 2, 3, 5, 6 "
             f"and 7 bits on Hopper), found {weight.group_size} for {weight.bits} bits"
         )
     widths = field_widths(weight.bits)
     if len(weight.planes) != len(widths):
-        raise ValueError(f"weight.planes: expected {len(widths)} for {weight.bits} bits, found {len(weight.planes)}")
+        raise ValueError(f"{name}.planes: expected {len(widths)} for {weight.bits} bits, found {len(weight.planes)}")
     tiles = (-(-weight.rows // TILE_ROWS), -(-weight.columns // TILE_COLUMNS), TILE_ROWS)
     for index, (plane, width) in enumerate(zip(weight.planes, widths, strict=True)):
-        expect(f"weight.planes[{index}]", plane, torch.uint8, (*tiles, TILE_COLUMNS // 8 * width), device)
+        expect(f"{name}.planes[{index}]", plane, torch.uint8, (*tiles, TILE_COLUMNS // 8 * width), device)
     groups = weight.columns // weight.group_size if weight.group_size else 1
-    expect("weight.scale", weight.scale, SCALES, (groups, weight.rows), device)
+    expect(f"{name}.scale", weight.scale, SCALES, (groups, weight.rows), device)
 
 
 def _check_branch(
     name: str, branch: Branch, tokens: int, rows: int, base: Tensor, out_dtype: torch.dtype, expert: Tensor | None
 ) -> None:
-    """z [M, R] with up [N, R]; or, of experts, z [M, E, R] or [M, R] with up [E, N, R]."""
-    of_experts = branch.up.dim() == 3
-    rank = branch.up.shape[-1] * (2 if branch.up.dtype == torch.uint8 else 1)
-    leading = (branch.up.shape[0], rows) if of_experts else (rows,)
-    _expect_factor(f"{name}.up", branch.up, branch.scale, leading, rank, base)
-    if of_experts:
-        _expect_few(f"{name}.up", branch.up)
-        if expert is None:
-            raise ValueError(f"expert: expected one for each token, for {name} of experts, found None")
-    compact = not of_experts or branch.z.dim() == 2
-    expect(f"{name}.z", branch.z, out_dtype, (tokens, rank) if compact else (tokens, len(branch.up), rank), base.device)
+    """z [M, R] or, of experts, [M, E, R]; up [N, C], as `pack_up` makes it."""
+    z, up, experts = branch.z, branch.up, branch.experts
+    if experts is not None and expert is None:
+        raise ValueError(f"expert: expected one for each token, for {name} of experts, found None")
+    if experts is not None and experts > MAX_EXPERTS:
+        raise ValueError(f"{name}.experts: expected at most {MAX_EXPERTS}, found {experts}")
+    if branch.rank != padded_rank(branch.rank):
+        raise ValueError(
+            f"{name}.z: expected a rank of 32, 64 or a multiple of 128, found {branch.rank}; see padded_down"
+        )
+    compact = experts is None or z.dim() == 2
+    expect(f"{name}.z", z, out_dtype, (tokens, branch.rank) if compact else (tokens, experts, branch.rank), base.device)
+    columns = padded_columns(branch.rank * (experts or 1))
+    if isinstance(up, Tensor):
+        expect(f"{name}.up", up, FLOATS, (rows, columns), base.device)
+        return
+    if (up.rows, up.columns, up.bits in (4, 8), up.int8) != (rows, columns, True, False):
+        raise ValueError(
+            f"{name}.up: expected 4 or 8 bits [{rows}, {columns}] for 16-bit tensor cores, found {up.bits} bits "
+            f"[{up.rows}, {up.columns}]{' for int8' if up.int8 else ''}; see pack_up"
+        )
+    _check_weight(f"{name}.up", up, base.device, None)
 
 
 def _expect_factor(

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qe_kernels.branches import Branch
 from qe_kernels.dispatch import depths
-from qe_kernels.factors import dense
 from qe_kernels.layout import TILE_ROWS, Order, Weight, code_factor, unpack_weight
-from qe_kernels.linear import Branch, load_scales, scale_weights, scaled
+from qe_kernels.scales import load_scales, scale_weights, scaled
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
 from qe_kernels.unpack import load_weight
 
@@ -39,9 +39,9 @@ def linear_on_dense_weight(
     for rows, slab in _slabs(weight):
         torch.mm(x, dequantize(slab, out_dtype).T, out=y[:, rows])
     if branches:
-        pairs = [_side_by_side(branch, expert, out_dtype) for branch in branches]
-        z, up = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
-        y.addmm_(z, up.T)
+        z = torch.cat([branch.z_side_by_side(expert, out_dtype) for branch in branches], dim=1)
+        ups = [branch.up if isinstance(branch.up, Tensor) else dequantize(branch.up, out_dtype) for branch in branches]
+        y.addmm_(z, torch.cat(ups, dim=1).T)
     return y if bias is None else y.add_(bias)
 
 
@@ -72,16 +72,6 @@ def _slabs(weight: Weight) -> Iterator[tuple[slice, Weight]]:
         planes = tuple(plane[first : first + tiles] for plane in weight.planes)
         scale = weight.scale[:, rows].contiguous()
         yield rows, replace(weight, planes=planes, scale=scale, rows=rows.stop - rows.start)
-
-
-def _side_by_side(branch: Branch, expert: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """z [M, R'] and up [N, R'] of all experts, z zero but for the token's own."""
-    up, z = dense(branch.up, branch.scale, dtype), branch.z.to(dtype)
-    if branch.experts is None:
-        return z, up
-    own = expert[:, None] == torch.arange(branch.experts, device=expert.device)
-    chosen = torch.where(own[..., None], z if z.dim() == 3 else z[:, None], 0)
-    return chosen.flatten(1), up.transpose(0, 1).flatten(1)
 
 
 @triton.jit

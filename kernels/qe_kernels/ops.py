@@ -5,7 +5,7 @@ together; torch.compile traces both. Where the kernels know the GPU they run; on
 
     activations = quantize(x, bits=8, int8=True)
     prologue = down(activations.x, shared=(a_s, None), experts=(a_e, None), router=router, router_x=x)
-    branches = [Branch(prologue.shared_z, b_s), Branch(prologue.expert_z, b_e)]
+    branches = [Branch(prologue.shared_z, b_s), Branch(prologue.expert_z, b_e, experts=8)]        b: of pack_up
     y = linear(activations.base, activations.token_scale, weight, branches, prologue.expert[0])
 """
 
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from qe_kernels import checks
+from qe_kernels.branches import Branch
 from qe_kernels.dense import linear_on_dense_weight
 from qe_kernels.dispatch import choose, device_of
 from qe_kernels.down import Down, down_config, down_reference
 from qe_kernels.down import down as down_kernel
-from qe_kernels.factors import Factor
+from qe_kernels.factors import Factor, padded_columns
 from qe_kernels.layout import Order, Weight, order_for
-from qe_kernels.linear import Branch, linear_reference
 from qe_kernels.linear import linear as linear_kernel
+from qe_kernels.linear import linear_reference
 from qe_kernels.quantize import Activations, new_tensors, quantize_reference
 from qe_kernels.quantize import quantize as quantize_kernel
 from qe_kernels.rotate import rotate as rotate_by_products
@@ -121,8 +122,10 @@ def linear(
         weight.order.value,
         weight.int8,
         [branch.z for branch in branches],
-        [branch.up for branch in branches],
-        [branch.scale for branch in branches],
+        [branch.up.planes[0] if isinstance(branch.up, Weight) else branch.up for branch in branches],
+        [branch.up.scale if isinstance(branch.up, Weight) else None for branch in branches],
+        [branch.up.bits if isinstance(branch.up, Weight) else 16 for branch in branches],
+        [branch.experts or 0 for branch in branches],
         expert,
         bias,
         out_dtype or base.dtype,
@@ -257,12 +260,14 @@ def _linear(
     z: list[Tensor],
     up: list[Tensor],
     up_scale: list[Tensor | None],
+    up_bits: list[int],
+    experts: list[int],
     expert: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
     weight = Weight(tuple(planes), scale, rows, columns, bits, group_size, Order(order), int8)
-    branches = [Branch(*parts) for parts in zip(z, up, up_scale, strict=True)]
+    branches = _branches(weight, z, up, up_scale, up_bits, experts)
     device = device_of(base.device)
     checks.check_linear(
         base, token_scale, weight, branches, expert, bias, out_dtype, device and order_for(device.capability)
@@ -279,12 +284,27 @@ def _linear(
 
 
 @_linear.register_fake
-def _(base, token_scale, planes, scale, rows, columns, bits, group_size, order, int8, z, up, up_scale, expert, bias,
-      out_dtype):  # fmt: skip
+def _(base, token_scale, planes, scale, rows, columns, bits, group_size, order, int8, z, up, up_scale, up_bits,
+      experts, expert, bias, out_dtype):  # fmt: skip
     weight = Weight(tuple(planes), scale, rows, columns, bits, group_size, Order(order), int8)
-    branches = [Branch(*parts) for parts in zip(z, up, up_scale, strict=True)]
+    branches = _branches(weight, z, up, up_scale, up_bits, experts)
     checks.check_linear(base, token_scale, weight, branches, expert, bias, out_dtype, order=None)
     return base.new_empty(base.shape[0], rows, dtype=out_dtype)
+
+
+def _branches(
+    weight: Weight, zs: list[Tensor], ups: list[Tensor], scales: list[Tensor | None], bits: list[int],
+    experts: list[int],
+) -> list[Branch]:  # fmt: skip
+    """Put together again."""
+    made = []
+    for z, up, scale, width, count in zip(zs, ups, scales, bits, experts, strict=True):
+        if scale is not None:
+            columns = padded_columns(z.shape[-1] * (count or 1))
+            group = z.shape[-1] if count else None
+            up = Weight((up,), scale, weight.rows, columns, width, group, weight.order, int8=False)
+        made.append(Branch(z, up, count or None))
+    return made
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -296,4 +316,5 @@ def _named(base: Tensor, weight: Weight, branches: Sequence[Branch]) -> Iterator
     yield "base", base
     yield from ((f"weight.planes[{i}]", plane) for i, plane in enumerate(weight.planes))
     for i, branch in enumerate(branches):
-        yield from ((f"branches[{i}].z", branch.z), (f"branches[{i}].up", branch.up))
+        up = branch.up.planes[0] if isinstance(branch.up, Weight) else branch.up
+        yield from ((f"branches[{i}].z", branch.z), (f"branches[{i}].up", up))

@@ -17,3 +17,11 @@ def finished(product):
     if INTERPRET:
         return product
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [product], product.dtype, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a b + acc (None: 0). The interpreter would take bf16 for integers."""
+    if INTERPRET and b.dtype != tl.int8:
+        b = b.to(tl.float32)
+    return finished(tl.dot(a, b, acc, out_dtype=tl.int32 if b.dtype == tl.int8 else tl.float32))

@@ -96,7 +96,7 @@ def test_rows_of_a_problem_are_those_of_the_whole() -> None:
     prepared = module("kernel_bench.calls").prepare(problem, draw.tokens(3, 256))
     y = linear(*prepared[:2], problem.weight, *prepared[2:], out_dtype=torch.float64, compute=torch.float64)
     ups = (part.shared_up, part.expert_up)
-    branches = [replace(b, up=u[0], scale=u[1]) for b, u in zip(prepared[2], ups, strict=True)]
+    branches = [replace(b, up=u) for b, u in zip(prepared[2], ups, strict=True)]
     few = linear(*prepared[:2], part.weight, branches, prepared[3], out_dtype=torch.float64, compute=torch.float64)
     assert torch.allclose(y[:, rows], few)
 
@@ -107,11 +107,12 @@ def test_work_is_what_is_read_written_and_multiplied(repair: str) -> None:
     draw, problem = problem_of(repair)
     m, n, k = 4, 130, 256
     prepared = calls.prepare(problem, draw.tokens(m, k))
-    shared, rank, experts = {"bare": (0, 0, 0), "shared": (384, 0, 0), "experts": (32, 16, 8)}[repair]
+    shared, rank, experts = {"bare": (0, 0, 0), "shared": (384, 0, 0), "experts": (32, 32, 8)}[repair]
     chosen = min(3, experts)
     weights = 192 * k // 2 + 2 * n  # rows are padded to 64
     bits = 4 if repair == "shared" else 8
-    up = shared * n * bits / 8 + 2 * n * (shared > 0) + chosen * (rank * n + 2 * n)
+    columns = -(-shared // 128) * 128
+    up = columns * 192 * bits / 8 + 2 * n * (shared > 0) + chosen * (rank * 192 + 2 * n)
     down = shared * k * bits / 8 + 2 * shared + chosen * rank * (k + 2) + 4 * experts * k
     linear, whole = calls.work_of_linear(problem, prepared, chosen), calls.work_of_whole(problem, m, chosen)
     assert linear.bytes == weights + up + m * k + 2 * m * (shared + rank) + 2 * m * n

@@ -13,12 +13,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tests.kernels.sass import Hazard, Instruction, count, disassemble, hazards, main_loop, parse, resources
+from tests.kernels.sass import (
+    TENSOR_CORE,
+    Hazard,
+    Instruction,
+    count,
+    disassemble,
+    hazards,
+    loops,
+    main_loop,
+    parse,
+    resources,
+)  # fmt: skip
+
+__all__ = ["TENSOR_CORE", "count"]
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, by capability."""
 
-TENSOR_CORE = r"(HGMMA|IGMMA|HMMA|IMMA)\b"
 FROM_REGISTERS = r"[HI]GMMA\S* R\d+, R\d+, gdesc"
 """A warpgroup's product whose left operand lies in registers."""
 
@@ -46,11 +58,15 @@ class Build:
     """Bytes."""
     sass: tuple[Instruction, ...]
     loop: tuple[Instruction, ...]
-    """Those of the main loop: the innermost one that has the most tensor core instructions."""
+    """Those of the main loop: the first innermost one that has tensor core instructions."""
 
     @property
     def spills(self) -> int:
         return count(self.sass, r"(STL|LDL)\b")
+
+    @property
+    def loops(self) -> list[list[Instruction]]:
+        return loops(self.sass)
 
     @property
     def hazards(self) -> list[Hazard]:

@@ -17,6 +17,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 PRODUCT = re.compile(r"[HIQ]GMMA\.64x(\d+)x\d+\S* R(\d+), (?:R(\d+), )?gdesc")
+TENSOR_CORE = r"([HIQ]GMMA|HMMA|IMMA)\b"
 COMMIT = "gsb0"
 """The last product of a group, in its operands."""
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
@@ -112,10 +113,17 @@ def product(instruction: Instruction) -> Product | None:
     )
 
 
+def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Bodies of the innermost loops with tensor core instructions, in the order of the code."""
+    ends = [(i.target, n) for n, i in enumerate(code) if i.target is not None and i.target <= n]
+    inner = [(a, b) for a, b in ends if not any((a, b) != (c, d) and a <= c and d <= b for c, d in ends)]
+    bodies = [list(code[first : last + 1]) for first, last in sorted(inner)]
+    return [body for body in bodies if count(body, TENSOR_CORE)]
+
+
 def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most tensor core instructions; empty where none has any."""
-    bodies = [code[i.target : n + 1] for n, i in enumerate(code) if i.target is not None and i.target <= n]
-    return list(max(bodies, key=lambda body: (count(body, r"[HIQ]G?MMA\b"), -len(body)), default=()))
+    """The first of those; empty where there is none."""
+    return next(iter(loops(code)), [])
 
 
 def count(code: Sequence[Instruction], pattern: str) -> int:

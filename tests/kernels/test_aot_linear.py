@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from qe_kernels.branches import Argument
 from qe_kernels.layout import Order, code_factor, order_for
-from qe_kernels.linear import Config, _Branch
+from qe_kernels.linear import Config
 
 from tests.gate import in_gate
 from tests.kernels.aot import FROM_REGISTERS, SHARED_LIMIT, TENSOR_CORE, Build, Job, build, count
@@ -16,31 +17,32 @@ DECODE = Config(64, 16, 128)
 LARGE = Config(128, 128, 128, warps=8, stages=3, scale_weights=True)
 
 
-def shared(up: str, scale: str | None, rank: int = 64) -> _Branch:
-    return _Branch("*bf16:16", up, scale, "i32:16", None, "i32:16", "i32:16", "i32:16", "i32:16", rank)
+def shared(bits: int) -> Argument:
+    """A branch for bf16, as Triton names its arguments."""
+    up, scale = ("*bf16:16", None) if bits == 16 else ("*u8:16", "*bf16:16")
+    return Argument("*bf16:16", up, scale, "i32:16", "i32:16", None, bits, 0, False)
 
 
-def routed(up: str, scale: str | None, rank: int = 16) -> _Branch:
-    return _Branch("*bf16:16", up, scale, "i32:16", "i32", "i32:16", "i32:16", "i32:16", "i32:16", rank)
+def routed(bits: int, rank: int = 32, compact: bool = False) -> Argument:
+    return shared(bits)._replace(experts="i32", RANK=rank, COMPACT=compact)
 
 
-def of_dtype(branch: _Branch, dtype: str) -> _Branch:
-    """Written for bf16; its scales stay so."""
-    up = branch.up.replace("bf16", dtype)
-    return branch._replace(z=branch.z.replace("bf16", dtype), up=up)
+def of_dtype(branch: Argument, dtype: str) -> Argument:
+    """Scales stay in bf16."""
+    return branch._replace(z=branch.z.replace("bf16", dtype), up=branch.up.replace("bf16", dtype))
 
 
 NO_BRANCHES = ()
-QE = (shared("*u8:16", "*bf16:16"), routed("*i8:16", "*bf16:16"))
+QE = (shared(4), routed(8))
 """Shared low rank in 4 bits, routed in 8."""
-ALL = (*QE, shared("*bf16:16", None), routed("*bf16:16", None), shared("*u8:16", "*bf16:16", 32))
+ALL = (*QE, shared(16), routed(16, compact=True), shared(4))
 
 
 @dataclass(frozen=True)
 class Case:
     capability: int
     config: Config
-    branches: tuple[_Branch, ...] = QE
+    branches: tuple[Argument, ...] = QE
     int8: bool = False
     group: int | None = 128
     bits: int = 4
@@ -83,7 +85,6 @@ class Case:
             "BM": config.BM,
             "BK": config.BK,
             "SPLIT_K": config.split_k,
-            "PARTS": config.split_k + (config.split_k > 1 and len(self.branches) > 0),
             "GROUP_M": config.group_m,
             "EVEN_K": True,
         }
@@ -157,7 +158,22 @@ def test_weights_do_not_go_back_to_shared_memory(built: dict[Case, Build], case:
 
 @pytest.mark.parametrize("case", in_gate(GATE, [case for case in DECODE_CASES if case.config.BK == 128]), ids=str)
 def test_decode_copies_16_bytes_at_a_time(built: dict[Case, Build], case: Case) -> None:
-    """Neighbouring threads copy neighbouring 16 bytes; only scales of weights go by 4."""
-    loop = built[case].loop
-    assert count(loop, "LDGSTS") - count(loop, r"LDGSTS\S*\.128") == case.config.scale_weights
-    assert count(loop, r"LDGSTS\S*\.128 .*\+0x10\]") == 0
+    """Neighbouring threads copy neighbouring 16 bytes; only scales of weights and of routed experts go by 4. From 64
+    tokens on, registers leave room for less of a branch at a time."""
+    main, *branches = built[case].loops
+    assert len(branches) == len(case.branches)
+    scaled = [case.config.scale_weights, *(branch.RANK > 0 and branch.BITS < 16 for branch in case.branches)]
+    checked = (main, *branches) if case.config.BM < 64 else (main,)
+    for loop, scales in zip(checked, scaled, strict=False):
+        assert count(loop, r"LDGSTS\S*\.128") >= 3
+        assert count(loop, "LDGSTS") - count(loop, r"LDGSTS\S*\.128") == scales
+    assert count(main, r"LDGSTS\S*\.128 .*\+0x10\]") == 0
+
+
+@pytest.mark.parametrize("case", in_gate(GATE, CASES), ids=str)
+def test_no_loop_loads_to_registers(built: dict[Case, Build], case: Case) -> None:
+    """But the scales of the next step, one for each of a thread's rows: two bytes are too few to be copied."""
+    main, *branches = built[case].loops
+    assert [count(loop, r"LDG\b") for loop in branches] == [0] * len(branches)
+    if case.capability == 90:
+        assert count(main, r"LDG\b") == (2 if case.job.constexprs["SCALING"] == "accumulator" else 0)

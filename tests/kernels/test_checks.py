@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qe_kernels import Branch, Order, Weight, checks, ops, pack_weight
+from qe_kernels import Branch, Order, Weight, checks, ops, pack_up, pack_weight
 
 M, K, N, R, E, D = 6, 256, 70, 8, 3, 4
 CPU = torch.device("cpu")
@@ -37,9 +37,9 @@ LINEAR = {
     "token_scale": torch.ones(M),
     "weight": make_weight(),
     "branches": [
-        Branch(half(M, R), torch.ones(N, R, dtype=torch.int8), half(N)),
-        Branch(half(M, E, R), half(E, N, R)),
-        Branch(half(M, D), half(E, N, D)),
+        Branch(half(M, 32), pack_up((torch.ones(N, R, dtype=torch.int8), half(N)), Order.NATURAL)),
+        Branch(half(M, E, 32), pack_up((half(E, N, R), None), Order.NATURAL), E),
+        Branch(half(M, 32), pack_up((half(E, N, D), None), Order.NATURAL), E),
     ],
     "expert": EXPERT,
     "bias": half(N),
@@ -155,12 +155,14 @@ PLANE = LINEAR["weight"].planes[0]
         (changed_weight(rows=N + 64), r"weight.planes\[0\]: expected contiguous uint8 \[3"),
         (changed_weight(scale=half(N, 2)), r"weight.scale: expected .* \[2, 70\]"),
         (changed_weight(group_size=64), r"weight.scale: expected .* \[4, 70\]"),
-        ({"branches": [Branch(half(M, R), half(N + 1, R))]}, r"branches\[0\].up: expected .* \[70, 8\]"),
-        ({"branches": [Branch(half(M, R + 2), half(N, R))]}, r"branches\[0\].z: expected .* \[6, 8\]"),
-        ({"branches": [Branch(half(M, R).half(), half(N, R))]}, r"branches\[0\].z: expected contiguous bfloat16"),
-        ({"branches": [Branch(half(M, R), half(N, R).byte())]}, r"branches\[0\].up.scale: expected one for each row"),
-        ({"branches": [Branch(half(M, E + 1, R), half(E, N, R))]}, r"branches\[0\].z: expected .* \[6, 3, 8\]"),
-        ({"branches": [Branch(half(M, R), half(33, N, R))]}, "at most 32 experts"),
+        ({"branches": [Branch(half(M, 32), half(N + 1, 128))]}, r"branches\[0\].up: expected .* \[70, 128\]"),
+        ({"branches": [Branch(half(M, 32), half(N, 32))]}, r"branches\[0\].up: expected .* \[70, 128\]"),
+        ({"branches": [Branch(half(M, 40), half(N, 128))]}, r"branches\[0\].z: expected a rank of 32, 64 .* found 40"),
+        ({"branches": [Branch(half(M + 1, 32), half(N, 128))]}, r"branches\[0\].z: expected .* \[6, 32\]"),
+        ({"branches": [Branch(half(M, 32).half(), half(N, 128))]}, r"branches\[0\].z: expected contiguous bfloat16"),
+        ({"branches": [Branch(half(M, 32), make_weight())]}, r"branches\[0\].up.planes\[0\]: .* \[2, 1, 64, 64\]"),
+        ({"branches": [Branch(half(M, E + 1, 32), half(N, 128), E)]}, r"branches\[0\].z: expected .* \[6, 3, 32\]"),
+        ({"branches": [Branch(half(M, 32), half(N, 33 * 32), 33)]}, "at most 32, found 33"),
         ({"expert": None}, r"expert: expected one for each token, for branches\[1\] of experts, found None"),
         ({"expert": EXPERT.long()}, r"expert: expected contiguous int32 \[6\]"),
         ({"bias": half(N + 1)}, r"bias: expected .* \[70\]"),

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qe_kernels.branches import Branch, pack_up
 from qe_kernels.dense import dequantize, dequantize_reference
+from qe_kernels.factors import padded_rank
 from qe_kernels.layout import Order, Weight, pack_weight
-from qe_kernels.linear import Branch, Config, linear, linear_reference
+from qe_kernels.linear import Config, linear, linear_reference
 from qe_kernels.split_k import Workspace
 from torch import Tensor
 
@@ -99,7 +101,7 @@ def make_problem(
     for spec in (shared, (shared_columns, "plain") if shared_columns else None, salient):
         if spec is not None:
             z, (factor, scale, up) = normal(tokens, spec[0]), random_factor(draw, spec[1], dtype, outputs, spec[0])
-            branches.append(Branch(z, factor, scale))
+            branches.append(branch(z, factor, scale, order))
             expected, rounded = expected + z.double() @ up.T, rounded + z.double().abs() @ up.T.abs()
     if experts or expert_columns:
         expert = random_experts(draw, routing, tokens, (experts or expert_columns)[0])
@@ -116,7 +118,7 @@ def make_problem(
                     expected[token] += up[chosen] @ own
                     rounded[token] += up[chosen].abs() @ own.abs()
             others = expert[:, None] != torch.arange(count)
-            branches.append(Branch(poison(z, expert < 0 if compact else others), factor, scale))
+            branches.append(branch(poison(z, expert < 0 if compact else others), factor, scale, order))
     offset = normal(outputs) if bias else None
     if offset is not None:
         expected = expected + offset.double()
@@ -131,6 +133,12 @@ def make_problem(
     }
     bound = UNIT[dtype] * rounded + STORED[dtype] * expected.abs() + 2.0**-20 * rounded + 1e-6
     return Problem(on_device(arguments), expected, bound)
+
+
+def branch(z: Tensor, values: Tensor, scale: Tensor | None, order: Order) -> Branch:
+    """With ranks as at load; the columns of zeros meet numbers that are not zero."""
+    z = torch.cat((z, torch.ones(*z.shape[:-1], padded_rank(z.shape[-1]) - z.shape[-1], dtype=z.dtype)), dim=-1)
+    return Branch(z, pack_up((values, scale), order), len(values) if values.dim() == 3 else None)
 
 
 def on_device(value: Any) -> Any:
@@ -213,7 +221,7 @@ def problems(draw: Callable[..., Any]) -> tuple[Problem, Config]:
     def maybe(make: Callable[[], Any]) -> Any:
         return make() if draw(st.booleans()) else None
 
-    count = draw(st.integers(0, 16))
+    count = draw(st.integers(1, 16))
     problem = make_problem(
         draw(st.integers(0, 2**31)),
         tokens,
@@ -289,8 +297,8 @@ def test_equal_inputs_give_equal_bits() -> None:
 
 def test_experts_that_no_token_of_the_tile_has_are_not_read() -> None:
     problem = make_problem(0, 5, 64, 128, experts=(6, 16, "fp16"), expert_columns=(6, 8), routing="half")
-    for branch in problem.arguments["branches"]:
-        branch.up[1::2] = math.nan
+    for of in problem.arguments["branches"]:
+        of.up[:, : 6 * of.rank].view(64, 6, of.rank)[:, 1::2] = math.nan
     problem.assert_solved_by(problem.run(Config(64, 16, 128)))
 
 
@@ -300,10 +308,6 @@ def test_views_of_larger_tensors_are_read_by_their_strides() -> None:
         (problem.arguments["base"], torch.full((5, 16), math.nan, dtype=torch.float16, device=DEVICE)), dim=1
     )
     problem.arguments["base"] = wide[:, :128]
-    problem.arguments["branches"] = [
-        Branch(torch.stack((b.z, b.z))[1], torch.cat((b.up, b.up), dim=-1)[..., : b.up.shape[-1]])
-        for b in problem.arguments["branches"]
-    ]
     problem.assert_solved_by(problem.run(Config(64, 16, 128)))
 
 

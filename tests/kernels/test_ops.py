@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from qe_kernels import Branch, Order, Weight, dense, extracted_columns, ops, order_for, pack_weight, workspaces
+from qe_kernels import Branch, Order, Weight, dense, extracted_columns, ops, order_for, pack_up, pack_weight, workspaces
+from qe_kernels.branches import Up
 from qe_kernels.dispatch import Device
 from qe_kernels.down import down_reference
+from qe_kernels.factors import Factor
 from qe_kernels.linear import linear_reference
 from qe_kernels.quantize import Activations, quantize_reference
 from qe_kernels.split_k import Workspace
@@ -34,6 +36,10 @@ def make_weight(bits: int, int8: bool, group_size: int | None) -> Weight:
     words = torch.randint(-(2**31), 2**31, (N, K * bits // 32), generator=torch.Generator().manual_seed(1))
     scale = normal(2, N, 1 if group_size is None else K // group_size).abs() / K
     return pack_weight(words.to(torch.int32), bits, scale, K, order_for(GPU.capability), int8, group_size)
+
+
+def packed(factor: Factor) -> Up:
+    return pack_up(factor, order_for(GPU.capability))
 
 
 X = normal(0, M, K)
@@ -66,9 +72,9 @@ DOWN = [
     },
 ]  # fmt: skip
 BRANCHES = [
-    Branch(normal(12, M, 40), codes(13, N, 20, dtype=torch.uint8), normal(14, N).abs() / 100),
-    Branch(normal(15, M, E, 16), codes(16, E, N, 16), normal(17, E, N).abs() / 1000),
-    Branch(normal(18, M, D), normal(19, E, N, D)),
+    Branch(normal(12, M, 64), packed((codes(13, N, 20, dtype=torch.uint8), normal(14, N).abs() / 100))),
+    Branch(normal(15, M, E, 32), packed((codes(16, E, N, 16), normal(17, E, N).abs() / 1000)), E),
+    Branch(normal(18, M, 32), packed((normal(19, E, N, D), None)), E),
 ]
 LINEAR = [
     {"base": X, "token_scale": None, "weight": make_weight(4, False, 128)},
@@ -175,7 +181,7 @@ def test_ops_keep_the_rules_of_torch(name: str, how: dict, tokens: int, monkeypa
 def of_tokens(value: object, tokens: int) -> object:
     """The same for the first tokens."""
     if isinstance(value, list):
-        return [Branch(branch.z[:tokens], branch.up, branch.scale) for branch in value]
+        return [replace(branch, z=branch.z[:tokens]) for branch in value]
     return value[:tokens] if isinstance(value, Tensor) and len(value) == M else value
 
 
@@ -183,12 +189,12 @@ def layer(x: Tensor, weight: Weight) -> Tensor:
     """All three ops as a layer calls them."""
     made = ops.quantize(x, bits=8, int8=True)
     z = ops.down(x, (SHARED_DOWN, None), (EXPERT_DOWN, None), ROUTER, x)
-    branches = [Branch(z.shared_z, SHARED_UP), Branch(z.expert_z, EXPERT_UP)]
+    branches = [Branch(z.shared_z, SHARED_UP), Branch(z.expert_z, EXPERT_UP, E)]
     return ops.linear(made.base, made.token_scale, weight, branches, z.expert[0], out_dtype=x.dtype)
 
 
-SHARED_DOWN, SHARED_UP = normal(30, 16, K), normal(31, N, 16)
-EXPERT_DOWN, EXPERT_UP = normal(32, E, 16, K), normal(33, E, N, 16)
+SHARED_DOWN, SHARED_UP = normal(30, 32, K), packed((normal(31, N, 16), None))
+EXPERT_DOWN, EXPERT_UP = normal(32, E, 32, K), packed((normal(33, E, N, 16), None))
 ROUTER = normal(34, 1, E, K, dtype=torch.float32)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from qe_kernels import Branch, ops
+from qe_kernels import Branch, Weight, ops
+from qe_kernels.branches import Up
 from qe_kernels.factors import Factor
 from qe_kernels.linear import linear_reference
 from torch import Tensor
@@ -37,7 +38,7 @@ def some_outputs(problem: Problem, prepared: Prepared) -> tuple[list[int], Tenso
     base, token_scale, branches, expert = prepared
     rows, part = some_rows(problem)
     ups = [up for up in (part.shared_up, part.expert_up) if up is not None]
-    branches = [Branch(branch.z, *up) for branch, up in zip(branches, ups, strict=True)]
+    branches = [replace(branch, up=up) for branch, up in zip(branches, ups, strict=True)]
     exact = linear_reference(
         base, token_scale, part.weight, branches, expert, part.bias, out_dtype=torch.float64, compute=torch.float64
     )
@@ -53,13 +54,14 @@ def unfused(problem: Problem, x: Tensor) -> Tensor:
     """`whole` with the branches as torch products; their factors are of 16 bits."""
     y = whole(replace(problem, shared_down=None, shared_up=None, expert_down=None, expert_up=None, router=None), x)
     if problem.shared_down is not None:
-        y.addmm_(x @ problem.shared_down[0].T, problem.shared_up[0].T)
+        rank = len(problem.shared_down[0])
+        y.addmm_(x @ problem.shared_down[0].T, problem.shared_up[:, :rank].T)
     if problem.expert_down is not None:
         experts, rank, columns = problem.expert_down[0].shape
         expert = (x.abs() @ problem.router[0].T.to(x.dtype)).argmin(dim=1)
         own = expert[:, None] == torch.arange(experts, device=x.device)
         z = (x @ problem.expert_down[0].view(-1, columns).T).unflatten(1, (experts, rank)) * own[..., None]
-        y.addmm_(z.flatten(1), problem.expert_up[0].transpose(0, 1).flatten(1).T)
+        y.addmm_(z.flatten(1), problem.expert_up[:, : experts * rank].T)
     return y
 
 
@@ -87,9 +89,9 @@ def work_of_linear(problem: Problem, prepared: Prepared, chosen: int) -> Work:
     """chosen: how many experts the tokens have; the others are not read."""
     weight, (base, *_) = problem.weight, prepared
     tokens = len(base)
-    ranks = _rank(problem.shared_up) + _rank(problem.expert_up)
-    read = base.nbytes + 2.0 * tokens * ranks
-    read += sum(_factors(problem.shared_up, problem.expert_up, chosen))
+    ranks = _ranks(problem)
+    shared_up, _, expert_up, _ = _factors(problem, chosen)
+    read = base.nbytes + 2.0 * tokens * ranks + shared_up + expert_up
     main = 2.0 * tokens * weight.rows * weight.columns
     return Work(
         _stored(problem) + read + 2.0 * tokens * weight.rows,
@@ -101,16 +103,12 @@ def work_of_linear(problem: Problem, prepared: Prepared, chosen: int) -> Work:
 def work_of_whole(problem: Problem, tokens: int, chosen: int) -> Work:
     weight = problem.weight
     rows, columns = weight.rows, weight.columns
-    ranks = _rank(problem.shared_up) + _rank(problem.expert_up)
+    ranks = _ranks(problem)
     routed = 0 if problem.router is None else problem.router.shape[1]
-    factors = (
-        *_factors(problem.shared_up, problem.expert_up, chosen),
-        *_factors(problem.shared_down, problem.expert_down, chosen),
-    )
     router = 0 if problem.router is None else problem.router.nbytes
     main = 2.0 * tokens * rows * columns
     return Work(
-        _stored(problem) + sum(factors) + router + 2.0 * tokens * (rows + columns),
+        _stored(problem) + sum(_factors(problem, chosen)) + router + 2.0 * tokens * (rows + columns),
         main + 2.0 * tokens * (ranks * (rows + columns) + routed * columns),
         main if weight.int8 else 0.0,
     )
@@ -120,18 +118,25 @@ def _stored(problem: Problem) -> float:
     return float(sum(tensor.nbytes for tensor in (*problem.weight.planes, problem.weight.scale)))
 
 
-def _factors(shared: Factor | None, experts: Factor | None, chosen: int) -> Iterator[float]:
-    """Bytes."""
-    if shared is not None:
-        yield _size(shared)
-    if experts is not None:
-        yield _size(experts) * chosen / len(experts[0])
+def _factors(problem: Problem, chosen: int) -> Iterator[float]:
+    """Bytes of every B, and of every A."""
+    experts = 1 if problem.expert_down is None else len(problem.expert_down[0])
+    for factor, part in (
+        (problem.shared_up, 1.0),
+        (problem.shared_down, 1.0),
+        (problem.expert_up, chosen / experts),
+        (problem.expert_down, chosen / experts),
+    ):
+        yield 0.0 if factor is None else part * _size(factor)
 
 
-def _size(factor: Factor) -> float:
-    return float(sum(tensor.nbytes for tensor in factor if tensor is not None))
+def _size(factor: Up | Factor) -> float:
+    if isinstance(factor, Tensor):
+        return float(factor.nbytes)
+    tensors = (*factor.planes, factor.scale) if isinstance(factor, Weight) else factor
+    return float(sum(tensor.nbytes for tensor in tensors if tensor is not None))
 
 
-def _rank(up: Factor | None) -> int:
-    """Of the branch that a token uses."""
-    return 0 if up is None else up[0].shape[-1] * (2 if up[0].dtype == torch.uint8 else 1)
+def _ranks(problem: Problem) -> int:
+    """Of the branches that a token uses."""
+    return sum(f[0].shape[-2] for f in (problem.shared_down, problem.expert_down) if f is not None)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 import torch
-from qe_kernels import Branch, Weight, order_for, pack_weight
+from qe_kernels import Branch, Weight, order_for, pack_up, pack_weight, padded_down
+from qe_kernels.branches import Up
 from qe_kernels.factors import Factor
 from torch import Tensor
 
@@ -73,16 +74,17 @@ class Problem:
     format: Format
     weight: Weight
     shared_down: Factor | None = None  # [R, K]
-    shared_up: Factor | None = None  # [N, R]
+    shared_up: Up | None = None  # [N, R]
     expert_down: Factor | None = None  # [E, R, K]
-    expert_up: Factor | None = None  # [E, N, R]
+    expert_up: Up | None = None  # [E, N, R]
     router: Tensor | None = None
     """[1, E, K]"""
     bias: Tensor | None = None
 
     def branches(self, shared_z: Tensor | None, expert_z: Tensor | None) -> list[Branch]:
-        given = ((shared_z, self.shared_up), (expert_z, self.expert_up))
-        return [Branch(z, *up) for z, up in given if z is not None and up is not None]
+        experts = None if self.expert_down is None else len(self.expert_down[0])
+        given = ((shared_z, self.shared_up, None), (expert_z, self.expert_up, experts))
+        return [Branch(z, up, count) for z, up, count in given if z is not None and up is not None]
 
 
 class Random:
@@ -136,12 +138,12 @@ class Random:
         outputs, inputs, bits, problem = bare.weight.rows, bare.weight.columns, repair.bits, bare
         if repair.shared:
             down, up = self.factor(bits, repair.shared, inputs), self.factor(bits, outputs, repair.shared)
-            problem = replace(problem, shared_down=down, shared_up=up)
+            problem = replace(problem, shared_down=padded_down(down), shared_up=pack_up(up, order_for(self.device)))
         if repair.experts:
             problem = replace(
                 problem,
-                expert_down=self.factor(bits, repair.experts, repair.rank, inputs),
-                expert_up=self.factor(bits, repair.experts, outputs, repair.rank),
+                expert_down=padded_down(self.factor(bits, repair.experts, repair.rank, inputs)),
+                expert_up=pack_up(self.factor(bits, repair.experts, outputs, repair.rank), order_for(self.device)),
                 router=self.normal(1, repair.experts, inputs, dtype=torch.float32),
             )
         return problem
@@ -152,23 +154,19 @@ def some_rows(problem: Problem, tiles: int = 4) -> tuple[list[int], Problem]:
     weight = problem.weight
     chosen = sorted({*range(tiles - 1), weight.row_tiles - 1} & set(range(weight.row_tiles)))
     rows = [r for tile in chosen for r in range(64 * tile, min(64 * tile + 64, weight.rows))]
-    part = replace(
-        weight,
-        planes=tuple(plane[chosen] for plane in weight.planes),
-        scale=weight.scale[:, rows].contiguous(),
-        rows=len(rows),
-    )
     return rows, replace(
         problem,
-        weight=part,
-        shared_up=_of_rows(problem.shared_up, rows),
-        expert_up=_of_rows(problem.expert_up, rows),
+        weight=_of_tiles(weight, chosen, rows),
+        shared_up=_of_rows(problem.shared_up, chosen, rows),
+        expert_up=_of_rows(problem.expert_up, chosen, rows),
         bias=None if problem.bias is None else problem.bias[rows],
     )
 
 
-def _of_rows(factor: Factor | None, rows: list[int]) -> Factor | None:
-    if factor is None:
-        return None
-    values, scale = factor
-    return values[..., rows, :].contiguous(), None if scale is None else scale[..., rows].contiguous()
+def _of_tiles(weight: Weight, tiles: list[int], rows: list[int]) -> Weight:
+    planes = tuple(plane[tiles] for plane in weight.planes)
+    return replace(weight, planes=planes, scale=weight.scale[:, rows].contiguous(), rows=len(rows))
+
+
+def _of_rows(up: Up | None, tiles: list[int], rows: list[int]) -> Up | None:
+    return _of_tiles(up, tiles, rows) if isinstance(up, Weight) else None if up is None else up[rows].contiguous()

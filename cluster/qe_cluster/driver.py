@@ -71,6 +71,8 @@ def quantize(
     begin, address = time.perf_counter(), cluster_address(address)
     ready = prepare_run(*runs, capacities=local_capacities(runs[0]) if address is None else ())
     with opened(ready) as (ready, lease), _journaled(listen, ready) as listen:
+        for text in ready.notes:
+            listen("note", {"text": text})
         summary = Summary(0.0, continued=_num_finished(ready))
         with ThreadPoolExecutor(1) as thread:
             passed_through = thread.submit(start, ready)
@@ -102,8 +104,6 @@ class _Waves:
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": summary.continued}
         process = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
         self.listen("start", counts | process | {"first": ready.next_block(), "workers": ready.config.workers})
-        for text in ready.notes:
-            self.listen("note", {"text": text})
         try:
             while (first := ready.next_block()) is not None:
                 self._run_wave(self._plan_wave(first))

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qe_pipelines.cluster import place
 from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.entries import by_arithmetic, plot, table_of
 from qe_pipelines.evaluate import encode
@@ -62,13 +63,13 @@ def compare(
     loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}
     folder = folder_at(model, revision)
     encoded = encode(folder, data)  # raises for a faulty sample, before any work
-    here = launch.resources(ray_address)
+    address, here = place(ray_address, {})
     runs = [
         RunConfig(folder, recipe, calibration, output / name, workers or here.workers(1), device=here.device, seed=seed)
         for name, recipe in loaded.items()
     ]
     console = _console()
-    with launch.ray_cluster(ray_address, max(run.workers for run in runs)):
+    with launch.ray_cluster(address, max(run.workers for run in runs)):
         fit(runs)
         entries = measure(runs, *encoded)
     write_result(output / "compare.json", {"model": str(model), "entries": [vars(e) for e in entries]})

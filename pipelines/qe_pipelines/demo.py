@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qe_pipelines.cluster import joined
 from qe_pipelines.compare import fit
 from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.evaluate import encode
@@ -76,7 +77,7 @@ def demo(
     # A pipe has no width; rich would fold the table at 80 columns.
     console, start = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
     cases: list[Case] = []
-    with ray_cluster(None, workers):
+    with ray_cluster(joined(None), workers):
         for name in MODELS:
             console.print(f"{name}: {len(BITS)} number formats, {len(COMPARED[name])} methods")
             own = cases_of(models / name, models / "data", output / name, workers)

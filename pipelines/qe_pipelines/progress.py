@@ -15,6 +15,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.flow.progress import RunState, step
 from qe_dist.io.journal import Record
 from qe_pipelines.status import time_left
+from qe_pipelines.terminal import OutputError
 
 log = logging.getLogger("qe_dist")
 log.addHandler(logging.NullHandler())  # without a log file, lines go nowhere
@@ -59,8 +60,15 @@ class RunView:
         line = line_of(event, data)
         if line is not None:
             log.info(line)
-            if self.lines or event != "block":
-                self.console.print(line, highlight=False, markup=False)
+            if (self.lines or event != "block") and event != "stop":  # its reason is how the command ends
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        """Once nobody takes the lines any more, the work goes on without them."""
+        try:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        except OutputError:
+            self.console.quiet = True
 
     def _move_bars(self) -> None:
         state, wave = self.state, self.state.wave

@@ -12,12 +12,14 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qe_dist.core.errors import ConfigError
+from qe_pipelines.cluster import place
 from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.models import Revision, model_at
 from qe_pipelines.progress import log, run_view, set_up_logging
 
 if TYPE_CHECKING:
     from qe_dist.core.manifest import Manifest
+    from qe_dist.flow.config import RunConfig
 
 
 def quantize(
@@ -48,19 +50,18 @@ def quantize(
     """Quantize MODEL into a checkpoint that transformers loads after `import qe_dist`."""
     set_up_logging(log_file)
     require(*TO_QUANTIZE)
-    from qe_cluster import driver, launch
+    address, here = place(ray_address, {"--device": device, "--embed-device": embed_device})
+    from qe_cluster import driver
 
     from qe_dist.flow.config import RunConfig
     from qe_dist.methods.recipes import load_recipe
 
-    chosen = load_recipe(recipe)
-    here = launch.resources(ray_address)
     run = RunConfig(
         model=model_at(model, revision),
-        recipe=chosen,
+        recipe=load_recipe(recipe),
         calibration=calibration,
         output=output,
-        workers=here.workers(threads) if workers is None and ray_address is None else workers,
+        workers=here.workers(threads) if workers is None and address is None else workers,
         resume=resume,  # type: ignore[arg-type]
         device=here.device if device == "auto" else device,
         samples_per_batch=samples_per_batch,
@@ -76,8 +77,8 @@ def quantize(
         seed=seed,
     )
     with stopping() as stop, run_view(quiet) as view:
-        summary = driver.quantize(run, address=ray_address, listen=view, stop=stop, patience=patience)
-    _tell(summary_lines(summary, output), quiet)
+        summary = driver.quantize(run, address=address, listen=view, stop=stop, patience=patience)
+    _tell(summary_lines(summary, run), quiet)
 
 
 def _tell(lines: Iterable[str], quiet: bool) -> None:
@@ -114,12 +115,12 @@ def num_bytes(option: str, text: str | None) -> int | None:
         raise ConfigError(f"{option} must be a size like 20GiB, found {text!r}") from None
 
 
-def summary_lines(summary, output: Path) -> list[str]:
-    """The last lines of a run."""
+def summary_lines(summary, run: "RunConfig") -> list[str]:
+    """The last lines of a run. Tensor-parallel sizes are told where one was asked for."""
     from qe_dist.checkpoint.serving import served_sizes
     from qe_dist.io.checkpoint import read_manifest
 
-    manifest = read_manifest(output)
+    output, manifest = run.output, read_manifest(run.output)
     peak = max((s["peak_mib"] for s in summary.stages), default=0.0)
     forward = sum(s["forward"] for s in summary.stages)
     fit = sum(s["fit"] for s in summary.stages)
@@ -130,7 +131,8 @@ def summary_lines(summary, output: Path) -> list[str]:
     ]
     if summary.continued:
         lines.append(f"continued: {summary.continued} blocks were finished before")
-    lines.append(served_sizes(json.loads((output / "config.json").read_text())))
+    if run.tensor_parallel_size > 1:
+        lines.append(served_sizes(json.loads((output / "config.json").read_text())))
     lines.append(f"fall-backs: {len(summary.fallbacks) or 'none'}")
     lines += [f"  {layer}: {'; '.join(steps)}" for layer, steps in summary.fallbacks.items()]
     return lines

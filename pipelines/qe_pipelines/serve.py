@@ -15,6 +15,7 @@ import typer
 
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.serve.http.endpoint import Endpoint
+from qe_pipelines.cluster import joined
 from qe_pipelines.progress import set_up_logging
 from qe_pipelines.quantize import stopping
 
@@ -105,7 +106,8 @@ def _serve_on_ray(endpoint: Endpoint, cluster: str | None, host: str, port: int,
         from qe_dist.serve.http.vllm_options import arguments
     except ImportError as error:
         raise ConfigError(f"Ray Serve lacks a package: {error}; pip install 'qe_dist[serve]', or use --local") from None
-    here = launch.cluster_address(cluster) is None
+    cluster = joined(cluster)
+    here = cluster is None
     if here:
         _check_port(host, port)
     arguments(endpoint.vllm_options())  # raises for an option that vLLM does not have

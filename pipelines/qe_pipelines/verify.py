@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qe_dist.core.errors import CheckpointError, ConfigError
+from qe_dist.core.errors import CheckFailed, ConfigError
 from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import set_up_logging
 
@@ -54,12 +54,12 @@ def verify(
         why = {}
         typer.echo("skipped  images and tensor parallelism: a damaged checkpoint is not loaded")
     if count:
-        raise CheckpointError(
+        raise CheckFailed(
             f"{output} has {count} faults, listed above; remove its config.json and type the command that made it "
             "again: only what is damaged is made anew"
         )
     if why:
-        raise ConfigError(
+        raise CheckFailed(
             f"{output} cannot be served at --tensor-parallel-size {', '.join(map(str, why))}, as said above; serve it "
             "at another size, or quantize with that option, which pads what can be padded"
         )

@@ -30,5 +30,9 @@ class Stopped(TemporaryError):
     """The user asked to stop. Nothing is wrong; the same command continues."""
 
 
+class CheckFailed(QEError):
+    """A check that the user asked for found faults. The command line exits with 1."""
+
+
 class NumericalError(QEError):
     """A computation that failed numerically. `methods/recipe.py` catches it and takes the next step of LADDER."""

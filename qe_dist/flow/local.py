@@ -16,7 +16,7 @@ from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
 from qe_dist.flow.config import RunConfig, check_siblings
-from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, local_capacities, make_plan, plan_wave
+from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, cost_notes, local_capacities, make_plan, plan_wave
 from qe_dist.flow.run import Run, with_policy
 from qe_dist.flow.serving import check_serving
 from qe_dist.flow.source import rewritten
@@ -75,7 +75,7 @@ class Prepared:
     source: WeightSource
     model: ModelSpec
     notes: tuple[str, ...] = ()
-    """What of the model is left out or changed, a line each."""
+    """What of the model is left out or changed, and what a recipe costs beyond its name, a line each."""
 
     @property
     def configs(self) -> tuple[RunConfig, ...]:
@@ -137,7 +137,8 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     for config in configs:
         check_serving(model, config, source.config)
     check_runs(model, configs, upper_bytes(source, model.passthrough))
-    ready = Prepared(runs[0], runs, samples, source, model, found.notes)
+    notes = [*found.notes, *(note for config in configs for note in cost_notes(model, config))]
+    ready = Prepared(runs[0], runs, samples, source, model, tuple(notes))
     if capacities:
         make_plan(ready.task, capacities)
     return ready

@@ -1,7 +1,7 @@
 """Which worker gets which blocks in which wave, and what is refused before any work begins."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -18,6 +18,8 @@ from qe_dist.methods.footprint import Footprint, footprint
 from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.stats import held_out_size
 
+LARGE_REPAIR = 1.0
+"""Bits per weight of a repair that is told before the work."""
 FREE_SHARE = 0.8  # of free memory; the rest is for Python, activations and other processes
 
 
@@ -164,19 +166,41 @@ def local_capacities(run: RunConfig) -> list[WorkerCapacity]:
     return [WorkerCapacity(run.memory or int(FREE_SHARE * psutil.virtual_memory().available) // workers)] * workers
 
 
+def cost_notes(model: ModelSpec, run: RunConfig) -> list[str]:
+    """A line where the repair may take more than a bit per weight: a recipe's name tells the codes alone."""
+    block = model.blocks[-1]
+    recipe = run.recipe_for(block.index)
+    repair = 8 * sum(_repair_bytes((block,), run)) / block.num_weights
+    if repair <= LARGE_REPAIR:
+        return []
+    name, codes = recipe.describe()["compensation"]["name"], recipe.scheme.weight_bits
+    return [
+        f"{run.output}: this recipe stores up to {codes + repair:.2f} bits per quantized weight, {codes} of codes and "
+        f"{repair:.2f} of {name}; a byte budget bounds them, as @0.5 behind a recipe's name does"
+    ]
+
+
 def _output_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> int:
-    """Upper bound of these quantized blocks: codes, and what the budget allows for the repair."""
-    total = 0
+    """Upper bound of these quantized blocks: codes with their scales, and what the budget allows for the repair."""
+    codes = sum(
+        sum(x.out_features for x in group.linears) * group.in_features * (recipe.scheme.weight_bits + 1) // 8
+        for block in blocks
+        for recipe in [run.recipe_for(block.index)]
+        for group in recipe.view(block).groups
+    )
+    return codes + sum(_repair_bytes(blocks, run))
+
+
+def _repair_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> Iterator[int]:
+    """Upper bound of what is stored beside the codes of each group."""
     for block in blocks:
         recipe = run.recipe_for(block.index)
         view = recipe.view(block)
         for group in view.groups:
             width, outputs = group.in_features, sum(x.out_features for x in group.linears)
-            total += outputs * width * (recipe.scheme.weight_bits + 1) // 8
-            total += recipe.compensation.most_bytes(outputs, width, view.router_width(group), recipe.budget)
+            yield recipe.compensation.most_bytes(outputs, width, view.router_width(group), recipe.budget)
             if recipe.budget.extra_bits is None:  # else the budget includes them
-                total += int(recipe.list_bits * outputs * width / 8)
-    return total
+                yield int(recipe.list_bits * outputs * width / 8)
 
 
 def _check_scheme(model: ModelSpec, run: RunConfig) -> None:

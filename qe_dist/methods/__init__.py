@@ -5,6 +5,7 @@ import pkgutil
 from typing import Any
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.suggest import suggestion
 
 AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation"}
 """What is chosen for every input group."""
@@ -19,5 +20,6 @@ def names(axis: str) -> list[str]:
 
 def get(axis: str, name: str) -> type[Any]:
     if name not in names(axis):
-        raise ConfigError(f"there is no {axis} {name!r}; there are: {', '.join(names(axis))}")
+        meant = suggestion(name, names(axis))
+        raise ConfigError(f"there is no {axis} {name!r}{meant}; there are: {', '.join(names(axis))}")
     return importlib.import_module(f"{__name__}.{FOLDERS[axis]}.{name}").METHOD

@@ -19,6 +19,7 @@ from typing import Any
 from qe_dist import methods
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Arithmetic, Scheme
+from qe_dist.core.suggest import suggestion
 from qe_dist.methods.base import Budget, Compensation, Transform
 from qe_dist.methods.channels.lists import ChannelLists
 from qe_dist.methods.compensation.aser import ASER
@@ -138,7 +139,8 @@ def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
     for member in members:
         axis = next((a for a in methods.FOLDERS if member in methods.names(a)), None)
         if axis is None:
-            raise ConfigError(f"nothing is called {member!r}")
+            known = [*METHODS, *(name for a in methods.FOLDERS for name in methods.names(a))]
+            raise ConfigError(f"nothing is called {member!r}{suggestion(member, known)}")
         if axis in taken:
             raise ConfigError(f"{taken[axis]} and {member} are both a {axis}; a recipe has one")
         taken[axis] = member
@@ -208,4 +210,5 @@ def _readable(hint: Any) -> str:
 def _refuse_unknown(where: str, content: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(content) - known)
     if unknown:
-        raise ConfigError(f"{where} has no {unknown[0]!r}; known are: {', '.join(sorted(known))}")
+        meant = suggestion(unknown[0], known)
+        raise ConfigError(f"{where} has no {unknown[0]!r}{meant}; known are: {', '.join(sorted(known))}")

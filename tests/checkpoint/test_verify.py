@@ -265,11 +265,11 @@ def test_the_command_says_what_is_sound_and_ends_with_0(verify, sound):
     assert [line.split()[0] for line in out.splitlines()] == ["ok"] * 6
 
 
-def test_the_command_lists_all_faults_and_ends_with_2(verify, folder):
+def test_the_command_lists_all_faults_and_ends_with_1(verify, folder):
     name = linear(folder)
     change(folder, BLOCK, lambda t: t.pop(name))
     code, out, err = verify(folder)
-    assert code == 2
+    assert code == 1
     assert f"{BLOCK}: SHA-256 expected" in out
     assert f"{name}: missing" in out
     assert "has 3 faults, listed above" in err

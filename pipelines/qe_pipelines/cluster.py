@@ -19,8 +19,8 @@ GPU_FILES = ("dev/nvidia*", "dev/dxg", "dev/nvgpu*", "dev/nvhost-gpu")
 def place(ray_address: str | None, devices: Mapping[str, str | None]) -> tuple[str | None, "Resources"]:
     """The address of the cluster to join (None: this machine alone), and what is there.
 
-    devices: what options ask for, by their names. Raises ConfigError for devices that are not there, and when no cluster
-    answers.
+    devices: what options ask for, by their names. Raises ConfigError for devices that are not there, and when no
+    cluster answers.
     """
     address = joined(ray_address)
     for option, device in devices.items():

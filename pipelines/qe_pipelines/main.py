@@ -11,6 +11,7 @@ import typer
 from qe_dist import __version__
 from qe_dist.core.errors import CheckFailed, QEError, Stopped, TemporaryError
 from qe_pipelines.compare import compare
+from qe_pipelines.console import EXTRA_OF
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
 from qe_pipelines.export import export
@@ -99,6 +100,8 @@ def _run(words: list[str], debug: bool) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRA_OF:
+            raise  # console.py names the extra
         if debug:
             traceback.print_exc()
         return _told(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qe_dist import archs
 from qe_dist.core.sample import Sample
@@ -39,9 +40,25 @@ def tiny_model(
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder)
-    processor = ("preprocessor_config.json",) if archs.get(arch).has_vision(config) else ()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", *processor):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(MODELS / "plain" / name, folder / name)
+    if archs.get(arch).has_vision(config):
+        processor = json.loads((MODELS / "plain" / "preprocessor_config.json").read_text())
+        sizes = {"patch_size": model.config.vision_config.patch_size}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor | sizes))
+    return folder
+
+
+def stir(folder: Path) -> Path:
+    """Gives every bias, and every gain that is 1 in all channels, random numbers, so that none can be left out."""
+    weights = load_file(folder / "model.safetensors")
+    random = torch.Generator().manual_seed(1)
+    for name, tensor in weights.items():
+        if name.endswith("bias"):
+            tensor.normal_(0, 0.5, generator=random)
+        elif tensor.ndim == 1 and bool((tensor == 1).all()):
+            tensor.uniform_(0.5, 2.0, generator=random)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

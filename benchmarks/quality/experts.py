@@ -199,7 +199,7 @@ def measure(model: Prepared, rows: Sequence[Row], parts: Mapping[str, Part]) -> 
             for name, part in parts.items():
                 for i, batch in enumerate(part.batches):
                     block.use(groups, batch.token_keys())
-                    walk.hidden[name][i] = model.arch.run_block(module, batch.with_hidden(walk.hidden[name][i]))
+                    walk.hidden[name][i] = model.arch.run_block(module, batch.with_hidden(walk.hidden[name][i]), index)
             walk.seconds["run"] += time.process_time() - start
         print(f"block {index} of {len(model.spec.blocks)}", flush=True)
     return list(_results(model, walks, parts))

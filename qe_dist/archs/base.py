@@ -7,7 +7,7 @@ parts are given what transformers makes of it: the configuration of the whole mo
 import copy
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -75,6 +75,10 @@ class Decoder(Protocol):
     tiny: Mapping[str, Any]
     """Settings of a decoder that takes milliseconds, for tests."""
 
+    def unsupported(self, text: Any) -> Iterator[str]:
+        """Each setting that makes a block other than the one described here, with the reason."""
+        ...
+
     def layer(self) -> type[nn.Module]:
         """The class of a block, made from `text` and the index of the block. Imports what it is made of."""
         ...
@@ -92,11 +96,12 @@ class Decoder(Protocol):
         ...
 
     def context(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What a block needs beside hidden states, out of the keyword arguments that transformers calls it with."""
+        """What the blocks need beside hidden states, out of the keyword arguments that transformers calls the decoder
+        and its first block with."""
         ...
 
-    def run(self, block: nn.Module, batch: Batch) -> Tensor:
-        """Hidden states after the block, [B, L, D]."""
+    def run(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        """Hidden states behind block `index`, [B, L, D], with all that the decoder does to them before the next one."""
         ...
 
 
@@ -109,13 +114,11 @@ class Frontend(Protocol):
     """Prefix of the decoder in the model without head (`language_model.`, or nothing)."""
     unquantized: tuple[str, ...]
     """Linears outside of decoder and head, as compressed-tensors ignores them: names, or patterns after `re:`."""
-    stream_writers: tuple[str, ...]
-    """Linears that write into the residual stream in front of the first block, in the model without head."""
     modality_argument: str | None
     """Keyword argument of the model that tells for every token whether it is of an image (not 0)."""
 
-    def body(self, config: Any) -> nn.Module:
-        """The model without head. `config` says one block and may be changed."""
+    def stream_writers(self, config: Any) -> tuple[str, ...]:
+        """Linears outside of the blocks that write into the residual stream, in the model without head."""
         ...
 
     def has_vision(self, config: Mapping[str, Any]) -> bool:
@@ -151,6 +154,8 @@ class EngineNames:
     """Where its model has the blocks."""
     modules: Mapping[str, str]
     """Input group -> the linear that computes all linears of the group at once, both relative to the block."""
+    decoder: str
+    """The class of its model that has the blocks, which says what it fuses."""
 
 
 @dataclass(frozen=True)
@@ -289,9 +294,9 @@ class Family:
         disk = {n: spec.prefix + n for n, _ in module.named_parameters()}
         return fill(module, source, disk, device, dtype)
 
-    def run_block(self, block: nn.Module, batch: Batch) -> Tensor:
-        """Hidden states after the block, [B, L, D]."""
-        return self.decoder.run(block, batch)
+    def run_block(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
+        """Hidden states behind block `index`, [B, L, D], as they enter the next one."""
+        return self.decoder.run(block, batch, index)
 
     def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
         """What stands between the last block and the head."""
@@ -317,11 +322,11 @@ class Family:
             embeddings: RotatedTensor(embeddings, columns="stream", stored=True),
             HEAD: RotatedTensor(read, columns="stream", gain=norm, stored=True),
         }  # fmt: skip
-        for writer in self.frontend.stream_writers:
+        for writer in self.frontend.stream_writers(config):
             linear = self.disk_name(f"{writer}.weight", source).removesuffix("weight")
             tensors |= {linear + n: RotatedTensor(linear + n, rows="stream", stored=True) for n in ("weight", "bias")}
         for block in self.spec(source).blocks:
-            norms |= {block.prefix + n for n in block.others}
+            norms |= {f"{block.prefix}{site.norm}.weight" for site in self.decoder.sites.values() if site.norm}
             for linear, site in self.decoder.sites.items():
                 weight, bias = (f"{block.prefix}{linear}.{n}" for n in ("weight", "bias"))
                 gain = site.norm and f"{block.prefix}{site.norm}.weight"

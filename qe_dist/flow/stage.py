@@ -244,7 +244,7 @@ class _Block:
 
     def forward(self, batch: Batch, count: bool) -> Tensor:
         """Hidden states after the block. batch: on the block's device. count: adds its tokens to the statistics."""
-        hidden = self.arch.run_block(self.module, batch)
+        hidden = self.arch.run_block(self.module, batch, self.spec.index)
         if self.stats and count:
             real, held_out = batch.modality != PADDING, batch.held_out(self.held_out_below)
             self._count(batch, real & ~held_out, GroupStats.update)

@@ -46,7 +46,7 @@ def open_blocks(
 
 
 def _plain(arch: Family, source: WeightSource, spec: Any, device: str, dtype: torch.dtype) -> RunBlock:
-    return partial(arch.run_block, arch.block(source, spec, device, dtype))
+    return partial(arch.run_block, arch.block(source, spec, device, dtype), index=spec.index)
 
 
 def _quantized(
@@ -67,6 +67,6 @@ def _quantized(
 
     def run(batch: Batch) -> Tensor:
         with modality.during(batch.modality):
-            return arch.run_block(block, batch)
+            return arch.run_block(block, batch, index)
 
     return run

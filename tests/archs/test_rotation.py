@@ -14,7 +14,7 @@ from qe_dist.data.samples import load_images
 from qe_dist.io.rotated import RotatedSource
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.rotations.hadamard import Hadamard
-from tests.tiny import MODELS, samples_for, tiny_model
+from tests.tiny import MODELS, samples_for, stir, tiny_model
 
 ARCH = archs.get("qwen2_vl")
 TINY = dict(ARCH.tiny)
@@ -49,14 +49,8 @@ SIZES = {
 
 def model(folder, config, dtype=torch.float32, arch="qwen2_vl"):
     """On disk; tied embeddings once; every bias and every gain is something."""
-    tiny_model(folder, arch, config=config, dtype=dtype)
+    stir(tiny_model(folder, arch, config=config, dtype=dtype))
     weights = load_file(folder / "model.safetensors")
-    random = torch.Generator().manual_seed(1)
-    for name, tensor in weights.items():
-        if name.endswith("bias"):
-            tensor.normal_(0, 0.5, generator=random)
-        elif name == "model.norm.weight":
-            tensor.uniform_(0.5, 2.0, generator=random)
     if config in TIED_CONFIGS.values():
         weights.pop("lm_head.weight", None)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -178,7 +172,7 @@ def peaks(source):
             reader.register_forward_pre_hook(
                 lambda module, args, name=group.name, seen=seen: seen.__setitem__(name, args[0])
             )
-        batch = batch.with_hidden(ARCH.run_block(block, batch))
+        batch = batch.with_hidden(ARCH.run_block(block, batch, spec.index))
         for name, x in seen.items():
             channels = x[batch.modality != PADDING].abs().amax(dim=0)
             worst[name] = max(worst.get(name, 0.0), float(channels.max() / channels.median()))

@@ -378,9 +378,9 @@ def test_a_batch_moves_to_the_device_once_and_every_block_finds_it_there(run, mo
         copies = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         return move(Batch.from_tensors(copies), device)
 
-    def spied(arch, block, batch):
+    def spied(arch, block, batch, index):
         seen.append([batch.modality, batch.sample_ids, *batch.context.values()])
-        return run_block(arch, block, batch)
+        return run_block(arch, block, batch, index)
 
     monkeypatch.setattr(Batch, "to", moved)
     monkeypatch.setattr(type(stage.arch), "run_block", spied)

@@ -87,7 +87,7 @@ def test_the_bundled_model_computes_the_same_with_768_channels_as_with_640():
     for source in (plain, wide):
         batch = arch.prelude(source, "cpu", torch.float64)(examples, 0)
         for spec in arch.spec(source).blocks:
-            batch = batch.with_hidden(arch.run_block(arch.block(source, spec, "cpu", torch.float64), batch))
+            batch = batch.with_hidden(arch.run_block(arch.block(source, spec, "cpu", torch.float64), batch, spec.index))
         hidden.append(batch.hidden)
     assert (hidden[1] - hidden[0]).abs().max() < 1e-13 * hidden[0].abs().max()
 

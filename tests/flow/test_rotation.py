@@ -119,7 +119,7 @@ def test_the_stored_weight_of_down_and_its_error_are_those_of_an_independent_com
     block = arch.block(source, spec, "cpu", torch.float32)
     block.mlp.down_proj.register_forward_pre_hook(lambda module, args: tokens.setdefault("x", []).append(args[0]))
     for i, sample in enumerate(read_samples(run.calibration)):
-        arch.run_block(block, embedder.embed(i, [sample]))
+        arch.run_block(block, embedder.embed(i, [sample]), 0)
     x = torch.cat([part.flatten(0, 1) for part in tokens["x"]]).double()
     weight = source.get("model.layers.0.mlp.down_proj.weight").double()
     tensors = load_file(run.output / "block-00000.safetensors")

@@ -45,7 +45,7 @@ def test_activations_stay_finite_and_of_one_size_through_64_blocks(tmp_path):
     batch = Embedder(run, "qwen2_vl").embed(0, make_batches(run)[0])
     before = batch.hidden.std()
     for spec in arch.spec(source).blocks:
-        batch = batch.with_hidden(arch.run_block(arch.block(source, spec, run.device, run.dtype), batch))
+        batch = batch.with_hidden(arch.run_block(arch.block(source, spec, run.device, run.dtype), batch, spec.index))
     assert 0.5 < batch.hidden.std() / before < 5
 
 

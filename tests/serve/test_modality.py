@@ -98,7 +98,7 @@ def block_by_block(source: Path, quantized: Path, examples: list[Example]) -> Te
         for group in spec.groups:
             for linear in group.linears:
                 block.set_submodule(linear.name, _Reference(tensors, spec, group, linear.name, modality))
-        batch = batch.with_hidden(ARCH.run_block(block, batch))
+        batch = batch.with_hidden(ARCH.run_block(block, batch, spec.index))
     full = load(source)
     with torch.no_grad():
         return full.lm_head(full.get_decoder().norm(batch.hidden))

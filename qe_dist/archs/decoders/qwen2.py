@@ -1,12 +1,20 @@
-"""Qwen2 as Qwen2-VL has it: biases on q, k and v; its rotary tables are multimodal (M-RoPE)."""
+"""Qwen2: biases on q, k and v. In models that see images, its rotary tables are multimodal (M-RoPE)."""
 
-from torch import nn
+from collections.abc import Iterator
+from typing import Any
 
 from qe_dist.archs.shared.swiglu import SwiGLUDecoder
 
 
-class Qwen2(SwiGLUDecoder):
-    def layer(self) -> type[nn.Module]:
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
+class Windowless(SwiGLUDecoder):
+    """A decoder whose configuration offers sliding windows in its last blocks, which no published model has."""
 
-        return Qwen2VLDecoderLayer
+    def unsupported(self, text: Any) -> Iterator[str]:
+        yield from super().unsupported(text)
+        if text.use_sliding_window:
+            yield "use_sliding_window true: blocks are streamed with attention to all earlier tokens"
+
+
+QWEN2 = Windowless("qwen2.modeling_qwen2.Qwen2DecoderLayer", own_head_width=False)
+QWEN2_VL = Windowless("qwen2_vl.modeling_qwen2_vl.Qwen2VLDecoderLayer", own_head_width=False)
+QWEN2_5_VL = Windowless("qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLDecoderLayer", own_head_width=False)

@@ -1,4 +1,5 @@
-"""Qwen2-VL's way to embed: a vision tower whose merger writes into the stream in place of image tokens."""
+"""The way of Qwen2-VL and its successors to embed: a vision tower whose merger writes into the stream in place of image
+tokens. Their towers differ; they are transformers' own."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qe_dist.core.errors import CheckpointError
@@ -14,9 +15,12 @@ from qe_dist.core.sample import Example, PixelBounds
 
 
 class Qwen2VLImages:
-    """The image processor of a model. token: the placeholder of an image in the text."""
+    """The image processor of a model, from its folder.
 
-    def __init__(self, folder: Path, token: int) -> None:
+    CheckpointError where there is none, or one that cuts images otherwise than the vision tower takes them.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
         # Before 5.18, what transformers itself calls so wants torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -25,7 +29,14 @@ class Qwen2VLImages:
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: image processor cannot be loaded: {error}") from None
-        self.token = token
+        self.token, tower = config.image_token_id, config.vision_config
+        own = self.processor.patch_size, self.processor.merge_size
+        wanted = tower.patch_size, tower.spatial_merge_size
+        if own != wanted:
+            raise CheckpointError(
+                f"{folder}/preprocessor_config.json has (patch_size, merge_size) {own}, config.json has {wanted}; "
+                "take both files from the same model"
+            )
 
     def __call__(
         self, images: Sequence[Image.Image], bounds: Sequence[PixelBounds]
@@ -49,20 +60,16 @@ class Qwen2VLFrontend:
     auto_class = "AutoModelForImageTextToText"
     decoder = "language_model."
     unquantized = (r"re:.*\bvisual\..*",)
-    stream_writers = ("visual.merger.mlp.2",)
     modality_argument = "mm_token_type_ids"
 
-    def body(self, config: Any) -> nn.Module:
-        from transformers import Qwen2VLModel
-
-        config.text_config.layer_types = ["full_attention"]
-        return Qwen2VLModel(config)
+    def stream_writers(self, config: Any) -> tuple[str, ...]:
+        return ("visual.merger.mlp.2",)
 
     def has_vision(self, config: Mapping[str, Any]) -> bool:
         return "vision_config" in config
 
     def images(self, folder: Path, config: Any) -> Qwen2VLImages:
-        return Qwen2VLImages(folder, config.image_token_id)
+        return Qwen2VLImages(folder, config)
 
     def image_ids(self, config: Any) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
@@ -81,3 +88,11 @@ class Qwen2VLFrontend:
         if with_images:
             inputs |= {k: torch.cat([v[k] for v in with_images]) for k in with_images[0]}
         return inputs
+
+
+class Qwen3VLFrontend(Qwen2VLFrontend):
+    """The tower hands on features of some of its layers, too, each through a merger of its own."""
+
+    def stream_writers(self, config: Any) -> tuple[str, ...]:
+        taken = range(len(config.vision_config.deepstack_visual_indexes))
+        return ("visual.merger.linear_fc2", *(f"visual.deepstack_merger_list.{i}.linear_fc2" for i in taken))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qe_dist.core.sample import Example
@@ -12,12 +12,10 @@ from qe_dist.core.sample import Example
 
 class TextFrontend:
     auto_class = "AutoModelForCausalLM"
-    decoder, unquantized, stream_writers, modality_argument = "", (), (), None
+    decoder, unquantized, modality_argument = "", (), None
 
-    def body(self, config: Any) -> nn.Module:
-        from transformers import AutoModel
-
-        return AutoModel.from_config(config)
+    def stream_writers(self, config: Any) -> tuple[str, ...]:
+        return ()
 
     def has_vision(self, config: Mapping[str, Any]) -> bool:
         return False

@@ -49,19 +49,25 @@ class _Caught(Exception):
 
 
 class Catcher(nn.Module):
-    """Stands in the place of the blocks of a model."""
+    """Stands in the place of the blocks of a decoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.caught: tuple[Tensor, Mapping[str, Any]] | None = None
+        self.of_decoder: Mapping[str, Any] = {}
+        decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _enter(self, decoder: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        self.of_decoder = given
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        self.caught = (hidden_states, given)
+        self.caught = (hidden_states, {**self.of_decoder, **given})
         raise _Caught
 
     @torch.no_grad()
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
-        """What the first block of the model is called with: hidden states [B, L, D], and keyword arguments."""
+        """Hidden states [B, L, D] as they enter the first block, and the keyword arguments that the decoder and its
+        first block are called with, those of the block before those of the decoder."""
         with contextlib.suppress(_Caught):
             model(**inputs, use_cache=False)
         assert self.caught is not None, "the model ended before its first block"

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 class HFPrelude:
     def __init__(self, arch: "Family", source: WeightSource, device: str, dtype: torch.dtype) -> None:
+        from transformers import AutoModel
+
         config = arch.hf_config(source.config)
         text = config.get_text_config()
-        text.num_hidden_layers = 1
-        model = empty(lambda: arch.frontend.body(config), include_buffers=False)
+        text.num_hidden_layers, text.layer_types = 1, ["full_attention"]  # of the block that the catcher replaces
+        model = empty(lambda: AutoModel.from_config(config), include_buffers=False)
         decoder = model.get_submodule(arch.frontend.decoder.removesuffix("."))
-        self.catcher = Catcher()
+        self.catcher = Catcher(decoder)
         decoder.layers, decoder.norm = nn.ModuleList([self.catcher]), nn.Identity()
         disk = {n: arch.disk_name(n, source) for n, _ in model.named_parameters()}
         self.model = fill(model, source, disk, device, dtype)

@@ -28,6 +28,14 @@ def check_settings(arch: Family, config: Mapping[str, Any], shown: str) -> None:
         raise ConfigError(f"{shown}: num_hidden_layers must be at least 1, found {number!r}")
     for fault in (*_rope(arch, text), *_tokens(config, text)):
         raise ConfigError(f"{shown}: {fault}")
+    for fault in (*_class(arch, config), *arch.decoder.unsupported(text)):
+        raise ConfigError(f"{shown} asks for a variant of {arch.name} that is not supported: {fault}")
+
+
+def _class(arch: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    known, found = arch.tiny["architectures"], config.get("architectures")
+    if found and list(found) != known:
+        yield f"architectures {', '.join(found)}; supported is {known[0]}"
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """The decoder block that most families share: attention and a SwiGLU, a norm in front of each, under Llama's names."""
 
-from collections.abc import Mapping
-from typing import Any
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,27 @@ from qe_dist.core.spec import Feeder, InputGroup, LinearSpec
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+"""Of every head by itself, between projection and rotary embedding, where a family has them."""
 FUSED = {
     "self_attn.qkv": "self_attn.qkv_proj", "self_attn.o": "self_attn.o_proj",
     "mlp.gate_up": "mlp.gate_up_proj", "mlp.down": "mlp.down_proj",
 }  # fmt: skip
 """Input group -> vLLM's linear, in its models of this family."""
+_ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class SwiGLUDecoder:
-    """All that `Decoder` asks for but `layer`, the class of a block."""
+    """All that `Decoder` asks for.
 
-    norms = _NORMS
+    block: class of a block, below `transformers.models` (`llama.modeling_llama.LlamaDecoderLayer`). own_head_width:
+    heads have the width `head_dim` of the configuration, which need not be hidden size over heads.
+    """
+
     inner_width = "intermediate_size"
     # A rotation cannot turn the inner dimension of the MLP (SwiGLU multiplies channel by channel), nor what q and k
     # write (RoPE turns pairs of channels).
-    sites: Mapping[str, Site] = {
+    sites: ClassVar[Mapping[str, Site]] = {
         "self_attn.q_proj": Site(None, "stream", _NORMS[0]),
         "self_attn.k_proj": Site(None, "stream", _NORMS[0]),
         "self_attn.v_proj": Site("head", "stream", _NORMS[0]),
@@ -36,15 +43,31 @@ class SwiGLUDecoder:
         "mlp.up_proj": Site(None, "stream", _NORMS[1]),
         "mlp.down_proj": Site("stream", None, None),
     }
-    tiny: Mapping[str, Any] = {
+    tiny: ClassVar[Mapping[str, Any]] = {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
 
+    def __init__(self, block: str, own_head_width: bool, norms_within: tuple[str, ...] = ()) -> None:
+        self.block, self.own_head_width, self.norms = block, own_head_width, (*_NORMS, *norms_within)
+
+    def unsupported(self, text: Any) -> Iterator[str]:
+        if text.hidden_act != "silu":
+            yield f"hidden_act {text.hidden_act!r}: engines compute these blocks with silu alone"
+        if (kind := text.rope_parameters["rope_type"]) not in _ROPES:
+            yield (
+                f"rope_type {kind!r}: its tables depend on the longest sample of a batch; supported are "
+                f"{', '.join(_ROPES)}"
+            )
+
+    def layer(self) -> type[nn.Module]:
+        module, _, name = self.block.rpartition(".")
+        return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+
     def head_width(self, text: Any) -> int:
-        return text.hidden_size // text.num_attention_heads
+        return text.head_dim if self.own_head_width else text.hidden_size // text.num_attention_heads
 
     def groups(self, text: Any) -> tuple[InputGroup, ...]:
         heads, kv, hidden, wide = (
@@ -76,9 +99,15 @@ class SwiGLUDecoder:
         cos, sin = given["position_embeddings"]
         return {"cos": cos, "sin": sin}
 
+    def mask(self, block: nn.Module, hidden: Tensor) -> Tensor | None:
+        """Which positions [B, 1, L, L] a token sees; None for all before it."""
+        return None
+
     @torch.no_grad()
-    def run(self, block: nn.Module, batch: Batch) -> Tensor:
+    def run(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         where = block.get_parameter(f"{_NORMS[0]}.weight")  # a quantized block begins with packed integers
         cos, sin = (batch.context[k].to(where) for k in ("cos", "sin"))
-        out = block(batch.hidden.to(where), position_embeddings=(cos, sin), use_cache=False)
+        hidden = batch.hidden.to(where)
+        mask = self.mask(block, hidden)
+        out = block(hidden, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
         return out[0] if isinstance(out, tuple) else out

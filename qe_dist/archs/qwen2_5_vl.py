@@ -1,0 +1,29 @@
+"""Qwen2.5-VL (3B, 7B, 32B, 72B)."""
+
+from qe_dist.archs.base import EngineNames, Family
+from qe_dist.archs.decoders.qwen2 import QWEN2_5_VL
+from qe_dist.archs.frontends.qwen2_vl import Qwen2VLFrontend
+from qe_dist.archs.shared.swiglu import FUSED
+
+FAMILY = Family(
+    model_types=("qwen2_5_vl",),
+    decoder=QWEN2_5_VL,
+    frontend=Qwen2VLFrontend(),
+    on_disk={  # as published; newer saves have the second
+        "visual.": ("visual.", "model.visual."),
+        "language_model.": ("model.", "model.language_model."),
+    },
+    in_vllm=EngineNames("language_model.model.layers", FUSED, "Qwen2ForCausalLM"),
+    tiny={
+        "model_type": "qwen2_5_vl",
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "text_config": dict(QWEN2_5_VL.tiny)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        "vision_config": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+            "window_size": 56, "fullatt_block_indexes": [1],
+        },
+        "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4,
+        "tie_word_embeddings": False,
+    },
+)  # fmt: skip

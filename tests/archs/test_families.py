@@ -1,0 +1,71 @@
+"""Every family from a model on disk to tokens that a checkpoint of it generates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qe_dist import archs
+from qe_dist.checkpoint import verify
+from qe_dist.data.samples import load_images
+from qe_dist.flow.config import RunConfig
+from qe_dist.flow.local import quantize
+from qe_dist.methods.recipes import load_recipe
+from qe_dist.serve.loading import load_model
+from tests.archs.contract import blocks_of_files_equal_the_loaded_model, samples
+from tests.tiny import calibration, samples_for, stir, stories, tiny_model
+
+NEAR, ROUTED = "gptq-w8a16", "qe-paper-w4a6"
+CHECKS = (verify.check_hashes, verify.check_index, verify.check_finite, verify.check_layout)
+
+
+@pytest.fixture(scope="module", params=archs.names())
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and checkpoints of it that were made in a wave for each block."""
+    root, name = tmp_path_factory.mktemp(request.param), request.param
+    model = stir(tiny_model(root / name, name))
+    data = (calibration if archs.get(name).has_vision(archs.get(name).tiny) else stories)(root / "data", 4)
+    recipes = {recipe: load_recipe(recipe) for recipe in (NEAR, ROUTED)}
+    runs = [
+        RunConfig(model, recipe, data, root / of, sample_tokens=256, samples_per_batch=2, blocks_per_worker=1)
+        for of, recipe in recipes.items()
+    ]
+    quantize(*runs)
+    return model
+
+
+@pytest.mark.parametrize("recipe", [NEAR, ROUTED])
+def test_block_by_block_is_the_loaded_model_bit_for_bit(recipe: str, root: Path) -> None:
+    folder = root.parent / recipe
+    blocks_of_files_equal_the_loaded_model(archs.get(root.name), folder, samples(folder))
+
+
+def test_a_checkpoint_of_8_bits_is_the_model_nearly(root: Path) -> None:
+    """A wrong name, or an order that another part undoes, would leave nothing of it."""
+    arch, shown = archs.get(root.name), samples(root)
+    full, rounded = (
+        torch.log_softmax(blocks_of_files_equal_the_loaded_model(arch, folder, shown), dim=-1)
+        for folder in (root, root.parent / NEAR)
+    )
+    near, apart = ((full.exp() * (full - other)).sum(dim=-1).mean() for other in (rounded, full.roll(1, 0)))
+    assert near < 0.01 * apart  # apart: one token from the next
+
+
+@pytest.mark.parametrize("recipe", [NEAR, ROUTED])
+def test_verify_finds_no_fault(recipe: str, root: Path) -> None:
+    folder = root.parent / recipe
+    checkpoint = verify.Checkpoint.open(folder)
+    assert [fault for check in CHECKS for fault in check(checkpoint)] == []
+    assert verify.check_source(checkpoint, root) == []
+    arch = archs.get(root.name)
+    if arch.has_vision(checkpoint.config):
+        assert verify.image_effect(load_model(folder), arch, arch.encoder(folder)) > 0.01
+
+
+def test_a_checkpoint_generates(root: Path) -> None:
+    arch, folder = archs.get(root.name), root.parent / ROUTED
+    sample = samples_for(folder)[0]
+    prompt = arch.encoder(folder).prompt(sample, load_images(sample))
+    inputs = arch.model_inputs([prompt], pad=0)
+    out = load_model(folder).generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert out.shape[1] == len(prompt.input_ids) + 5

@@ -1,0 +1,175 @@
+"""Families that are wrong in one place each, and the promise of the contract that breaks by it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from qe_dist import archs
+from qe_dist.archs.base import EngineNames, Family, Site
+from qe_dist.archs.decoders.qwen2 import Windowless
+from qe_dist.archs.shared.swiglu import SwiGLUDecoder
+from qe_dist.core.errors import QEError
+from qe_dist.core.spec import Feeder
+from tests.archs import contract
+from tests.archs.contract import Subject
+
+
+def changed(part: Any, **members: Any) -> Any:
+    """A copy of a decoder or front end with other methods or fields."""
+    other = copy.copy(part)
+    other.__class__ = type("Mutant", (type(part),), members)
+    vars(other).update({name: members[name] for name in vars(part) if name in members})
+    return other
+
+
+def decoder(name: str, **methods: Any) -> Family:
+    arch = archs.get(name)
+    return replace(arch, decoder=changed(arch.decoder, **methods))
+
+
+@dataclass(frozen=True)
+class _Exchanged:
+    """A source where two linears have each other's names."""
+
+    source: Any
+    one: str
+    other: str
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def get(self, name: str) -> Any:
+        for here, there in ((self.one, self.other), (self.other, self.one)):
+            if f".{here}." in name:
+                return self.source.get(name.replace(here, there))
+        return self.source.get(name)
+
+
+def exchanged(name: str, one: str, other: str) -> Family:
+    class Mutant(Family):
+        def block(self, source: Any, *rest: Any) -> nn.Module:
+            return super().block(_Exchanged(source, one, other), *rest)
+
+    return Mutant(**vars(archs.get(name)))
+
+
+def mrope_backwards(name: str) -> Family:
+    class Mutant(Family):
+        def hf_config(self, config: Any) -> Any:
+            made = super().hf_config(config)
+            made.text_config.rope_parameters["mrope_section"].reverse()
+            return made
+
+    return Mutant(**vars(archs.get(name)))
+
+
+def without_qk_norm(self: Any, block: nn.Module, batch: Any, index: int) -> Any:
+    block.self_attn.q_norm = nn.Identity()
+    return SwiGLUDecoder.run(self, block, batch, index)
+
+
+def one_group_too_few(self: Any, text: Any) -> Any:
+    qkv, o, gate_up, down = SwiGLUDecoder.groups(self, text)
+    return qkv, replace(o, linears=o.linears + down.linears), gate_up
+
+
+def half_the_producers(self: Any, text: Any) -> Any:
+    *others, down = SwiGLUDecoder.groups(self, text)
+    return *others, replace(down, producers=down.producers[1:])
+
+
+def down_fed_by_gate(self: Any, text: Any) -> Any:
+    return {**SwiGLUDecoder.feeders(self, text), "mlp.down_proj": Feeder("mlp.gate_proj")}
+
+
+def heads_that_do_not_divide(self: Any, text: Any) -> Any:
+    qkv, *others = SwiGLUDecoder.groups(self, text)
+    q, k, v = qkv.linears
+    return replace(qkv, linears=(replace(q, heads=text.hidden_size + 1), k, v)), *others
+
+
+def o_writes_nothing() -> dict[str, Site]:
+    return {**SwiGLUDecoder.sites, "self_attn.o_proj": Site(None, "head", None)}
+
+
+def late(self: Any, block: nn.Module, batch: Any, index: int) -> Any:
+    return type(archs.get("qwen3_vl").decoder).run(self, block, batch, index - 1)
+
+
+def only_the_merger(self: Any, config: Any) -> tuple[str, ...]:
+    return ("visual.merger.linear_fc2",)
+
+
+def frontend(name: str, **methods: Any) -> Family:
+    arch = archs.get(name)
+    return replace(arch, frontend=changed(arch.frontend, **methods))
+
+
+def renamed(name: str, **prefixes: tuple[str, ...]) -> Family:
+    arch = archs.get(name)
+    return replace(arch, on_disk={**arch.on_disk, **{f"{p}.": names for p, names in prefixes.items()}})
+
+
+STREAMED, ROTATED = contract.streamed_equals_whole_bit_for_bit, contract.a_rotated_model_is_the_same_function
+MUTATIONS: dict[str, tuple[str, Callable[[], Family], Callable[[Subject], None]]] = {
+    "gate and up exchanged": ("llama", lambda: exchanged("llama", "gate_proj", "up_proj"), STREAMED),
+    "k and v exchanged": ("qwen2", lambda: exchanged("qwen2", "k_proj", "v_proj"), STREAMED),
+    "sliding window forgotten": ("mistral", lambda: decoder("mistral", mask=SwiGLUDecoder.mask), STREAMED),
+    "norm of q dropped": ("qwen3", lambda: decoder("qwen3", run=without_qk_norm), STREAMED),
+    "norms of q and k not claimed": (
+        "qwen3", lambda: decoder("qwen3", norms=SwiGLUDecoder("", True).norms), contract.every_tensor_is_claimed_once
+    ),
+    "heads of hidden size over heads": (
+        "qwen3", lambda: decoder("qwen3", head_width=Windowless("", False).head_width), STREAMED
+    ),
+    "heads that do not divide": (
+        "llama", lambda: decoder("llama", groups=heads_that_do_not_divide),
+        contract.the_config_alone_tells_groups_and_heads,
+    ),
+    "down in the group of o": (
+        "qwen2", lambda: decoder("qwen2", groups=one_group_too_few), contract.linears_of_a_group_read_the_same_tensor
+    ),
+    "gate is no producer": (
+        "llama", lambda: decoder("llama", groups=half_the_producers),
+        contract.producers_absorb_an_order_of_the_channels_that_they_make,
+    ),
+    "down is fed by gate": (
+        "mistral", lambda: decoder("mistral", feeders=down_fed_by_gate), contract.feeders_absorb_a_scale_of_the_input
+    ),
+    "o writes into no stream": ("qwen3", lambda: decoder("qwen3", sites=o_writes_nothing()), ROTATED),
+    "M-RoPE backwards": ("qwen2_5_vl", lambda: mrope_backwards("qwen2_5_vl"), STREAMED),
+    "interleaved M-RoPE backwards": ("qwen3_vl", lambda: mrope_backwards("qwen3_vl"), STREAMED),
+    "no DeepStack": ("qwen3_vl", lambda: decoder("qwen3_vl", context=SwiGLUDecoder.context), STREAMED),
+    "DeepStack a block late": ("qwen3_vl", lambda: decoder("qwen3_vl", run=late), STREAMED),
+    "DeepStack is not rotated": ("qwen3_vl", lambda: frontend("qwen3_vl", stream_writers=only_the_merger), ROTATED),
+    "tower not left out": (
+        "qwen2_5_vl", lambda: frontend("qwen2_5_vl", unquantized=("visual.merger",)),
+        contract.what_is_not_in_a_block_is_named_as_unquantized,
+    ),
+    "tower under another name": ("qwen2_vl", lambda: renamed("qwen2_vl", visual=("vision.",)), STREAMED),
+    "no group in the engine": (
+        "llama", lambda: replace(archs.get("llama"), in_vllm=EngineNames("model.layers", {}, "")),
+        contract.engines_have_a_linear_for_every_group,
+    ),
+    "blind": (
+        "qwen3_vl", lambda: frontend("qwen3_vl", has_vision=lambda *_: False),
+        contract.padding_is_marked_and_images_are_told_from_text,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+    return {name: Subject.of(name, tmp_path_factory.mktemp(name)) for name in {name for name, *_ in MUTATIONS.values()}}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_contract_sees_it(mutation: str, subjects: dict[str, Subject]) -> None:
+    name, mutate, promise = MUTATIONS[mutation]
+    promise(subjects[name])
+    with pytest.raises((AssertionError, QEError)):
+        promise(replace(subjects[name], arch=mutate()))

@@ -70,6 +70,7 @@ def test_only_what_vllm_and_offloading_bring_is_imported_at_once_beside_the_base
         ("vllm_gate.py", "starlette"),
         ("vllm_linear.py", "vllm"),
         ("vllm_media.py", "vllm"),
+        ("vllm_names.py", "vllm"),
         ("vllm_options.py", "vllm"),
     }
 

@@ -47,12 +47,12 @@ def verify(
     for title, check in steps.items():
         count += _tell(title, check(checkpoint))
     if count == 0:
-        count += _tell("images change the answer", _image_faults(output))
+        count += _check_images(output) + _check_names(output)
         why = _unservable(checkpoint, sizes)
         count += _check_ranks(checkpoint, [size for size in sizes if size not in why])
     else:
         why = {}
-        typer.echo("skipped  images and tensor parallelism: a damaged checkpoint is not loaded")
+        typer.echo("skipped  images, names and tensor parallelism: a damaged checkpoint is not loaded")
     if count:
         raise CheckFailed(
             f"{output} has {count} faults, listed above; remove its config.json and type the command that made it "
@@ -104,8 +104,22 @@ def _tell(title: str, faults: list[str]) -> int:
     return len(faults)
 
 
-def _image_faults(output: Path) -> list[str]:
-    """A fault when the logits do not depend on the image. Loads the whole checkpoint."""
+def _check_names(output: Path) -> int:
+    """Prints which tensors vLLM would look for elsewhere, where it is installed, and returns their number."""
+    from qe_dist.serve import vllm_plugin
+
+    try:
+        vllm_plugin.check_installed()
+    except ConfigError as error:
+        typer.echo(f"skipped  names in vLLM: {error}")
+        return 0
+    from qe_dist.serve.vllm_names import name_faults
+
+    return _tell("names as vLLM's own model maps them", name_faults(output))
+
+
+def _check_images(output: Path) -> int:
+    """Prints whether the logits depend on the image, and returns the number of faults. Loads the whole checkpoint."""
     from qe_dist import archs
     from qe_dist.checkpoint.verify import image_effect
     from qe_dist.serve.loading import load_model
@@ -114,8 +128,7 @@ def _image_faults(output: Path) -> list[str]:
     arch = archs.for_checkpoint(config)
     if not arch.has_vision(config):
         typer.echo("skipped  images: a model of text only")
-        return []
+        return 0
     effect = image_effect(load_model(output), arch, arch.encoder(output))
-    if effect == 0:
-        return ["logits: the same for two different images"]
-    return [] if math.isfinite(effect) else ["logits: NaN or Inf"]
+    faults = ["logits: the same for two different images"] if effect == 0 else []
+    return _tell("images change the answer", faults if math.isfinite(effect) else ["logits: NaN or Inf"])

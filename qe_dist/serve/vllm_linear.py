@@ -76,7 +76,7 @@ class QEConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
             return None
-        found = self._find(prefix)
+        found = self.find(prefix)
         if found is None:
             return UnquantizedLinearMethod()
         if not self.methods and get_world_group().local_rank == 0:  # once for each host, before the first weight
@@ -87,7 +87,7 @@ class QEConfig(QuantizationConfig):
             method.source = self.methods[block + layout.groups[group].router_input]
         return method
 
-    def _find(self, prefix: str) -> tuple[str, str, BlockLayout] | None:
+    def find(self, prefix: str) -> tuple[str, str, BlockLayout] | None:
         """Prefix of the block, name of the group in it, and layout of the block of a fused linear that is quantized."""
         blocks = f"{self.names.blocks}."
         index, _, name = prefix.removeprefix(blocks).partition(".")

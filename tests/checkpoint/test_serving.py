@@ -290,4 +290,4 @@ def test_a_damaged_checkpoint_is_not_cut(runs, verify, tmp_path):
     save_file(held, path, metadata={"format": "pt"})
     code, out, _ = verify(copy, "--tensor-parallel-size", "2")
     assert code == 2
-    assert "skipped  images and tensor parallelism: a damaged checkpoint is not loaded" in out
+    assert "skipped  images, names and tensor parallelism: a damaged checkpoint is not loaded" in out

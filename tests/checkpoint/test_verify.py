@@ -30,7 +30,7 @@ from qe_dist.io.checkpoint import INDEX, MANIFEST
 from qe_dist.io.publish import sha256
 from qe_dist.methods.recipes import load_recipe, recipe_from
 from qe_dist.serve.loading import load_model
-from tests.tiny import calibration, tiny_model
+from tests.tiny import calibration, stories, tiny_model
 
 FILE_CHECKS = (check_hashes, check_index, check_finite, check_layout)
 BLOCK = "block-00001.safetensors"
@@ -262,7 +262,7 @@ def test_a_damaged_manifest_is_named(folder, content, said):
 def test_the_command_says_what_is_sound_and_ends_with_0(verify, sound):
     code, out, _ = verify(sound.output, "--source", sound.model)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["ok"] * 6
+    assert [line.split()[0] for line in out.splitlines()] == ["ok"] * 6 + ["skipped"]  # vLLM is not here
 
 
 def test_the_command_lists_all_faults_and_ends_with_1(verify, folder):
@@ -310,3 +310,15 @@ def test_the_checks_of_files_hold_a_part_of_a_tensor_whatever_its_size(folder):
     faults, mib = said.split()
     assert faults == "0"
     assert float(mib) < 100
+
+
+def test_the_command_says_what_it_could_not_check(verify, tmp_path):
+    """Images of a model of text, and names in vLLM where that is not installed."""
+    model = tiny_model(tmp_path / "model", "llama")
+    quantize(RunConfig(model, load_recipe("rtn-w4a8"), stories(tmp_path / "data", 2), tmp_path / "out"))
+    code, out, _ = verify(tmp_path / "out")
+    assert (code, "images change" in out) == (0, False)
+    assert [line for line in out.splitlines() if line.startswith("skipped")] == [
+        "skipped  images: a model of text only",
+        "skipped  names in vLLM: vLLM is not installed; qe_dist serves with vLLM 0.32",
+    ]

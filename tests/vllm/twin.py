@@ -15,9 +15,7 @@ class Twin:
     """transformers with the same checkpoint. What it says to a text is kept: one rank and two mostly say the same."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from transformers import AutoImageProcessor
-
-        self.model, self.processor = load_model(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
+        self.folder, self.model = checkpoint, load_model(checkpoint)
         self.told: dict[tuple[Question, tuple[int, ...]], Tensor] = {}
 
     def compare(self, asked: Sequence[Question], given: Sequence[dict[str, Any]]) -> tuple[list[bool], Tensor]:
@@ -34,16 +32,19 @@ class Twin:
     @torch.no_grad()
     def _logprobs(self, question: Question, answer: dict[str, Any]) -> Tensor:
         """Of the whole vocabulary, where each token of the answer was chosen. [tokens, vocabulary]"""
-        from PIL import Image
-
         ids = torch.tensor([answer["prompt"] + answer["tokens"]])
-        vision = {}
-        if question.image:
-            seen = self.processor([Image.open(question.image).convert("RGB")], return_tensors="pt")
-            vision = {name: seen[name] for name in ("pixel_values", "image_grid_thw")}
-        types = (ids == self.model.config.image_token_id).int()
-        logits = self.model(input_ids=ids, mm_token_type_ids=types, **vision).logits[0, len(answer["prompt"]) - 1 : -1]
+        vision = {} if question.image is None else self._seen(question.image, ids)
+        logits = self.model(input_ids=ids, **vision).logits[0, len(answer["prompt"]) - 1 : -1]
         return torch.log_softmax(logits.float(), dim=-1)
+
+    def _seen(self, path: str, ids: Tensor) -> dict[str, Tensor]:
+        from PIL import Image
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(self.folder)
+        seen = processor([Image.open(path).convert("RGB")], return_tensors="pt")
+        vision = {name: seen[name] for name in ("pixel_values", "image_grid_thw")}
+        return vision | {"mm_token_type_ids": (ids == self.model.config.image_token_id).int()}
 
 
 def accuracy(asked: list[Question], given: list[dict[str, Any]]) -> float:

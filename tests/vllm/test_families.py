@@ -28,6 +28,7 @@ NAMES = archs.names()
 RECIPE = "qe-extract-w4a16g32"
 WIDER = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
 }  # fmt: skip
 SECTIONS = {32: [4, 6, 6], 64: [12, 10, 10]}
 """M-RoPE by width of a head."""

@@ -16,7 +16,7 @@ VLLM := .venv-vllm/.ready
 REAL := .venv/.real
 
 .DELETE_ON_ERROR:
-.PHONY: demo real test nightly test-vllm lint bench peer clean
+.PHONY: demo real test nightly test-vllm fuzz lint bench peer clean
 
 demo: $(READY)
 	@$(BIN)/qe-dist demo
@@ -40,6 +40,10 @@ nightly: $(REAL) $(PEERS) $(VLLM)
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.
 test-vllm: $(VLLM)
 	@.venv-vllm/bin/python -m pytest -q -m "$(VLLM_TESTS)" tests/vllm
+
+# Broken inputs of every kind, and what comes of them: make fuzz COUNT=2000 SEED=1
+fuzz: $(READY)
+	@$(BIN)/python -W ignore -m tests.fuzz.figures --count $(or $(COUNT),2000) --seed $(or $(SEED),1)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet .

@@ -14,7 +14,7 @@ from torch import Tensor
 from qe_dist import archs
 from qe_dist.archs.base import HEAD, Family
 from qe_dist.archs.shared.settings import check_settings, fields_of
-from qe_dist.archs.shared.tensors import Fit, block_numbers, fit
+from qe_dist.archs.shared.tensors import Fit, block_numbers, common_prefix, fit, name_on_disk
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.io.dequantized import DequantizedSource, dequantized
 from qe_dist.io.shards import DTYPES, FLOATS
@@ -51,7 +51,9 @@ def open_model(place: Path | str) -> Model:
         notes.append(f"{_some(found.carried)} go along unread, as transformers does; engines may use them")
     config, changed = _settings(files, found, left_out)
     notes += changed
-    kept = [name for name in files.names() if name not in left_out]
+    embeddings = name_on_disk(arch, f"model.{arch.frontend.decoder}embed_tokens.weight", files.names())
+    only_head = found.tied and embeddings not in files.names()
+    kept = [name for name in files.names() if name not in left_out and not (only_head and name == HEAD)]
     for name in kept:
         if (dtype := files.dtype(name)) not in FLOATS.values():
             stored = next(known for known, one in DTYPES.items() if one == dtype)
@@ -59,29 +61,32 @@ def open_model(place: Path | str) -> Model:
                 f"{files.shown('')}: {name} has dtype {stored}, expected one of {', '.join(FLOATS)}; only "
                 "full-precision models can be quantized"
             )
-    source = ModelSource(files, config, kept)
+    source = ModelSource(files, config, {name: name for name in kept} | ({embeddings: HEAD} if only_head else {}))
     _check_names(arch, source)
     return Model(arch, source, tuple(notes))
 
 
 class ModelSource:
-    """The tensors of a model and no others."""
+    """The tensors of a model and no others.
 
-    def __init__(self, files: Files, config: Mapping[str, Any], names: Collection[str]) -> None:
+    stored: their names -> those in the files, which differ where tied embeddings were saved as the head alone.
+    """
+
+    def __init__(self, files: Files, config: Mapping[str, Any], stored: Mapping[str, str]) -> None:
         self.files, self.config, self.folder = files, config, files.folder
-        self._names = dict.fromkeys(names)
+        self._stored = dict(stored)
 
     def names(self) -> Collection[str]:
-        return self._names.keys()
+        return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.files.shape(name)
+        return self.files.shape(self._stored.get(name, name))
 
     def get(self, name: str) -> Tensor:
-        return self.files.get(name)
+        return self.files.get(self._stored.get(name, name))
 
     def prefetch(self, names: Iterable[str]) -> None:
-        self.files.prefetch(names)
+        self.files.prefetch([self._stored.get(name, name) for name in names])
 
 
 def _refuse(arch: Family, files: Files, found: Fit) -> None:
@@ -96,6 +101,11 @@ def _refuse(arch: Family, files: Files, found: Fit) -> None:
         )
     if not found.missing:
         return
+    if (prefix := common_prefix(found.surplus, found.missing)) is not None:
+        raise CheckpointError(
+            f"{place} has no tensor {found.missing[0]} (and {len(found.missing) - 1} more), but all its names begin "
+            f"with {prefix!r}, as wrappers of training and adapter libraries leave it; save the model that is inside"
+        )
     first, blocks = found.missing[0], block_numbers(arch, found.missing)
     if HEAD in found.missing:
         raise CheckpointError(

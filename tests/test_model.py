@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qe_dist import archs
 from qe_dist.core.errors import CheckpointError, ConfigError, QEError
 from qe_dist.model import open_model
 from tests.tiny import tiny_model
@@ -67,6 +68,19 @@ def test_a_model_as_it_is_saved_is_taken_whole(model):
     assert set(opened.source.names()) == set(weights(model))
     assert opened.notes == ()
     assert opened.source.config == json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", archs.names())
+def test_every_family_is_taken_whole_as_it_is_saved(tmp_path, name):
+    """With its vision tower, its head, and its blocks; and with a tensor less it is refused."""
+    model = tiny_model(tmp_path / "model", name)
+    opened = open_model(model)
+    tensors = weights(model)
+    assert set(opened.source.names()) == set(tensors)
+    assert opened.notes == ()
+    gone = sorted(n for n in tensors if n != "lm_head.weight")[-1]
+    save(model, {n: t for n, t in tensors.items() if n != gone})
+    assert f"has no tensor {gone}" in refusal(model)
 
 
 def test_names_as_they_were_published_are_those_of_today(model):
@@ -175,6 +189,46 @@ def test_a_head_that_is_not_the_embeddings_unties_them_with_a_line(model):
     assert "tie_word_embeddings is true, but lm_head.weight is not" in opened.notes[0]
 
 
+def test_tied_embeddings_that_were_saved_as_the_head_alone_are_found(model):
+    """As safetensors does it where two names share a tensor; transformers ties the other way round."""
+    tensors = weights(model)
+    embeddings = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+    save(model, {n: t for n, t in tensors.items() if n != embeddings})
+    tied(model, True)
+    source = open_model(model).source
+    assert "lm_head.weight" not in source.names()
+    assert torch.equal(source.get(embeddings), tensors["lm_head.weight"])
+    assert source.shape(embeddings) == tuple(tensors["lm_head.weight"].shape)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "model.language_model."])
+def test_names_behind_a_prefix_of_a_wrapper_are_recognised(model, prefix):
+    save(model, {prefix + n: t for n, t in weights(model).items()})
+    assert f"all its names begin with '{prefix}" in refusal(model)
+
+
+# -- small files
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_small_file_that_is_no_json_is_refused_before_it_is_copied(model, name):
+    (model / name).write_text("{")
+    assert f"{name} is not JSON" in refusal(model)
+
+
+def test_an_adapter_beside_a_whole_model(model):
+    (model / "adapter_config.json").write_text("{}")
+    assert "holds a model and, in adapter_config.json, an adapter" in refusal(model)
+
+
+def test_a_file_that_may_not_be_read_says_so(model):
+    from qe_dist.io.shards import unreadable
+
+    said = str(unreadable("model.safetensors", PermissionError(13, "Permission denied")))
+    assert "cannot be read: Permission denied" in said
+    assert "truncated" not in said
+
+
 # -- shards
 
 
@@ -232,7 +286,7 @@ def test_a_damaged_index(model, content):
     assert f"{INDEX} is damaged" in refusal(model)
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ""])
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "", "a" * 300, "\ud800"])
 def test_an_index_that_points_out_of_the_folder(model, shard):
     (model / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     assert "expected a file in the same folder" in refusal(model)
@@ -282,6 +336,14 @@ def test_a_link_to_a_blob_that_is_gone(model, tmp_path):
         (lambda c: c.update(image_token_id=512), "image_token_id is 512, which is no row"),
         (lambda c: c.update(text_config=[1]), "text_config must be an object"),
         (lambda c: c.pop("vision_config"), "has no vision_config"),
+        (lambda c: c.update(architectures="Qwen2VL"), "architectures must be a list of names"),
+        (lambda c: c.update(dtype=True), "dtype must be a type of torch such as bfloat16"),
+        (lambda c: c.update(torch_dtype="bf16"), "torch_dtype must be a type of torch"),
+        (lambda c: c.update(model_type=["qwen2_vl"]), "model_type"),
+        (lambda c: c.update(model_type="qwen2_v"), "did you mean 'qwen2_vl'?"),
+        (lambda c: c["text_config"]["rope_parameters"].update(mrope_section=[[2], 3, 3]), "mrope_section is"),
+        (lambda c: c["text_config"].update(num_attention_heads=0), "config.json"),
+        (lambda c: c["text_config"].update(hidden_act="a" * 5000), "config.json describes no qwen2_vl"),
     ],
 )
 def test_a_config_out_of_step_is_named_by_file_and_field(model, change, says):
@@ -295,6 +357,11 @@ def test_a_config_out_of_step_is_named_by_file_and_field(model, change, says):
 def test_a_config_that_is_no_object(model, content):
     (model / "config.json").write_text(content)
     assert "config.json is not" in refusal(model)
+
+
+def test_a_config_that_says_no_quantization(model):
+    configured(model, lambda c: c.update(quantization_config=None))
+    assert open_model(model).notes == ()
 
 
 def test_a_config_without_a_class_gets_one_for_engines(model):

@@ -15,7 +15,7 @@ SHORT = {
 EXAMPLES = {
     "quantize": (
         "qe-dist quantize MODEL --recipe qe-w4a8 --calibration samples.jsonl \\\n    --output DIR",
-        "qe-dist quantize Qwen/Qwen2-VL-2B-Instruct --revision main \\\n"
+        "qe-dist quantize ORG/NAME --revision main \\\n"
         "    --recipe qe-w4a16g64 --calibration samples.jsonl --output DIR",
     ),
     "eval": (
@@ -42,7 +42,7 @@ EXAMPLES = {
     "export": ("qe-dist export DIR --output OUT --base-only", "qe-dist export DIR --output OUT --peft"),
     "sensitivity": (
         "qe-dist sensitivity MODEL --data samples.jsonl",
-        "qe-dist sensitivity Qwen/Qwen2-VL-2B-Instruct --data samples.jsonl",
+        "qe-dist sensitivity ORG/NAME --data samples.jsonl",
     ),
 }
 

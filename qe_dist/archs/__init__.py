@@ -7,6 +7,7 @@ from typing import Any
 
 from qe_dist.archs.base import Family
 from qe_dist.core.errors import ConfigError
+from qe_dist.core.suggest import suggestion
 
 GUIDE = "docs/how/adding-a-model.md"
 
@@ -23,12 +24,12 @@ def for_config(config: Mapping[str, Any]) -> Family:
     """The architecture of the `config.json` of a model that is to be quantized. ConfigError where there is none for it,
     or where the model is one of code that is not run."""
     arch = for_checkpoint(config)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ConfigError("this model is quantized already; give the full-precision model")
-    if "auto_map" in config:
+    if config.get("auto_map"):
         raise ConfigError(
-            f"config.json names code of its own ({', '.join(sorted(config['auto_map']))} in auto_map), which is not "
-            f"run: it may compute something else than transformers' own {arch.name}. If it does not, take auto_map out"
+            "config.json names code of its own (auto_map), which is not run: "
+            f"it may compute something else than transformers' own {arch.name}. If it does not, take auto_map out"
         )
     return arch
 
@@ -37,10 +38,11 @@ def for_checkpoint(config: Mapping[str, Any]) -> Family:
     """The architecture of a Hugging Face `config.json`, quantized or not."""
     known = {t: name for name in names() for t in get(name).model_types}
     found = config.get("model_type")
-    if found not in known:
-        own = " and needs code of its own (auto_map), which is not run" if "auto_map" in config else ""
+    if not isinstance(found, str) or found not in known:
+        own = " and needs code of its own (auto_map), which is not run" if config.get("auto_map") else ""
+        meant = suggestion(found, known) if isinstance(found, str) else ""
         raise ConfigError(
-            f"config.json has model_type {found!r}{own}; supported are: {', '.join(sorted(known))}. "
+            f"config.json has model_type {str(found)[:40]!r}{own}{meant}; supported are: {', '.join(sorted(known))}. "
             f"How to add one: {GUIDE}"
         )
     return get(known[found])

@@ -52,9 +52,20 @@ def _weight_map(files: Files) -> dict[str, str]:
     if not whole:
         raise CheckpointError(f"{shown} is damaged: expected a weight_map of tensors and their files; copy it again")
     for name, shard in placed.items():
-        if not shard or PurePosixPath(shard).name != shard or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{shown} places {name} in {shard!r}; expected a file in the same folder")
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{shown} places {name[:200]} in {shard[:80]!r}; expected a file in the same folder; copy it again"
+            )
     return placed
+
+
+def _is_file_name(name: str) -> bool:
+    """Of a file in the same folder, on every system."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < length < 256 and PurePosixPath(name).name == name and "\\" not in name and "\0" not in name
 
 
 def _strays(files: Files, shards: Collection[str]) -> Iterator[str]:

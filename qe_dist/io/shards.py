@@ -111,7 +111,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def unreadable(shown: str, reason: object) -> CheckpointError:
-    """The error for a file that is not a whole safetensors file."""
+    """The error for a file that is not a whole safetensors file, or that the system does not give."""
+    if isinstance(reason, OSError) and reason.strerror:
+        return CheckpointError(
+            f"{shown} cannot be read: {reason.strerror}; safetensors files are often saved for their owner alone: "
+            "mend the permissions (chmod a+r), or copy it"
+        )
     return CheckpointError(f"{shown} cannot be read as safetensors ({reason}); it may be truncated, copy it again")
 
 

@@ -18,6 +18,11 @@ from qe_dist.io.folder import named_by_file, no_config
 from qe_dist.io.index import merge, read_index, same_bytes
 from qe_dist.io.shards import Span, Stored, check_start, header_end, parse_header
 
+JSON_FILES = frozenset({
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json",
+})  # fmt: skip
+"""Files beside the weights that loaders read."""
 HEADER_GUESS = 64 * 1024
 """Bytes that the header of a shard hardly ever exceeds: one read instead of two."""
 CHECKED_VALUES = 2**22
@@ -40,6 +45,7 @@ class SafetensorsSource:
         self._files = open_files(model)
         self.folder = self._files.folder
         self.config = self._read_config()
+        self._check_small_files()
         index = read_index(self._files)
         self.notes = index.notes
         """What of the folder is left out, and why."""
@@ -67,6 +73,23 @@ class SafetensorsSource:
         if not isinstance(config, dict):
             raise CheckpointError(f"{shown} is not the config of a model: expected an object, found {str(config)[:40]}")
         return config
+
+    def _check_small_files(self) -> None:
+        """What is copied into the checkpoint must be JSON, or loaders would end on it there. An adapter beside a whole
+        model is refused: transformers would load both where peft is installed, and we and vLLM would not."""
+        names = self._files.names()
+        if "adapter_config.json" in names:
+            raise ConfigError(
+                f"{self.shown()} holds a model and, in adapter_config.json, an adapter: some loaders would apply it, "
+                "others not. Merge it into the model, or move its files elsewhere"
+            )
+        for name in sorted(JSON_FILES.intersection(names)):
+            try:
+                json.loads((self.folder / name).read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise CheckpointError(f"{self.shown(name)} is not JSON: {error}; copy it again") from None
+            except OSError as error:
+                raise CheckpointError(f"{self.shown(name)} cannot be read: {error.strerror}") from None
 
     def _read_headers(self, shards: Sequence[str]) -> dict[str, bytes]:
         """The JSON at the beginning of each shard."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
-from qe_dist.flow.plan import Task, WorkerCapacity, check_runs, make_plan, plan_wave, share_out
+from qe_dist.flow.plan import Task, WorkerCapacity, check_runs, cost_notes, make_plan, plan_wave, share_out
+from qe_dist.methods.base import Budget
 from qe_dist.methods.recipes import load_recipe
 
 RUN = RunConfig(Path("model"), load_recipe("qe-w4a6"), Path("data.jsonl"), Path("/tmp/out"))
@@ -119,3 +120,14 @@ def test_the_disk_must_hold_what_the_compensation_may_store_for_the_groups_as_it
 def test_a_full_disk_is_refused_now():
     with pytest.raises(ConfigError, match=r"MiB free, the checkpoint needs about"):
         check_runs(model(2), [RUN], passthrough_bytes=2**60)
+
+
+def test_what_a_repair_costs_beyond_a_bit_is_told_before_the_work():
+    """The adapter of 2 x 64 x 64 weights has 3 x 64 factors of 16 bits for every rank."""
+    spec = model(2, width=64)
+    assert cost_notes(spec, replace(RUN, recipe=load_recipe("rtn-w4a6"))) == []
+    assert cost_notes(spec, replace(RUN, recipe=load_recipe("qera-w4a6@0.5"))) == []
+    recipe = replace(load_recipe("qera-w4a6"), budget=Budget(rank=8))
+    (note,) = cost_notes(spec, replace(RUN, recipe=recipe))
+    assert f"up to {4 + 8 * 3 * 64 * 16 / (2 * 64 * 64):.2f} bits per quantized weight" in note
+    assert "4 of codes" in note

@@ -60,6 +60,12 @@ def test_what_is_no_name_stays_as_it_is_and_has_no_revision(model):
         hub.find(model, "v1")
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name(name):
+    with pytest.raises(ConfigError, match="the name of a model is empty"):
+        hub.find(name)
+
+
 class Response:
     """What huggingface_hub reads of an answer."""
 

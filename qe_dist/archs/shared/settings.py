@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from qe_dist.archs.base import Family
 from qe_dist.core.errors import ConfigError
 
@@ -16,17 +18,11 @@ def check_settings(arch: Family, config: Mapping[str, Any], shown: str) -> None:
             raise ConfigError(f"{shown}: {name} must be an object, found {str(config[name])[:40]}")
         if name == "vision_config" and name in arch.tiny and not config.get(name):
             raise ConfigError(f"{shown} has no {name}, which a {arch.name} needs; copy it from the model's own")
-    for fault in _layers(config):
-        raise ConfigError(f"{shown}: {fault}")
     try:
-        text = arch.text(config)
-        number = text.num_hidden_layers
+        fault = next(_faults(arch, config), None)
     except Exception as error:  # transformers checks each field, with exceptions of many kinds
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{shown} is no config of a {arch.name}: {type(error).__name__}: {said[:200]}") from error
-    if type(number) is not int or number < 1:
-        raise ConfigError(f"{shown}: num_hidden_layers must be at least 1, found {number!r}")
-    for fault in (*_rope(arch, text), *_tokens(config, text)):
+        raise ConfigError(f"{shown} is no config of a {arch.name}: {shortened(error)}") from error
+    if fault is not None:
         raise ConfigError(f"{shown}: {fault}")
     for fault in (*_class(arch, config), *arch.decoder.unsupported(text)):
         raise ConfigError(f"{shown} asks for a variant of {arch.name} that is not supported: {fault}")
@@ -36,6 +32,35 @@ def _class(arch: Family, config: Mapping[str, Any]) -> Iterator[str]:
     known, found = arch.tiny["architectures"], config.get("architectures")
     if found and list(found) != known:
         yield f"architectures {', '.join(found)}; supported is {known[0]}"
+
+
+def shortened(error: BaseException) -> str:
+    """Kind and last line of an error of others, which may quote a whole file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:200] if lines else 'no reason given'}"
+
+
+def _faults(arch: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    yield from _layers(config)
+    yield from _kinds(config)
+    text = arch.text(config)
+    if type(text.num_hidden_layers) is not int or text.num_hidden_layers < 1:
+        yield f"num_hidden_layers must be at least 1, found {text.num_hidden_layers!r}"
+    yield from _rope(arch, text)
+    yield from _tokens(config, text)
+
+
+def _kinds(config: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that transformers takes as they are, and fails on when the weights are loaded."""
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        yield f"architectures must be a list of names, found {str(classes)[:40]!r}"
+    for prefix, place in _places(config):
+        for name in ("dtype", "torch_dtype"):
+            dtype = place.get(name)
+            known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+            if dtype not in (None, "auto") and not known:
+                yield f"{prefix}{name} must be a type of torch such as bfloat16, found {str(dtype)[:40]!r}"
 
 
 def _layers(config: Mapping[str, Any]) -> Iterator[str]:
@@ -60,12 +85,13 @@ def _rope(arch: Family, text: Any) -> Iterator[str]:
         )
     theta = found.get("rope_theta", 1.0)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-        yield f"rope_theta must be a number above 0, found {theta!r}"
+        yield f"rope_theta must be a number above 0, found {str(theta)[:40]!r}"
     sections = found.get("mrope_section")
     if sections is not None:
         width = int(arch.decoder.head_width(text) * found.get("partial_rotary_factor", 1.0))
-        if not isinstance(sections, list | tuple) or 2 * sum(sections) != width:
-            yield f"mrope_section is {sections}; its sum must be half of the {width} rotary channels of a head"
+        numbers = isinstance(sections, list | tuple) and all(type(n) is int and n >= 0 for n in sections)
+        if not numbers or 2 * sum(sections) != width:
+            yield f"mrope_section is {str(sections)[:40]}; its sum must be half of the {width} rotary channels"
 
 
 def _tokens(config: Mapping[str, Any], text: Any) -> Iterator[str]:

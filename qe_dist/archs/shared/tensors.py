@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qe_dist.archs.base import HEAD, Family
+from qe_dist.archs.shared.settings import shortened
 from qe_dist.core.errors import ConfigError
 
 NEVER_READ = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|masked_bias)$")
@@ -49,7 +50,7 @@ def fit(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     known = {*model.state_dict()}
     carried = {n for n in shapes if n not in known | surplus and any(p.search(n) for p in ignored)}
     return Fit(
-        tuple(sorted((_on_disk(arch, n, shapes) for n in found["missing_keys"]), key=_in_order)),
+        tuple(sorted((name_on_disk(arch, n, shapes) for n in found["missing_keys"]), key=_in_order)),
         wrong,
         tuple(sorted(surplus, key=_in_order)),
         tuple(sorted(carried, key=_in_order)),
@@ -75,9 +76,8 @@ def _load(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[in
                 output_loading_info=True,
             )
         except Exception as error:  # of any kind: transformers checks a configuration in many places
-            said = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), "")
             raise ConfigError(
-                f"config.json describes no {arch.name} that transformers can make: {type(error).__name__}: {said}"
+                f"config.json describes no {arch.name} that transformers can make: {shortened(error)}"
             ) from error
 
 
@@ -105,7 +105,7 @@ def _in_files(name: str, names: Collection[str]) -> str:
     return max(names, key=lambda other: (_common_ending(name, other), other))
 
 
-def _on_disk(arch: Family, name: str, names: Collection[str]) -> str:
+def name_on_disk(arch: Family, name: str, names: Collection[str]) -> str:
     """What the files would call a tensor of the model: with that beginning of the family's which others have here."""
     inner = name.removeprefix("model.")
     prefix = next((p for p in arch.on_disk if inner.startswith(p)), None)
@@ -113,6 +113,19 @@ def _on_disk(arch: Family, name: str, names: Collection[str]) -> str:
         return name
     used = [p for p in arch.on_disk[prefix] if any(other.startswith(p) for other in names)]
     return f"{max(used, key=len, default=arch.on_disk[prefix][-1])}{inner.removeprefix(prefix)}"
+
+
+def common_prefix(surplus: Collection[str], missing: Collection[str]) -> str | None:
+    """What stands in front of all names that the model does not know, where without it they would be those that it
+    misses: training and adapter libraries leave such prefixes. None where nothing does."""
+    first = min(surplus, key=len, default="")
+    for end in (i + 1 for i, letter in enumerate(first) if letter == "."):
+        prefix = first[:end]
+        if all(name.startswith(prefix) for name in surplus):
+            bare = {name.removeprefix(prefix) for name in surplus}
+            if sum(any(known.endswith(name) for known in missing) for name in sorted(bare)[:8]) >= min(8, len(bare)):
+                return prefix
+    return None
 
 
 def block_numbers(arch: Family, names: Collection[str]) -> set[int]:

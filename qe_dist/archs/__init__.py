@@ -26,10 +26,10 @@ def for_config(config: Mapping[str, Any]) -> Family:
     arch = for_checkpoint(config)
     if config.get("quantization_config") is not None:
         raise ConfigError("this model is quantized already; give the full-precision model")
-    if config.get("auto_map"):
+    if isinstance(config.get("auto_map"), Mapping) and config["auto_map"]:
         raise ConfigError(
-            "config.json names code of its own (auto_map), which is not run: "
-            f"it may compute something else than transformers' own {arch.name}. If it does not, take auto_map out"
+            f"config.json names code of its own ({', '.join(map(str, config['auto_map']))} in auto_map), which is not "
+            f"run: it may compute something else than transformers' own {arch.name}. If it does not, take auto_map out"
         )
     return arch
 

@@ -8,6 +8,8 @@ import pytest
 from tests.fuzz.figures import draw
 from tests.fuzz.kinds import Place, kinds
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+"""Of Pillow on damaged files, which may be read all the same."""
 NAMES = (
     "safetensors headers and indexes", "configs", "samples", "images", "recipes", "option strings",
 )  # fmt: skip

@@ -11,7 +11,7 @@ from qe_dist.io.dequantized import dequantize, quantization
     [((), None), ((1,), None), ((5,), None), ((5, 1), None), ((3, 4), (2, 2)), ((2, 2), (4, 4))],
 )
 def test_each_code_is_multiplied_by_the_scale_of_its_place(normal, scale, block):
-    codes, factors = normal(0, 5, 7).to(torch.float8_e4m3fn), normal(1, *scale).abs()
+    codes, factors = normal(0, 5, 7).to(torch.float8_e4m3fn), normal(1, *(scale or (1,))).abs().reshape(scale)
     found = dequantize(codes, factors, block)
     for row in range(5):
         for column in range(7):

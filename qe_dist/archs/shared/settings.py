@@ -20,12 +20,13 @@ def check_settings(arch: Family, config: Mapping[str, Any], shown: str) -> None:
             raise ConfigError(f"{shown} has no {name}, which a {arch.name} needs; copy it from the model's own")
     try:
         fault = next(_faults(arch, config), None)
+        variants = [] if fault else [*_class(arch, config), *arch.decoder.unsupported(arch.text(config))]
     except Exception as error:  # transformers checks each field, with exceptions of many kinds
         raise ConfigError(f"{shown} is no config of a {arch.name}: {shortened(error)}") from error
     if fault is not None:
         raise ConfigError(f"{shown}: {fault}")
-    for fault in (*_class(arch, config), *arch.decoder.unsupported(text)):
-        raise ConfigError(f"{shown} asks for a variant of {arch.name} that is not supported: {fault}")
+    for variant in variants:
+        raise ConfigError(f"{shown} asks for a variant of {arch.name} that is not supported: {variant[:200]}")
 
 
 def _class(arch: Family, config: Mapping[str, Any]) -> Iterator[str]:

@@ -49,6 +49,7 @@ lint: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports
+	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/pipeline.py
@@ -58,7 +59,7 @@ bench: $(READY)
 peer: $(PEERS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that the package index (and not the lock) chooses between its CPU

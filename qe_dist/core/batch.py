@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class Batch:
             **context,
         }
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """On a CPU as arrays, which Ray moves without copying them into a pickle; tensors it would copy twice."""
         if self.hidden.is_cuda:
             return Batch.from_tensors, (self.tensors(),)

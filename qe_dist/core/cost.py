@@ -36,7 +36,8 @@ def cost_of(group: QuantizedGroup) -> Cost:
     rotation = group.input.rotation
     stored, active = (total + sum(factor.nbytes for factor in rotation) for total in (stored, active))
     macs["a16"] += inputs * sum(len(factor) for factor in rotation)
-    for part in (group.input, *group.linears.values()):
+    parts: list[GroupInput | QuantizedLinear] = [group.input, *group.linears.values()]
+    for part in parts:
         for name, matrix in _repairs(part):
             share = matrix.shape[0] if name.startswith("expert_") else 1
             stored, active = stored + _bytes(matrix), active + _bytes(matrix) // share

@@ -113,7 +113,7 @@ class FitReport:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "FitReport":
-        return cls(**said | {"fallbacks": tuple(said["fallbacks"]), "seconds": 0.0})
+        return cls(**{**said, "fallbacks": tuple(said["fallbacks"]), "seconds": 0.0})
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "seconds"}
@@ -163,10 +163,8 @@ def _to_tensors(part: object, factors: dict[str, str], plain: dict[str, str]) ->
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _from_tensors(
-    tensors: Mapping[str, Tensor], factors: dict[str, str], plain: dict[str, str]
-) -> dict[str, Factor | Tensor]:
-    fields: dict[str, Factor | Tensor] = {}
+def _from_tensors(tensors: Mapping[str, Tensor], factors: dict[str, str], plain: dict[str, str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
     for name, attribute in factors.items():
         if name in tensors:
             fields[attribute] = Factor(tensors[name], tensors.get(f"{name}_scale"))
@@ -190,7 +188,7 @@ def repair_tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
     return _to_tensors(linear, _LINEAR_FACTORS, _LINEAR_PLAIN)
 
 
-def repair_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Factor | Tensor]:
+def repair_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of `QuantizedLinear` beside `codes` and `scale`."""
     return _from_tensors(tensors, _LINEAR_FACTORS, _LINEAR_PLAIN)
 

@@ -22,7 +22,7 @@ def read_samples(path: Path) -> list[Sample]:
     """All samples of a file. Every image is decoded once, to find damaged ones now; none is kept."""
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; expected a JSON-lines file of samples")
-    samples = []
+    samples: list[Sample] = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

@@ -22,4 +22,5 @@ def get(axis: str, name: str) -> type[Any]:
     if name not in names(axis):
         meant = suggestion(name, names(axis))
         raise ConfigError(f"there is no {axis} {name!r}{meant}; there are: {', '.join(names(axis))}")
-    return importlib.import_module(f"{__name__}.{FOLDERS[axis]}.{name}").METHOD
+    method: type[Any] = importlib.import_module(f"{__name__}.{FOLDERS[axis]}.{name}").METHOD
+    return method

@@ -82,8 +82,8 @@ class Recipe:
 
     def view(self, block: BlockSpec) -> BlockSpec:
         """The block with the groups that the recipe fits, and what their routers read."""
-        routed = isinstance(self.compensation, RoutesTokens)
-        return view_of(block, self.granularity, self.compensation.router_input if routed else "sublayer")
+        read = self.compensation.router_input if isinstance(self.compensation, RoutesTokens) else "sublayer"
+        return view_of(block, self.granularity, read)
 
     def needs(self) -> Needs:
         """The statistics that the recipe's methods ask for together."""
@@ -191,7 +191,7 @@ class Recipe:
         correction = draft.correction
         if draft.extracted.numel():
             correction = replace(correction, extracted=draft.extracted)
-        group = stored(draft.repair.whole, draft.codes, correction, self.budget.factor_bits)
+        group = stored(draft.repair.whole or draft.asked, draft.codes, correction, self.budget.factor_bits)
         return with_report(group, draft.asked, draft.seconds + _since(start), draft.fallbacks)
 
     def describe(self) -> dict[str, Any]:

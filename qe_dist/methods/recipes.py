@@ -123,8 +123,8 @@ def _named(name: str) -> Recipe:
         if not at:
             return recipe
         extra, _, factor_bits = bits.partition("f")
-        factor_bits = int(factor_bits or min(8, recipe.budget.factor_bits))
-        return replace(recipe, budget=Budget(extra_bits=float(extra), factor_bits=factor_bits))
+        budget = Budget(extra_bits=float(extra), factor_bits=int(factor_bits or min(8, recipe.budget.factor_bits)))
+        return replace(recipe, budget=budget)
     except ValueError as error:
         raise ConfigError(
             f"there is no recipe {name!r}: {error}. A recipe is a .toml file or a name such as qe-w4a6, "

@@ -23,12 +23,12 @@ def stored(moved: GroupProblem, codes: Mapping[str, Codes], c: Correction, bits:
         experts = replace(experts, down=experts.down.index_fill(2, c.extracted, 0.0))
     part = GroupInput(
         input_scale=_bf16(moved.input_scale),
-        shared_down=shared and _stored(shared.down, bits),
+        shared_down=_stored(shared.down, bits) if shared else None,
         shared_channels=_int32(c.extracted),
-        expert_down=experts and _stored(experts.down, bits),
-        expert_channels=experts and _int32(experts.channels),
-        router=experts and _bf16(experts.router),
-        salient_channels=salient and _int32(salient.channels),
+        expert_down=_stored(experts.down, bits) if experts else None,
+        expert_channels=_int32(experts.channels) if experts else None,
+        router=_bf16(experts.router) if experts else None,
+        salient_channels=_int32(salient.channels) if salient else None,
         rotation=moved.rotation,
     )
     linears, start = {}, 0
@@ -40,9 +40,10 @@ def stored(moved: GroupProblem, codes: Mapping[str, Codes], c: Correction, bits:
 
 def _linear(weight: Tensor, codes: Codes, c: Correction, part: GroupInput, bits: int) -> QuantizedLinear:
     """c: the rows of this linear. part: what its group stores, the down matrices among it."""
-    shared_up, expert_up = c.shared and _stored(c.shared.up, bits), c.experts and _stored(c.experts.up, bits)
+    shared_up = _stored(c.shared.up, bits) if c.shared else None
+    expert_up = _stored(c.experts.up, bits) if c.experts else None
     shared, own = _pair(shared_up, part.shared_down), _pair(expert_up, part.expert_down)
-    channels = c.experts and c.experts.channels
+    channels = c.experts.channels if c.experts else None
     return QuantizedLinear(
         codes=codes.codes,
         scale=codes.scale,
@@ -50,13 +51,13 @@ def _linear(weight: Tensor, codes: Codes, c: Correction, part: GroupInput, bits:
         shared_columns=None if c.extracted is None else _columns(weight, c.extracted, shared),
         expert_up=expert_up,
         expert_columns=None if channels is None else _expert_columns(weight, channels, shared, own),
-        salient_columns=c.salient and _stored(c.salient.columns, bits),
+        salient_columns=_stored(c.salient.columns, bits) if c.salient else None,
     )
 
 
-def _stored(matrix: Tensor | None, bits: int) -> Factor | None:
-    """None for a rank of zero too, which a small byte budget may give."""
-    return None if matrix is None or matrix.numel() == 0 else store_factor(matrix, bits)
+def _stored(matrix: Tensor, bits: int) -> Factor | None:
+    """None for a rank of zero, which a small byte budget may give."""
+    return None if matrix.numel() == 0 else store_factor(matrix, bits)
 
 
 Pairs = list[tuple[Tensor, Tensor]]

@@ -36,7 +36,8 @@ def _pairs(codes: Tensor) -> Tensor:
         raise ConfigError(
             f"4-bit factors hold two columns to a byte and cannot hold {codes.shape[-1]}; choose factor_bits = 8"
         )
-    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs: Tensor = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2))
+    low, high = pairs.unbind(-1)
     return low | (high << 4)
 
 

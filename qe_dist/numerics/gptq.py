@@ -172,7 +172,8 @@ class _Layer:
         """
         exact = self.weight[low:high]
         within = self.feedback[low:high, low:high].T
-        return (exact + torch.linalg.solve_triangular(within, work[low:high] - exact, upper=True)).T
+        missing: Tensor = torch.linalg.solve_triangular(within, work[low:high] - exact, upper=True)
+        return (exact + missing).T
 
 
 def _spans(group: list[int]) -> Iterator[tuple[int, int]]:

@@ -51,7 +51,7 @@ class Orthogonal:
 
     def __call__(self, x: Float[Tensor, "B W"]) -> Float[Tensor, "B W"]:
         """W may be a multiple of N: then R is the block of a block-diagonal matrix (one block per head)."""
-        y = x.double().unflatten(1, (-1, len(self.bands))).clone()
+        y: Tensor = x.double().unflatten(1, (-1, len(self.bands))).clone()
         for mix in self.mixings:
             y[..., mix.channels] = mix(y[..., mix.channels])
         return y.flatten(1)
@@ -66,7 +66,8 @@ def bands_of(gains: Float[Tensor, "L N"], octaves: float) -> Int[Tensor, " N"]:
     """The band of each channel. Channels are sorted into bands of so many octaves by the geometric mean of their gains;
     one band is centred on the median."""
     size = _octaves(gains).mean(dim=0)
-    return ((size - size.median()) / octaves).round().unique(return_inverse=True)[1]
+    bands: Tensor = ((size - size.median()) / octaves).round().unique(return_inverse=True)[1]
+    return bands
 
 
 def randomized_hadamard(bands: Int[Tensor, " N"], random: torch.Generator) -> Orthogonal:

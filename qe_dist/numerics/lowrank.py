@@ -83,7 +83,9 @@ def _orthonormal(columns: Tensor) -> Tensor:
     if not torch.isfinite(columns).all():
         raise NumericalError("subspace iteration met a NaN or Inf")
     basis = cholesky_qr(columns) if columns.is_cuda else None
-    return torch.linalg.qr(columns).Q if basis is None else basis
+    if basis is None:
+        basis = torch.linalg.qr(columns).Q
+    return basis
 
 
 INDEPENDENT = 1e-4
@@ -99,7 +101,8 @@ def cholesky_qr(columns: Float[Tensor, "O R"]) -> Float[Tensor, "O R"] | None:
     factor, failed = torch.linalg.cholesky_ex(tall.T @ tall)
     if failed or factor.diagonal().min() < INDEPENDENT:
         return None
-    return torch.linalg.solve_triangular(factor.T, tall, upper=True, left=False).to(columns)
+    basis: Tensor = torch.linalg.solve_triangular(factor.T, tall, upper=True, left=False)
+    return basis.to(columns)
 
 
 def fit_up(
@@ -113,7 +116,7 @@ def fit_up(
     product, target = (down @ seen).double(), (error @ seen).double()
     size = product.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
     ridge = 1e-6 * torch.eye(len(down), dtype=product.dtype, device=product.device)
-    up = torch.linalg.solve(product / size / size[:, None] + ridge, target / size, left=False) / size
+    up: Tensor = torch.linalg.solve(product / size / size[:, None] + ridge, target / size, left=False) / size
     if not torch.isfinite(up).all():
         raise NumericalError("fitting the up matrix met a NaN or Inf")
     return up.to(error)

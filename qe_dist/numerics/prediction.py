@@ -3,7 +3,7 @@
 Logits are [T, V], and V is 150,000 in a small Qwen: they are made for a few tokens at a time and forgotten.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,8 @@ class Head:
     @classmethod
     def of(cls, weight: Float[Tensor, "V D"]) -> "Head":
         """The head whose weight is in memory."""
-        return cls(*weight.shape, lambda: iter(weight.split(slice_rows(weight.shape[1]))))
+        vocabulary, width = weight.shape
+        return cls(vocabulary, width, lambda: iter(weight.split(slice_rows(width))))
 
 
 def slice_rows(width: int) -> int:
@@ -72,8 +73,14 @@ def score_tokens(
         here = slice(i, i + size)
         other = None if reference is None else (reference[0][here].float(), reference[1])
         parts.append(_scores(hidden[here].float(), head, wanted[here], other, memory))
-    columns = zip(*((part.nll, part.right, part.kl, part.agrees) for part in parts), strict=True)
-    return TokenScores(*(None if column[0] is None else torch.cat(column) for column in columns))
+    nll, right = torch.cat([part.nll for part in parts]), torch.cat([part.right for part in parts])
+    return TokenScores(nll, right, _joined(part.kl for part in parts), _joined(part.agrees for part in parts))
+
+
+def _joined(columns: Iterable[Tensor | None]) -> Tensor | None:
+    """The columns one after the other; None where there are none."""
+    known = [column for column in columns if column is not None]
+    return torch.cat(known) if known else None
 
 
 def _scores(

@@ -110,21 +110,26 @@ def _add_own(y: Tensor, x: Tensor, matrices: Tensor, members: tuple[Tensor, ...]
     return y
 
 
+def _made(part: Tensor | None) -> Tensor:
+    assert part is not None, "the linear reads what its group did not prepare"
+    return part
+
+
 def linear_forward(
     linear: QuantizedLinear, x: PreparedInput, weight: Float[Tensor, "O I"] | None = None
 ) -> Float[Tensor, "T O"]:
     """Outputs of a quantized linear, in float32. weight: its dequantized codes, where the caller keeps them."""
     y = x.base @ (dequantize(linear.codes, linear.scale) if weight is None else weight).T
     if linear.shared_up is not None:
-        y.addmm_(x.shared, linear.shared_up.dense.T)
+        y.addmm_(_made(x.shared), linear.shared_up.dense.T)
     if linear.shared_columns is not None:
-        y.addmm_(x.shared_channels, linear.shared_columns.float().T)
+        y.addmm_(_made(x.shared_channels), linear.shared_columns.float().T)
     if linear.expert_up is not None:
-        _add_own(y, x.experts, linear.expert_up.dense, x.members)
+        _add_own(y, _made(x.experts), linear.expert_up.dense, x.members)
     if linear.expert_columns is not None:
-        _add_own(y, x.expert_channels, linear.expert_columns.float(), x.members)
+        _add_own(y, _made(x.expert_channels), linear.expert_columns.float(), x.members)
     if linear.salient_columns is not None:
-        y.addmm_(x.salient, linear.salient_columns.dense.T)
+        y.addmm_(_made(x.salient), linear.salient_columns.dense.T)
     if linear.bias is not None:
         y += linear.bias.float()
     return y

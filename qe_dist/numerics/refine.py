@@ -62,7 +62,8 @@ def refine(
             (regression + settings.kl_weight * kl).backward()
             optimizer.step()
             schedule.step()
-    end = tuple((p * s).detach() for p, s in zip(params, sizes, strict=True))
+    up, down, router = ((p * s).detach() for p, s in zip(params, sizes, strict=True))
+    end = up, down, router
     return end if _top1_error(x, router_x, target, end) < _top1_error(x, router_x, target, start) else start
 
 

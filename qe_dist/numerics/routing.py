@@ -30,4 +30,5 @@ def regress_errors(
     gram = magnitude.T @ magnitude
     ridge = damping * gram.diagonal().mean()
     gram.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))  # an input that is all zero: any router will do
-    return torch.linalg.solve(gram, magnitude.T @ target).T.float().contiguous()
+    solved: Tensor = torch.linalg.solve(gram, magnitude.T @ target)
+    return solved.T.float().contiguous()

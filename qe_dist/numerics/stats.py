@@ -105,18 +105,20 @@ class GroupStats:
     ) -> "GroupStats":
         """Statistics of no tokens. gram_on: device of the Gram matrices; None for that of the weights."""
 
-        def no_tokens() -> TokenSample:
-            ints, modality = zeros(0, dtype=torch.int64), zeros(0, dtype=torch.int8)
-            return TokenSample(ints, zeros(0, width), zeros(0, router_width), modality)
-
         stacked = list(weights.values())
         width, device = stacked[0].shape[1], stacked[0].device
-        total = sum(w.abs().sum(dim=0, dtype=torch.float64) for w in stacked)
-        importance = (total / sum(w.shape[0] for w in stacked)).float()
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
+        def no_tokens() -> TokenSample:
+            ints, modality = zeros(0, dtype=torch.int64), zeros(0, dtype=torch.int8)
+            return TokenSample(ints, zeros(0, width), zeros(0, router_width), modality)
+
+        total = zeros(width, dtype=torch.float64)
+        for weight in stacked:
+            total += weight.abs().sum(dim=0, dtype=torch.float64)
+        importance = (total / sum(w.shape[0] for w in stacked)).float()
         return cls(
             needs=needs,
             sample_size=sample_size,

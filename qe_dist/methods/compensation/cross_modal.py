@@ -28,8 +28,7 @@ class CrossModal(Compensation):
 
     def fit(self, problem: ErrorProblem) -> Correction:
         stats = problem.stats
-        unmeasured = stats.gram is None or stats.count[IMAGE] == 0  # all had a NaN
-        if unmeasured or problem.problem.group.producers:
+        if stats.gram is None or stats.count[IMAGE] == 0 or problem.problem.group.producers:  # count: all had a NaN
             return Correction()
         error = problem.error_of(IMAGE)
         up, down = low_rank(error, gram_product(stats.gram[IMAGE].to(error.dtype)), problem.rank)

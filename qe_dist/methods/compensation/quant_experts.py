@@ -15,6 +15,7 @@ Beyond the paper: `rounds` repeats 4 and 5 for the tokens that the router sends 
 refitted to the stored down matrices.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,7 +46,7 @@ from qe_dist.numerics.grid import round_activations
 from qe_dist.numerics.lowrank import OVERSAMPLE, capped, gram_product, low_rank_floats, token_product
 from qe_dist.numerics.refine import Refinement, refine
 from qe_dist.numerics.routing import choose_experts, mean_residual, regress_errors
-from qe_dist.numerics.stats import Needs
+from qe_dist.numerics.stats import GroupStats, Needs
 
 SHARED_WEIGHT = 0.05
 """Weight of all tokens in the metric of one expert, so that it cannot overfit few tokens [INF]."""
@@ -116,16 +117,18 @@ class QuantExperts(Compensation):
         common = Correction(LowRank(up, down), extracted=shared if self.extract else None)
 
         owner, occurs = self._owners(problem.problem, shared)
-        correction = self._with_experts(problem, common, left, owner, occurs)
+        experts, router = self._experts(problem, common, left, owner, occurs)
         for _ in range(self.rounds):
-            owner = choose_experts(stats.sample.router_x, correction.experts.router)
-            correction = self._with_experts(problem, common, left, owner, occurs)
-        return self._refined(problem, correction, left) if self.refine_epochs else correction
+            owner = choose_experts(stats.sample.router_x, router)
+            experts, router = self._experts(problem, common, left, owner, occurs)
+        if self.refine_epochs:
+            experts, router = self._refined(problem, experts, router, left)
+        return replace(common, experts=replace(experts, router=router))
 
-    def _with_experts(
+    def _experts(
         self, problem: ErrorProblem, common: Correction, left: Tensor, owner: Tensor, occurs: Tensor
-    ) -> Correction:
-        """`common` with routed experts, each fitted to the tokens that it owns, and their router."""
+    ) -> tuple[Experts, Tensor]:
+        """Routed experts, each fitted to the tokens that it owns, and their router [E, H]."""
         stats, gram = problem.stats, problem.stats.total_gram.to(left)
         rank, bits = self._rank_of(problem), problem.budget.factor_bits
         channels = None if common.extracted is None else self._own_channels(owner, occurs, common.extracted)
@@ -136,8 +139,7 @@ class QuantExperts(Compensation):
             ups.append(up)
             downs.append(down)
         experts = Experts(torch.stack(ups), torch.stack(downs), channels=channels)
-        router = self._router(problem, replace(common, experts=experts), left).to(left)
-        return replace(common, experts=replace(experts, router=router))
+        return experts, self._router(problem, common, experts, left).to(left)
 
     def most_bytes(self, outputs: int, width: int, router_width: int, budget: Budget) -> int:
         rank, copies = self._rank(outputs, width, router_width, budget), 1 + self.num_experts
@@ -162,7 +164,8 @@ class QuantExperts(Compensation):
         return max(1, rank_within(bits, outputs, width, budget.factor_bits, copies=1 + self.num_experts))
 
     def _rank_of(self, problem: ErrorProblem) -> int:
-        return self._rank(*problem.stacked.shape, problem.stats.sample.router_x.shape[1], problem.budget)
+        outputs, width = problem.stacked.shape
+        return self._rank(outputs, width, problem.stats.sample.router_x.shape[1], problem.budget)
 
     def _owners(self, problem: GroupProblem, shared: Tensor) -> tuple[Tensor, Tensor]:
         """(expert of every sampled token or -1, its important channels beside the shared ones)."""
@@ -187,7 +190,7 @@ class QuantExperts(Compensation):
         counts[:, shared] = -1.0  # never twice, even where no other channel was ever important
         return counts.argsort(dim=1, descending=True, stable=True)[:, : shared.numel()]
 
-    def _metric(self, stats, gram: Tensor, mine: Tensor):
+    def _metric(self, stats: GroupStats, gram: Tensor, mine: Tensor) -> Callable[[Tensor], Tensor]:
         """v -> G_e v: the expert's own tokens, and a little of all tokens."""
         x = stats.sample.x[mine].to(gram)
         if x.shape[0] == 0:
@@ -196,23 +199,24 @@ class QuantExperts(Compensation):
         weight = SHARED_WEIGHT * x.shape[0] / max(1, stats.num_tokens)
         return lambda v: own(v) + weight * (gram @ v)
 
-    def _router(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Tensor:
+    def _router(self, problem: ErrorProblem, common: Correction, experts: Experts, left: Tensor) -> Tensor:
         stats, group = problem.stats, problem.problem.group
         if self.router == "regression" or group.router_input != group.name or problem.problem.rotation:
-            return regress_errors(stats.sample.router_x, expert_errors(problem, c))
-        rows = [mean_residual(left - up @ down) for up, down in zip(c.experts.up, c.experts.down, strict=True)]
+            return regress_errors(stats.sample.router_x, expert_errors(problem, replace(common, experts=experts)))
+        rows = [mean_residual(left - up @ down) for up, down in zip(experts.up, experts.down, strict=True)]
         router = torch.stack(rows)
         if problem.problem.input_scale is not None:  # the router reads x, the experts x / scale
             router = router / problem.problem.input_scale[0]
         return router
 
-    def _refined(self, problem: ErrorProblem, c: Correction, left: Tensor) -> Correction:
+    def _refined(self, problem: ErrorProblem, experts: Experts, router: Tensor, left: Tensor) -> tuple[Experts, Tensor]:
+        """Experts and router after training on what is left for them."""
         stats = problem.stats
         x = stats.sample.x.to(left)
         settings = Refinement(epochs=self.refine_epochs, seed=problem.problem.seed)
-        start = c.experts.up, c.experts.down, c.experts.router
-        trained = refine(x, stats.sample.router_x.to(left), x @ left.T, start, settings)
-        return replace(c, experts=Experts(*trained))
+        start = experts.up, experts.down, router
+        up, down, router = refine(x, stats.sample.router_x.to(left), x @ left.T, start, settings)
+        return Experts(up, down), router
 
 
 def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> Tensor:
@@ -220,15 +224,18 @@ def expert_errors(problem: ErrorProblem, c: Correction, tokens: int = 2048) -> T
 
     A token's output misses x (E - L_s - L_e)^T + (x - Qa(x)) Q(W)^T; an extracted channel of x misses nothing.
     """
-    experts, x = c.experts, problem.stats.sample.x.to(c.experts.up)
+    shared, experts = c.shared, c.experts
+    if shared is None or experts is None:
+        raise ValueError("the correction needs a shared expert and routed ones")
+    x = problem.stats.sample.x.to(experts.up)
     rounded = torch.cat(list(problem.problem.weights.values())) - problem.stacked
-    left = problem.stacked - c.shared.up @ c.shared.down
+    left = problem.stacked - shared.up @ shared.down
     scheme = problem.problem.scheme
     errors = torch.empty(x.shape[0], len(experts.up), device=x.device)
     for rows in torch.arange(x.shape[0], device=x.device).split(tokens):
         part, common = x[rows], None
         for e, (up, down) in enumerate(zip(experts.up, experts.down, strict=True)):
-            if experts.channels is not None:
+            if experts.channels is not None and c.extracted is not None:
                 gone = torch.cat([c.extracted, experts.channels[e]])
                 part, common = x[rows].index_fill(1, gone, 0.0), None
             if common is None:

@@ -8,12 +8,12 @@ from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.stage import Stage
 
 
-@ray.remote(concurrency_groups={"watch": 1}, enable_tensor_transport=True)
+@ray.remote(concurrency_groups={"watch": 1}, enable_tensor_transport=True)  # type: ignore[call-overload]  # not in its hints
 class StageActor(Stage):
     """A stage that reports its usage while it works, and the node that it is on."""
 
     @ray.method(concurrency_group="watch")
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:  # type: ignore[override]  # hinted as what a caller of the actor sees
         return super().usage()
 
     def survey(self) -> dict[str, Any]:

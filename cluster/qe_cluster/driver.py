@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Summary:
     stages: list[dict[str, Any]] = field(default_factory=list)
     """Usage of each worker at the end (`Stage.usage`)."""
     tokens: int = 0
-    fallbacks: dict[str, list[str]] = field(default_factory=dict)
+    fallbacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Steps of the ladder by layer, of the first run."""
     continued: int = 0
     """Blocks that an earlier call had finished."""
@@ -83,7 +83,7 @@ def quantize(
                     _Waves(ready, pool, monitor).run(summary)
             passed_through.result()
         finish(ready, lease)
-        summary.fallbacks = dict(read_manifest(runs[0].output).fallbacks)
+        summary.fallbacks = read_manifest(runs[0].output).fallbacks
         summary.seconds = time.perf_counter() - begin
         listen("done", {"seconds": summary.seconds})
     return summary
@@ -144,7 +144,8 @@ class _Waves:
         Returns early when a lost worker could not be replaced: what is left is then planned for the other workers.
         Raises QEError when more than MAX_LOSSES are lost without a finished block in between.
         """
-        losses, to_load = 0, list(range(len(self.pool.workers)))
+        losses = 0
+        to_load: list[int] | None = list(range(len(self.pool.workers)))
         while to_load is not None:
             done = _num_finished(self.ready)
             try:

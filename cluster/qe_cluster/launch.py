@@ -1,5 +1,6 @@
 """A Ray cluster to run on: connects to the one that is given, or starts one on this machine and stops it again."""
 
+import logging
 import os
 import signal
 import socket
@@ -102,7 +103,7 @@ def _start(cpus: int, object_store_memory: int | None) -> None:
                 object_store_memory=object_store_memory,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
     except OSError as error:
         raise ConfigError(
@@ -117,7 +118,7 @@ def _connected(address: str) -> Iterator[None]:
     given = os.environ.setdefault(TRIES_VARIABLE, "1")
     try:
         with _our_settings():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         ray.shutdown()  # ends what `init` had begun
         raise ConfigError(_connection_error(address, f"{error} {error.__cause__ or ''}")) from None

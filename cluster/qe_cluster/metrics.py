@@ -16,7 +16,7 @@ FIT_SECONDS = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 REFRESH_SECONDS = 5.0
 """Ray drops a gauge that was not set again within two of its reports, every 10 s by default."""
 
-Tags = Mapping[str, str]
+Tags = dict[str, str]
 
 
 class Metrics:

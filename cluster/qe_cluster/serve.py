@@ -42,7 +42,7 @@ OBJECT_STORE_BYTES = 2**28
 class Replica(LLMServer):
     """vLLM and its HTTP application."""
 
-    async def __init__(self, llm_config: LLMConfig, environment: dict[str, str], api_key: str | None) -> None:
+    async def __init__(self, llm_config: LLMConfig, environment: dict[str, str], api_key: str | None) -> None:  # type: ignore[misc]  # Ray awaits it
         for name, value in environment.items():
             os.environ.setdefault(name, value)
         if api_key:

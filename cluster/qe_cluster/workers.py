@@ -241,7 +241,7 @@ class WorkerPool:
 
     def _actor(self, group: PlacementGroup, bundle: int) -> Any:
         needs = self._bundle()
-        return StageActor.options(
+        return StageActor.options(  # type: ignore[attr-defined]  # mypy does not follow decorators of classes
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU", 0),
             memory=needs.get("memory"),

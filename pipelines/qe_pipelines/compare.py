@@ -49,9 +49,9 @@ def compare(
     from qe_dist.core.errors import ConfigError
 
     names = list(dict.fromkeys(part.strip() for part in recipes.split(",") if part.strip()))
-    given = {"MODEL": model, "--recipes": names, "--calibration": calibration, "--data": data, "--output": output}
-    missing = [name for name, value in given.items() if not value]
-    if missing:
+    if not (model and names and calibration and data and output):
+        given = {"MODEL": model, "--recipes": names, "--calibration": calibration, "--data": data, "--output": output}
+        missing = [name for name, value in given.items() if not value]
         raise ConfigError(f"compare needs {', '.join(missing)} (or --list alone)")
     require(*TO_QUANTIZE, "matplotlib")
     from qe_cluster import launch
@@ -64,12 +64,13 @@ def compare(
     folder = folder_at(model, revision)
     encoded = encode(folder, data)  # raises for a faulty sample, before any work
     address, here = place(ray_address, {})
+    count = workers or here.workers(1)
     runs = [
-        RunConfig(folder, recipe, calibration, output / name, workers or here.workers(1), device=here.device, seed=seed)
+        RunConfig(folder, recipe, calibration, output / name, count, device=here.device, seed=seed)
         for name, recipe in loaded.items()
     ]
     console = _console()
-    with launch.ray_cluster(address, max(run.workers for run in runs)):
+    with launch.ray_cluster(address, count):
         fit(runs)
         entries = measure(runs, *encoded)
     write_result(output / "compare.json", {"model": str(model), "entries": [vars(e) for e in entries]})

@@ -106,6 +106,7 @@ def cases_of(model: Path, data: Path, output: Path, workers: int) -> list[Case]:
     full = evaluate(load_model(model), arch, examples).summary()
     cases = [Case(model.name, "bf16", "full precision", "a16", 16.0, full["accuracy"], _of_stories(full), 0.0)]
     for (bits, method, _), run, entry in zip(names, runs, measure(runs, arch, examples), strict=True):
+        assert entry.accuracy is not None, "the bundled sets have answers"
         numbers = (entry.bits, entry.accuracy, _of_stories(vars(entry)), entry.kl)
         cases.append(Case(model.name, bits, METHODS[method], run.recipe.scheme.arithmetic, *numbers))
     return cases

@@ -1,5 +1,6 @@
 """`qe-dist status`: how a run is doing, read from its files by any terminal that sees them."""
 
+import contextlib
 import json
 import sys
 import time
@@ -98,11 +99,11 @@ def heartbeat(state: RunState, locks: Path) -> Heartbeat:
     from qe_dist.io.lock import Owner
 
     newest = max(locks.glob("[0-9]*"), default=None)
-    try:
-        owner, last = Owner(**json.loads(newest.read_text())), newest.stat().st_mtime
-    except (AttributeError, OSError, ValueError, TypeError):  # there is none, or it is being taken
-        owner, last = None, datetime.fromisoformat(state.time).timestamp() if state.time else time.time()
-    return Heartbeat(owner, time.time() - last)
+    if newest is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # it is being taken
+            return Heartbeat(Owner(**json.loads(newest.read_text())), time.time() - newest.stat().st_mtime)
+    last = datetime.fromisoformat(state.time).timestamp() if state.time else time.time()
+    return Heartbeat(None, time.time() - last)
 
 
 def judge(state: RunState, last: Heartbeat) -> Condition:
@@ -190,7 +191,8 @@ def mib(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in their largest unit and the one below."""
-    left, counts = round(seconds), []
+    left = round(seconds)
+    counts: list[tuple[int, str]] = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or counts:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,7 @@ def verify(
 
     sizes = _sizes(tensor_parallel_size)
     checkpoint = checks.Checkpoint.open(output)
-    steps = {
+    steps: dict[str, Callable[[checks.Checkpoint], list[str]]] = {
         "SHA-256 of every file": checks.check_hashes,
         "every tensor in one file": checks.check_index,
         "every number finite": checks.check_finite,

@@ -291,7 +291,8 @@ def _refuse_empty_columns(name: str, part: GroupInput, linears: Mapping[str, Sto
     if not bool(empty.any()):
         return
     held = torch.cat([up @ down[:, empty] for down, up in (adapter(part, x) for x in linears.values())]).norm(dim=0)
-    typical = sum(x.dense(torch.float32)[:, ~empty].square().sum(dim=0) for x in linears.values()).sqrt().mean()
+    energies = [x.dense(torch.float32)[:, ~empty].square().sum(dim=0) for x in linears.values()]
+    typical = torch.stack(energies).sum(dim=0).sqrt().mean()
     if count := int((held > HELD * typical).sum()):
         raise ConfigError(
             f"{name}: the codes have nothing of {count} of its {len(empty)} input channels, its most important ones, "

@@ -8,6 +8,7 @@ models that fit, beside the pipeline, which never holds one.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,9 +85,10 @@ class _Gradients:
         """Which tokens of the running sample are of each kind."""
         self.sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in modules}
         for name, module in modules.items():
-            module.register_full_backward_hook(lambda _m, _i, out, name=name: self._add(name, out[0]))
+            module.register_full_backward_hook(partial(self._add, name))
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _add(self, name: str, module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        gradient = outputs[0]
         for kind, chosen in self.kinds.items():
             self.sums[name][kind] += float(gradient[0, chosen].abs().mean(dim=1).double().sum())
 

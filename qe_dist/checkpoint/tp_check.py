@@ -103,7 +103,7 @@ def _differences(group: _Group, sizes: Sequence[int]) -> Iterator[tuple[int, str
 
 def _of_the_rounded(linear: QuantizedLinear, weight: Tensor, part: GroupInput) -> Tensor:
     """All that the rounded input is multiplied with: the weight, and what salient columns add to it. [O, I]"""
-    if linear.salient_columns is None:
+    if linear.salient_columns is None or part.salient_channels is None:
         return weight
     return weight.index_add(1, part.salient_channels.long(), linear.salient_columns.dense)
 

@@ -9,11 +9,26 @@ from torch import Tensor
 
 @runtime_checkable
 class WeightSource(Protocol):
-    folder: Path
-    config: Mapping[str, Any]
+    """A model directory, on disk or behind a URL, or one that is made from another when a tensor is asked for."""
 
-    def names(self) -> Collection[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights are (tokenizer, processor)."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of config.json."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its header. CheckpointError where there is none of this name."""
+        ...
+
     def get(self, name: str) -> Tensor:
         """One tensor, read when asked for. CheckpointError names file and tensor."""
         ...

@@ -155,8 +155,8 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     """Raises ConfigError for runs that cannot share a pass of the calibration, or that would share an output."""
     first = runs[0]
     for run in runs[1:]:
-        own = {"recipe": first.recipe, "output": first.output, "mirror": first.mirror, "earlier": first.earlier}
-        if replace(run, **own) != first:
+        same = replace(run, recipe=first.recipe, output=first.output, mirror=first.mirror, earlier=first.earlier)
+        if same != first:
             raise ConfigError(f"{run.output} and {first.output} differ in more than their recipe")
         if run.recipe.rotation != first.recipe.rotation:
             raise ConfigError(f"{run.output} and {first.output} rotate the model differently: they need a pass each")

@@ -73,7 +73,9 @@ class Wave:
     @property
     def tokens_per_second(self) -> float | None:
         """None before there are two batches to measure between."""
-        return self.tokens / (self.until - self.since) if self.gaps and self.until > self.since else None
+        if self.since is None or not self.gaps or self.until <= self.since:
+            return None
+        return self.tokens / (self.until - self.since)
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,13 @@ def _batch(state: RunState, data: Mapping[str, Any]) -> RunState:
     wave, now = state.wave, state.elapsed
     if wave is None:
         return state
-    if wave.since is None:
+    since = wave.since
+    if since is None:
         wave = replace(wave, since=now, until=now, batches=data["index"] + 1)
         return replace(state, wave=wave, seconds={**state.seconds, wave.opening: now - wave.begun})
     gaps = wave.gaps + 1
     wave = replace(wave, until=now, batches=data["index"] + 1, gaps=gaps, tokens=wave.tokens + data["tokens"])
-    return replace(state, wave=wave, seconds={**state.seconds, "batch": (now - wave.since) / gaps})
+    return replace(state, wave=wave, seconds={**state.seconds, "batch": (now - since) / gaps})
 
 
 def _block(state: RunState, data: Mapping[str, Any]) -> RunState:

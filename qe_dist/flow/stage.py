@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -48,15 +49,18 @@ class Stage:
         self.blocks: dict[int, _Block] = {}
         self.drafts: dict[FitJob, Draft] = {}
         self.num_counted = 0
-        self.source: WeightSource | None = None
         self.activity = "idle"
         self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
+
+    @cached_property
+    def source(self) -> WeightSource:
+        """The model that is quantized. Opened when a block is first asked for, since that reads every header."""
+        return open_source(self.run)
 
     def load(self, part: StagePlan) -> None:
         """Reads the weights of the blocks of a wave, and drops those of the wave before."""
         with self._busy("load"):
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
-            self.source = self.source or open_source(self.run)
             self.prefetch(part.blocks)
             self.blocks = {spec.index: _Block(self, spec, part) for spec in part.blocks}
 
@@ -224,7 +228,7 @@ class _Block:
         """The block's groups as this run's recipe wants them."""
         return run.recipe_for(self.spec.index).view(self.spec)
 
-    def _catcher(self, name: str):
+    def _catcher(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         inputs = self.inputs  # self holds the module: with it, only the garbage collector would free both
 
         def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -238,9 +242,9 @@ class _Block:
 
     def weights(self, group: InputGroup) -> Mapping[str, Tensor]:
         """Weights of the group's linears by name, in float32, rotated as at run time."""
-        modules = {x.name: self.module.get_submodule(x.name) for x in group.linears}
+        weights = {x.name: self.module.get_parameter(f"{x.name}.weight") for x in group.linears}
         rotation = self.rotation_of(group)
-        return {name: rotate_weight(module.weight.float(), rotation) for name, module in modules.items()}
+        return {name: rotate_weight(weight.float(), rotation) for name, weight in weights.items()}
 
     def forward(self, batch: Batch, count: bool) -> Tensor:
         """Hidden states after the block. batch: on the block's device. count: adds its tokens to the statistics."""

@@ -121,7 +121,9 @@ def assemble(
     run.refresh()
     blocks = {run.block_name(b.index): run.block_report(b.index) for b in spec.blocks}
     parts = {name: run.file_report(name) for name in passthrough_parts(spec, source)}
-    weight_map, files, tensors = {}, {}, {}
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}
+    tensors: dict[str, Mapping[str, str]] = {}
     for name, report in {**blocks, **parts}.items():
         file = f"{name}.safetensors"
         files[file], tensors[file] = report["sha256"], report["tensors"]
@@ -138,8 +140,9 @@ def assemble(
         publish(run.output / name, partial(shutil.copyfile, source.folder / name))
     quantized = Layout(tuple(BlockLayout.from_json(report["layout"]) for report in blocks.values())).to_json()
     config = {**source.config, "quantization_config": quantized}
-    padded = isinstance(source, PaddedSource)
-    model, original = (source.model, source.source) if padded else (spec, source)
+    model, original, padding = spec, source, None
+    if isinstance(source, PaddedSource):
+        model, original, padding = source.model, source.source, (source.before, source.width)
     reports = zip(spec.blocks, blocks.values(), strict=True)
     fitted = tuple(FittedBlock.from_json({**report, "prefix": block.prefix}) for block, report in reports)
     others = [run.output / name for name in (*files, INDEX, *copied) if (run.output / name).exists()]
@@ -149,7 +152,7 @@ def assemble(
         quantization_config=settings_digest(quantized),
         files=files,
         tensors=tensors,
-        padding=[source.before, source.width] if padded else None,
+        padding=padding,
         arithmetic=arithmetic_of(fitted),
         **cost_per_weight(model, fitted),
         parameters=num_parameters(model, original),

@@ -28,11 +28,11 @@ class PaddedSource:
     def __init__(self, source: WeightSource, model: ModelSpec, config: Mapping[str, Any], width: int) -> None:
         self.source, self.model, self.width = source, model, width
         self.folder, self.config = source.folder, config
-        self.before = paddable(model.blocks[0].groups).in_features
+        padded = [(block, group) for block in model.blocks if (group := paddable(block.groups)) is not None]
+        self.before = padded[0][1].in_features
         self._dimension: dict[str, int] = {}
         """The dimension of each tensor that is padded."""
-        for block in model.blocks:
-            group = paddable(block.groups)
+        for block, group in padded:
             for name in group.producers:
                 self._dimension |= {f"{block.prefix}{name}.{part}": 0 for part in ("weight", "bias")}
             self._dimension |= {f"{block.prefix}{linear.name}.weight": 1 for linear in group.linears}

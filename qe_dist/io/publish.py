@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,7 +29,7 @@ DTYPES = {
 """Types by their names in safetensors."""
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> None:
+def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path, and renames the result to `path`.
 
     Raises `cannot_write` when it cannot be written; a file that was at `path` before stays.
@@ -156,7 +155,7 @@ def refresh(folder: Path) -> None:
 
 def _serialized(
     tensors: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str]
-) -> Iterator[bytes | np.ndarray]:
+) -> Iterator[bytes | memoryview]:
     """The parts of a safetensors file: length of the header, header, tensors. Wide types come first, so that every
     tensor is aligned to its element size."""
     types = {dtype: name for name, dtype in DTYPES.items()}
@@ -174,8 +173,8 @@ def _serialized(
         yield _raw(make(name))
 
 
-def _raw(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sync(path: Path) -> None:

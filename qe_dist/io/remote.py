@@ -101,7 +101,7 @@ class Mirror:
         elif self._store.place(name).exists():
             self._there |= {file: _mark(self._store.place(name)), report: _mark(here)}
 
-    def _fetch_sound(self, name: str, path: Path, digest: str) -> None:
+    def _fetch_sound(self, name: str, path: Path, digest: str | None) -> None:
         self._bucket.fetch(name, path)
         found = sha256(path)
         if found != digest:

@@ -43,7 +43,7 @@ class Branch:
 
     @property
     def rank(self) -> int:
-        """Of one expert."""
+        """The rank of one expert, or of the shared pair."""
         return self.z.shape[-1]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -56,6 +56,7 @@ class Branch:
         """z [M, C]: zero but for the token's own expert."""
         z = self.z.to(dtype)
         if self.experts is not None:
+            assert expert is not None, "routed branches need the expert of every token"
             own = expert[:, None] == torch.arange(self.experts, device=expert.device)
             z = torch.where(own[..., None], z if z.dim() == 3 else z[:, None], 0).flatten(1)
         return pad(z, (0, padded_columns(z.shape[1]) - z.shape[1]))
@@ -104,15 +105,18 @@ def argument(branch: Branch) -> Argument:
     assert z.shape[-1] == padded_rank(z.shape[-1]), "the rank is not padded"
     assert (branch.experts or 0) <= MAX_EXPERTS, f"more than {MAX_EXPERTS} experts"
     compact = branch.experts is not None and z.dim() == 2
-    packed = isinstance(up, Weight)
+    if isinstance(up, Weight):
+        values, scale, columns, bits = up.planes[0], up.scale, up.columns, up.bits
+    else:
+        values, scale, columns, bits = up, None, up.shape[1], 16
     return Argument(
         z,
-        up.planes[0] if packed else up,
-        up.scale if packed else None,
-        up.columns if packed else up.shape[1],
+        values,
+        scale,
+        columns,
         z.shape[1:].numel(),
         branch.experts,
-        tl.constexpr(up.bits if packed else 16),
+        tl.constexpr(bits),
         tl.constexpr(0 if branch.experts is None else branch.rank),
         tl.constexpr(compact),
     )

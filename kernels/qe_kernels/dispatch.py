@@ -17,7 +17,7 @@ capture of CUDA graphs, and ranks that work together could choose differently.
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -101,7 +101,7 @@ def read_table(content: Mapping[str, Any]) -> Table:
 def written_table(table: Table) -> dict[str, Any]:
     """The part `linears` of the file."""
     return {
-        key: {str(bucket): None if row[bucket] is None else asdict(row[bucket]) for bucket in sorted(row)}
+        key: {str(bucket): None if config is None else asdict(config) for bucket, config in sorted(row.items())}
         for key, row in sorted(table.items())
     }
 
@@ -147,7 +147,7 @@ def _tile(device: Device, weight: Weight, tokens: int) -> Config:
 def _depth(weight: Weight, wanted: int) -> int | None:
     """Inputs of a step, at most as many as wanted where there is a choice. None where integers of several groups would
     have to be added: their sums have no common scale."""
-    possible = depths(weight)
+    possible: Sequence[int] = depths(weight)
     if weight.group_size is not None:
         within = [depth for depth in possible if weight.group_size % depth == 0]
         if weight.int8 and not within:

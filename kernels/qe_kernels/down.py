@@ -84,10 +84,10 @@ def down(
     tokens, columns = x.shape
     shared_values, shared_scale = shared or (None, None)
     expert_values, expert_scale = experts or (None, None)
-    if shared is not None and experts is not None and shared_values.dtype != expert_values.dtype:
-        raise ValueError(f"experts: expected {shared_values.dtype} as shared, found {expert_values.dtype}")
-    shared_rows = 0 if shared is None else len(shared_values)
-    num_experts, rank = (0, 1) if experts is None else expert_values.shape[:2]
+    if shared is not None and experts is not None and shared[0].dtype != experts[0].dtype:
+        raise ValueError(f"experts: expected {shared[0].dtype} as shared, found {experts[0].dtype}")
+    shared_rows = 0 if shared is None else len(shared[0])
+    num_experts, rank = (0, 1) if experts is None else experts[0].shape[:2]
     routers, choices, router_columns = (0, 0, 0) if router is None else router.shape
     result = Down(
         None if shared is None else x.new_empty(tokens, shared_rows),
@@ -149,6 +149,7 @@ def down_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     chosen = None
     if router is not None:
+        assert router_x is not None, "a router needs what it reads"
         scores = torch.einsum("teh,mh->tme", router.to(wide), router_x.to(wide).abs())
         best = torch.where(scores.isnan(), torch.inf, scores).amin(dim=-1, keepdim=True)
         none = router.shape[1]

@@ -17,6 +17,7 @@ Within these runs the columns are ordered such that unpacking needs no exchange 
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class Weight:
     @property
     def three_planes(self) -> tuple[Tensor, Tensor, Tensor]:
         """What `load_weight` wants; planes that the format lacks are never read, and stand for by the first."""
-        return (*self.planes, *self.planes[:1] * (3 - len(self.planes)))
+        first, second, third = (*self.planes, *self.planes[:1] * (3 - len(self.planes)))
+        return first, second, third
 
 
 def order_for(device: torch.device | tuple[int, int]) -> Order:
@@ -127,6 +129,7 @@ def pack_weight(
     shapes = [(*tiles, TILE_ROWS, TILE_COLUMNS // 8 * width) for width in widths]
     whole_tiles = rows % TILE_ROWS == columns % TILE_COLUMNS == 0
     fits = len(widths) == 1 and whole_tiles and words.is_contiguous()
+    planes: tuple[Tensor, ...]
     if in_place and fits:
         planes = (words.view(torch.uint8).view(shapes[0]),)
     else:
@@ -147,11 +150,11 @@ def unpack_weight(weight: Weight) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.planes[0].device)
     step = _tiles_per_slab(weight.column_tiles)
     for first in range(0, weight.row_tiles, step):
-        tiles = 0
+        fields = []
         for plane, (low, width) in zip(weight.planes, _fields(bits), strict=True):
             stored = _stored_columns(weight.order, weight.int8, width, plane.device)
-            tiles |= _split(plane[first : first + step], width)[..., stored.argsort()] << low
-        slab = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
+            fields.append(_split(plane[first : first + step], width)[..., stored.argsort()] << low)
+        slab = reduce(torch.bitwise_or, fields).transpose(1, 2).flatten(2).flatten(0, 1)
         slab = (slab << (8 - bits)).view(torch.int8) >> (8 - bits)
         target = codes[first * TILE_ROWS : (first + step) * TILE_ROWS]
         target.copy_(slab[: len(target), :columns])

@@ -68,14 +68,14 @@ def linear(
     y = torch.empty(tokens, weight.rows, dtype=out_dtype, device=base.device)
     if not tokens:
         return y
-    branches = tuple(argument(branch) for branch in branches if branch.z.numel())
+    arguments = tuple(argument(branch) for branch in branches if branch.z.numel())
     tiles = triton.cdiv(weight.rows, config.BN) * triton.cdiv(tokens, config.BM)
     workspace.check(tiles, config.split_k, config.BN * config.BM)
     _linear[(tiles * config.split_k,)](
-        base, token_scale, weight.three_planes, weight.scale, branches, expert, bias, y,
+        base, token_scale, weight.three_planes, weight.scale, arguments, expert, bias, y,
         workspace.partials, workspace.counters,
         tokens, weight.rows, columns, weight.row_tiles, weight.column_tiles, base.stride(0),
-        BRANCHES=len(branches), BITS=weight.bits, WGMMA=weight.order is Order.WGMMA,
+        BRANCHES=len(arguments), BITS=weight.bits, WGMMA=weight.order is Order.WGMMA,
         FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size, SCALING=_scaling(weight, config),
         BN=config.BN, BM=config.BM, BK=config.BK, SPLIT_K=config.split_k,
         GROUP_M=config.group_m, EVEN_K=columns % config.BK == 0,

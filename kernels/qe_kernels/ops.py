@@ -11,12 +11,13 @@ together; torch.compile traces both. Where the kernels know the GPU they run; on
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qe_kernels import checks
-from qe_kernels.branches import Branch
+from qe_kernels.branches import Branch, Up
 from qe_kernels.dense import linear_on_dense_weight
 from qe_kernels.dispatch import choose, device_of
 from qe_kernels.down import Down, down_config, down_reference
@@ -93,7 +94,9 @@ def down(
 
 def route(router: Tensor, x: Tensor) -> Tensor:
     """int32 [T, M]: the experts that T routers [T, E, H] choose for x [M, H]; -1 where every score is NaN."""
-    return down(x, router=router, router_x=x).expert
+    expert = down(x, router=router, router_x=x).expert
+    assert expert is not None  # there is a router
+    return expert
 
 
 def linear(
@@ -150,12 +153,12 @@ def _quantize(
     salient_channels: Tensor | None,
     with_x: bool,
 ) -> list[Tensor]:
-    given = {
+    given: dict[str, Any] = {
         "norm_weight": norm_weight, "input_scale": input_scale, "modality": modality,
         "shared_channels": shared_channels, "expert_channels": expert_channels, "expert": expert,
         "extracted": extracted, "salient_channels": salient_channels,
     }  # fmt: skip
-    how = {"bits": bits, "outliers": outliers, "int8": int8, "gated": gated}
+    how: dict[str, Any] = {"bits": bits, "outliers": outliers, "int8": int8, "gated": gated}
     checks.check_quantize(x, **how, **given)
     if device_of(x.device) is None:
         made = quantize_reference(x, **how, **given, eps=eps, with_x=with_x)
@@ -167,7 +170,7 @@ def _quantize(
     prepared = made.base if made.x is None else made.x
     first = ((prepared, new.x), (made.base, new.base), (made.token_scale, new.token_scale))
     gathered = (made.shared_z, made.expert_z, made.salient_z)
-    return [t for t, is_new in first if is_new] + [t for t in gathered if t is not None]
+    return [t for t, is_new in first if is_new and t is not None] + [t for t in gathered if t is not None]
 
 
 @_quantize.register_fake
@@ -212,12 +215,20 @@ def _down(
     router_x: Tensor | None,
     expert: Tensor | None,
 ) -> list[Tensor]:
-    given = {"x": x, "shared": shared, "experts": experts, "router": router, "router_x": router_x, "expert": expert}
+    given: dict[str, Any] = {
+        "x": x,
+        "shared": shared,
+        "experts": experts,
+        "router": router,
+        "router_x": router_x,
+        "expert": expert,
+    }
     checks.check_down(**given, shared_scale=shared_scale, experts_scale=experts_scale)
-    factors = [None if v is None else (v, scale) for v, scale in ((shared, shared_scale), (experts, experts_scale))]
+    one = None if shared is None else (shared, shared_scale)
+    many = None if experts is None else (experts, experts_scale)
     device = device_of(x.device)
     if device is None:
-        made = down_reference(x, *factors, router, router_x, expert)
+        made = down_reference(x, one, many, router, router_x, expert)
     else:
         checks.expect_aligned(given)
         sizes = [values.shape[:-1].numel() for values in (shared, experts) if values is not None]
@@ -225,7 +236,7 @@ def _down(
         config = down_config(x.shape[0], rows, x.shape[1], device.processors)
         with _on(x.device):
             workspace = workspace_of(x.device)
-            made = down_kernel(x, *factors, router, router_x, expert, config=config, workspace=workspace)
+            made = down_kernel(x, one, many, router, router_x, expert, config=config, workspace=workspace)
     return [tensor for tensor in (made.shared_z, made.expert_z, made.expert) if tensor is not None]
 
 
@@ -269,9 +280,8 @@ def _linear(
     weight = Weight(tuple(planes), scale, rows, columns, bits, group_size, Order(order), int8)
     branches = _branches(weight, z, up, up_scale, up_bits, experts)
     device = device_of(base.device)
-    checks.check_linear(
-        base, token_scale, weight, branches, expert, bias, out_dtype, device and order_for(device.capability)
-    )
+    wanted = None if device is None else order_for(device.capability)
+    checks.check_linear(base, token_scale, weight, branches, expert, bias, out_dtype, wanted)
     arguments = (base, token_scale, weight, branches, expert, bias)
     if device is None:
         return linear_reference(*arguments, out_dtype=out_dtype)
@@ -298,11 +308,12 @@ def _branches(
 ) -> list[Branch]:  # fmt: skip
     """Put together again."""
     made = []
-    for z, up, scale, width, count in zip(zs, ups, scales, bits, experts, strict=True):
+    for z, values, scale, width, count in zip(zs, ups, scales, bits, experts, strict=True):
+        up: Up = values
         if scale is not None:
             columns = padded_columns(z.shape[-1] * (count or 1))
             group = z.shape[-1] if count else None
-            up = Weight((up,), scale, weight.rows, columns, width, group, weight.order, int8=False)
+            up = Weight((values,), scale, weight.rows, columns, width, group, weight.order, int8=False)
         made.append(Branch(z, up, count or None))
     return made
 

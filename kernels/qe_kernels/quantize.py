@@ -113,7 +113,7 @@ def quantize(
     extracts = shared_channels is not None or expert_channels is not None
     extracted = extracted if extracts else None
     new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
-    prepared = x.new_empty(tokens, columns) if new.x else None
+    made = x.new_empty(tokens, columns) if new.x else None
     base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if new.base else None
     token_scale = x.new_empty(tokens, dtype=torch.float32) if new.token_scale else None
     lists = (shared_channels, expert_channels, salient_channels)
@@ -122,13 +122,13 @@ def quantize(
     if tokens and (new.x or new.base or any(lengths)):
         block = triton.next_power_of_2(columns)
         _quantize[(tokens,)](
-            x, x.stride(0), columns, prepared, base, token_scale,
+            x, x.stride(0), columns, made, base, token_scale,
             norm_weight, eps, input_scale, modality if by_modality else None,
             extracted, expert if expert_channels is not None else None, *lists, *z,
             *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, outliers, block, num_warps=warps(block),
         )  # fmt: skip
-    prepared = prepared if new.x else x
-    return Activations(prepared if with_x else None, base if new.base else prepared, token_scale, *z)
+    prepared = x if made is None else made
+    return Activations(prepared if with_x else None, prepared if base is None else base, token_scale, *z)
 
 
 def warps(block: int) -> int:
@@ -355,10 +355,12 @@ def quantize_reference(
     expert_z = token_scale = salient_z = None
     row = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if expert_channels is not None:
+        assert expert is not None, "expert_channels need the expert of every token"
         row = expert.long() + 1
         expert_z = here.gather(1, expert_channels.long()[expert.long().clamp_min(0)])
         expert_z = expert_z.masked_fill(expert[:, None] < 0, 0.0)
     if shared_channels is not None or expert_channels is not None:
+        assert extracted is not None, "channels that are taken out need the table of them"
         base = prepared.masked_fill(extracted[row].bool(), 0.0)
     if bits is not None:
         base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, outliers, int8)
@@ -381,7 +383,10 @@ def _prepared_reference(
         normed = (value * torch.rsqrt(value.square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
         x = (normed * norm_weight.to(wide)).to(x.dtype)
     if input_scale is not None:
-        rows = input_scale if len(input_scale) == 1 else input_scale[modality.long()]
+        rows = input_scale
+        if len(input_scale) > 1:
+            assert modality is not None, "scales by modality need the modality of every token"
+            rows = input_scale[modality.long()]
         x = (x / rows.to(wide)).to(x.dtype)
     return x
 

@@ -162,7 +162,8 @@ def show_answers(console: Console, model: Path, data: Path, output: Path) -> Non
     arch = archs.for_config(json.loads((model / "config.json").read_text()))
     encoder = arch.encoder(model)
     for sample in chosen:
-        console.print(picture(sample.images[0].path) if console.color_system else sample.images[0].name)
+        shown = sample.images[0]
+        console.print(picture(shown.path) if shown.path and console.color_system else shown.name)
         question, expected = (_text(sample.messages[i]) for i in (0, 1))
         console.print(f"[bold]{escape(question)}[/]  expected: {escape(expected)}", highlight=False)
         for name, speaker in speakers.items():

@@ -1,5 +1,7 @@
 """What --help says beside docstrings: each command in a few words, and two examples of it."""
 
+from typing import Any
+
 SHORT = {
     "quantize": "make a low-bit checkpoint of a model; continues a run",
     "eval": "measure a model or checkpoint on samples",
@@ -47,7 +49,7 @@ EXAMPLES = {
 }
 
 
-def told(command: str) -> dict[str, str]:
+def told(command: str) -> dict[str, Any]:
     """What typer is given for a command. \\b keeps lines as they are."""
     lines = "\n".join(f"  {line}" for example in EXAMPLES[command] for line in example.splitlines())
     return {"short_help": SHORT[command], "epilog": f"\b\nExamples:\n{lines}"}

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ from qe_pipelines.terminal import (
 )
 from qe_pipelines.verify import verify
 
-ClickException = typer.BadParameter.__mro__[2]
+ClickException: Any = typer.BadParameter.__mro__[2]
 """typer has no name for it, and some versions bring a click of their own."""
 INTERRUPTED = 130
 

@@ -51,7 +51,7 @@ def lenient_output() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if before is not None:
-        sys.stdout = _Told(before)  # type: ignore[assignment]
+        sys.stdout = _Told(before)
     try:
         yield
     finally:

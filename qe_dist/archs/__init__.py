@@ -17,7 +17,8 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Family:
-    return importlib.import_module(f"{__name__}.{name}").FAMILY
+    family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    return family
 
 
 def for_config(config: Mapping[str, Any]) -> Family:

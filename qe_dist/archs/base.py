@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -70,9 +70,9 @@ class Decoder(Protocol):
     """Modules whose weights stay as they are. The norm behind the last block is of the kind of the first one here."""
     inner_width: str
     """What the configuration calls the width of the input of the groups that have producers."""
-    sites: Mapping[str, Site]
+    sites: ClassVar[Mapping[str, Site]]
     """Of every linear."""
-    tiny: Mapping[str, Any]
+    tiny: ClassVar[Mapping[str, Any]]
     """Settings of a decoder that takes milliseconds, for tests."""
 
     def unsupported(self, text: Any) -> Iterator[str]:

@@ -129,4 +129,6 @@ def _decoded(path: Path, origin: str) -> Image.Image:
 
 def load_images(sample: Sample) -> list[Image.Image]:
     """The decoded images of a sample, RGB."""
-    return [_decoded(image.path, sample.origin) for image in sample.images]
+    paths = [image.path for image in sample.images if image.path is not None]
+    assert len(paths) == len(sample.images), "every image of a JSON-lines file is a file"
+    return [_decoded(path, sample.origin) for path in paths]

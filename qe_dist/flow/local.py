@@ -132,7 +132,7 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     model = found.arch.spec(source)
     for config in configs:
         _check_images(config, samples, source)
-    images = [image.path for batch in samples for sample in batch for image in sample.images]
+    images = [image.path for batch in samples for sample in batch for image in sample.images if image.path is not None]
     runs = tuple(Run(config, store, config.identity(images)) for config, store in zip(configs, stores, strict=True))
     for config in configs:
         check_serving(model, config, source.config)

@@ -5,7 +5,7 @@ that tensor once for all of them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,16 @@ from qe_dist.core.quantized import GroupInput, input_from_tensors, repair_from_t
 from qe_dist.core.scheme import Scheme
 from qe_dist.serve.group import Group, backend
 from qe_dist.serve.modality import TokenModality
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def submodule(block: nn.Module, name: str, kind: type[M]) -> M:
+    """The submodule of this name. TypeError where it is of another kind."""
+    found = block.get_submodule(name)
+    if not isinstance(found, kind):
+        raise TypeError(f"{name} is a {type(found).__name__}, expected a {kind.__name__}")
+    return found
 
 
 def _add_parameters(module: nn.Module, specs: TensorSpecs) -> None:
@@ -69,7 +79,7 @@ class QEInput(nn.Module):
             run = backend(x.device, x.dtype)
             self._group = Group(run.Input(self.part, self.scheme, self.in_features))
             for reader in self._readers:
-                self._group.choose_for(reader.group(x), reader.router)
+                self._group.choose_for(reader.group(x), reader.get_parameter("router"))
         return self._group
 
     def forget(self) -> None:
@@ -84,6 +94,8 @@ class QEInput(nn.Module):
 class QELinear(nn.Module):
     """A quantized linear; the same call as nn.Linear. While it runs, the packed weights are where they run best."""
 
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
     offloaded = False
     """Whether accelerate takes the parameters away when the block has run (serve/offload.py)."""
 

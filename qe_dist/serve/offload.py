@@ -40,7 +40,7 @@ def hook_blocks(blocks: Iterable[nn.Module], prefix: str) -> None:
 
 def _hook(block: nn.Module, prefix: str) -> None:
     own = parts(block)
-    one = next(part for part in own if any(True for _ in part.parameters()))._hf_hook
+    one: Any = next(part for part in own if any(True for _ in part.parameters()))._hf_hook
     for part in own:
         part.offloaded = True
     remove_hook_from_module(block, recurse=True)

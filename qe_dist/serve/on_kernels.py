@@ -54,6 +54,7 @@ class Input:
         if self.rotation:
             x = ops.rotate(x.contiguous(), self.rotation)
         if expert is None and part.num_experts:
+            assert modality is not None, "experts without a router need the tokens' modality"
             expert = modality.int() - 1
         shared, experts = self.shared_down, self.expert_down
         activations = ops.quantize(
@@ -70,7 +71,7 @@ class Input:
             salient_channels=self.salient_channels,
             with_x=shared is not None or experts is not None,
         )
-        down = ops.down(activations.x, shared, experts, expert=expert) if shared or experts else None
+        down = None if activations.x is None else ops.down(activations.x, shared, experts, expert=expert)
         return Prepared(activations, down, expert)
 
 

@@ -1,20 +1,21 @@
 """Input groups and linears by the formula in plain torch: on any device, in any precision. The twin of `on_kernels`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from qe_dist.core.quantized import Factor, GroupInput, QuantizedLinear
+from qe_dist.core.quantized import GroupInput, QuantizedLinear
 from qe_dist.core.scheme import Scheme
 from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.packing import pack, unpack
 from qe_dist.numerics.reference import PreparedInput, linear_forward, prepare, route
 from qe_dist.numerics.routing import choose_experts
 
-Repair = Mapping[str, Factor | Tensor]
-"""See `core.quantized.repair_from_tensors`."""
+Repair = Mapping[str, Any]
+"""Factors and tensors by name, see `core.quantized.repair_from_tensors`."""
 SPARED = 0.01
 """Of the free memory, for the unpacked weights of one linear."""
 

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -21,8 +21,11 @@ from qe_dist.core.errors import CheckpointError
 from qe_dist.core.layout import FORMAT, METHOD, VERSIONS, BlockLayout, Layout, check_version
 from qe_dist.serve import transformers_tp
 from qe_dist.serve.format import check_files
-from qe_dist.serve.linear import QEInput, QELinear
+from qe_dist.serve.linear import QEInput, QELinear, submodule
 from qe_dist.serve.modality import TokenModality
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class QEConfig(QuantizationConfigMixin):
@@ -37,7 +40,7 @@ class QEConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         check_version(version)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # hinted as an enumeration of their own methods
         self.layouts, self.block_layouts = layouts, block_layouts
         self.version, self.format = version, format
 
@@ -62,7 +65,7 @@ class QEQuantizer(HfQuantizer):
         return self.quantization_config.layout.blocks
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         if checkpoint_files and os.environ.get("LOCAL_RANK", "0") == "0":  # once for each host
             check_files(Path(checkpoint_files[0]).parent)
@@ -81,7 +84,7 @@ class QEQuantizer(HfQuantizer):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._listen(model)
 
-    def _listen(self, model: nn.Module) -> None:
+    def _listen(self, model: "PreTrainedModel") -> None:
         """Where transformers would go on with values of its own, and a warning, we do not. It tells what it found to
         this method alone, in all versions that we know; before 5.22, it says nothing of shapes."""
         adjust = model._adjust_missing_and_unexpected_keys
@@ -101,13 +104,13 @@ class QEQuantizer(HfQuantizer):
                 raise CheckpointError(f"{folder} has {odd[0]}{more}; copy it again, or see qe-dist verify")
             self.complete = True
 
-        model._adjust_missing_and_unexpected_keys = check
+        model._adjust_missing_and_unexpected_keys = check  # type: ignore[assignment]  # for this model alone
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
         return dtype
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:
         if not self.complete:
             raise CheckpointError(
                 f"transformers {transformers.__version__} does not tell which tensors of {model.config.name_or_path} "
@@ -155,7 +158,9 @@ def check_tensors(block: nn.Module, layout: BlockLayout, prefix: str) -> None:
 def replace_linears(block: nn.Module, layout: BlockLayout, modality: TokenModality) -> None:
     """Puts empty quantized modules in the place of a block's linears."""
     groups = layout.groups
-    linears = {name: [block.get_submodule(linear) for linear in group.linears] for name, group in groups.items()}
+    linears = {
+        name: [submodule(block, linear, nn.Linear) for linear in group.linears] for name, group in groups.items()
+    }
     inputs = {n: QEInput(g.scheme, g.input, linears[n], modality) for n, g in groups.items()}
     for name, group in groups.items():
         inputs[name].route_on(inputs[group.router_input])

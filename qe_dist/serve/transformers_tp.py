@@ -6,7 +6,7 @@ is left; a token's expert is the same on all ranks, for routers read inputs that
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,10 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.layout import BlockLayout, GroupLayout
 from qe_dist.numerics.sharding import Parallel, inputs_dim, local_channels, outputs_dim, why_not
+from qe_dist.serve.linear import QEInput, QELinear, submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 THEIRS: dict[str | None, Parallel] = {"colwise": "column", "rowwise": "row"}
 """How transformers says that a linear is cut."""
@@ -58,7 +62,7 @@ class _Row(_RowInput):
 OURS = {"qe_column": _Column(), "qe_row": _Row(), "qe_row_input": _RowInput()}
 
 
-def plan(model: nn.Module, layouts: Sequence[BlockLayout], asked: Any) -> bool:
+def plan(model: "PreTrainedModel", layouts: Sequence[BlockLayout], asked: Any) -> bool:
     """Puts our styles in the place of transformers' for the linears of the decoder blocks; whether there is to cut.
 
     layouts: of all blocks; asked: the DistributedConfig. ConfigError, with the layer or option named, where the model
@@ -80,14 +84,14 @@ def plan(model: nn.Module, layouts: Sequence[BlockLayout], asked: Any) -> bool:
     for index, layout in enumerate(layouts):
         parallel = {name: _parallel(theirs, prefix, group) for name, group in layout.groups.items()}
         for name, group in layout.groups.items():
-            linears = {linear: blocks[index].get_submodule(linear) for linear in group.linears}
+            linears = {linear: submodule(blocks[index], linear, nn.Linear) for linear in group.linears}
             if why := _why_not(linears, group, parallel[name], parallel[group.router_input], size):
                 raise ConfigError(f"{prefix}.{index}.{name}: {why}; choose another tp_size, or load it whole")
             model.tp_plan.update({f"{prefix}.*.{linear}": f"qe_{parallel[name]}" for linear in linears})
             if parallel[name] == "row":
                 model.tp_plan[f"{prefix}.*.{name}_input"] = "qe_row_input"
     for name, style in OURS.items():
-        ALL_PARALLEL_STYLES.register(name, style)
+        ALL_PARALLEL_STYLES.register(name, style)  # type: ignore[arg-type]  # theirs are instances, too
     return True
 
 
@@ -119,8 +123,9 @@ def settle(block: nn.Module, layout: BlockLayout, prefix: str) -> None:
     """Makes the parts that were loaded the plain parameters of smaller modules. CheckpointError for one that is of
     another shape, which transformers does not see before 5.22. prefix: of the block's names."""
     for name, group in layout.groups.items():
-        linears = {linear: block.get_submodule(linear) for linear in group.linears}
+        linears = {linear: submodule(block, linear, QELinear) for linear in group.linears}
         packed = next(iter(linears.values())).weight_packed
+        assert isinstance(packed, DTensor), "every linear of the plan is cut"
         mesh, row = packed.device_mesh, packed.placements == (Shard(1),)
         rank, size = mesh.get_local_rank(), mesh.size()
         for linear_name, linear in linears.items():
@@ -133,7 +138,7 @@ def settle(block: nn.Module, layout: BlockLayout, prefix: str) -> None:
             else:
                 linear.out_features //= size
         if row:
-            part = block.get_submodule(f"{name}_input")
+            part = submodule(block, f"{name}_input", QEInput)
             part.in_features //= size
             _set(part, local_channels(_local(part, f"{prefix}{name}_input"), part.in_features, rank))
 
@@ -142,8 +147,9 @@ def _local(module: nn.Module, module_name: str) -> dict[str, Tensor]:
     tensors = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
     for name, whole in tensors.items():
         if isinstance(whole, DTensor):
-            part, size, dim = whole.to_local(), whole.device_mesh.size(), whole.placements[0].dim
-            wanted = tuple(n // size if i == dim else n for i, n in enumerate(whole.shape))
+            part, size, cut = whole.to_local(), whole.device_mesh.size(), whole.placements[0]
+            assert isinstance(cut, Shard), "what is not cut is a plain tensor"
+            wanted = tuple(n // size if i == cut.dim else n for i, n in enumerate(whole.shape))
             if part.shape != wanted:
                 raise CheckpointError(f"{module_name}.{name}: a rank finds {tuple(part.shape)}, expected {wanted}")
             tensors[name] = part

@@ -107,7 +107,7 @@ class QELinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: LinearBase,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -175,7 +175,7 @@ class QELinearMethod(LinearMethodBase):
 
         return load
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
         own = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, BasevLLMParameter)}
         of_input = dict(layer.get_submodule(INPUT).named_parameters())
         for name, parameter in (*own.items(), *of_input.items()):
@@ -195,7 +195,7 @@ class QELinearMethod(LinearMethodBase):
             )
         run = backend(own["weight_packed"].device, layer.params_dtype)
         self.group = Group(run.Input(part, self.scheme, width))
-        if self.source is not None:
+        if self.source is not None and part.router is not None:
             self.source.group.choose_for(self.group, part.router)
         words, scale = own["weight_packed"].data, own["weight_scale"].data
         repair = repair_from_tensors({name: parameter.data for name, parameter in own.items()})

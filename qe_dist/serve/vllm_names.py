@@ -38,7 +38,7 @@ def name_faults(folder: Path) -> list[str]:
 
 def _places(prefix: str, place: str, layout: BlockLayout, names: EngineNames) -> dict[str, str]:
     """Every module of a block that is quantized, by its name on disk -> the module of vLLM that has its tensors."""
-    found = {}
+    found: dict[str, str] = {}
     for group, own in layout.groups.items():
         module = f"{place}{names.modules[group]}"
         found |= {f"{prefix}{linear}": module for linear in own.linears}

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qe_dist.archs.base import Frontend
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.sample import Example, PixelBounds
 
@@ -56,7 +57,7 @@ class Qwen2VLImages:
         return {"size": dict(self.processor.size) | given} if given else {}
 
 
-class Qwen2VLFrontend:
+class Qwen2VLFrontend(Frontend):
     auto_class = "AutoModelForImageTextToText"
     decoder = "language_model."
     unquantized = (r"re:.*\bvisual\..*",)
@@ -75,10 +76,12 @@ class Qwen2VLFrontend:
         return config.image_token_id, config.video_token_id
 
     def pixels_per_token(self, config: Any) -> int:
-        return (config.vision_config.patch_size * config.vision_config.spatial_merge_size) ** 2
+        side: int = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        return side**2
 
     def vision_heads(self, config: Any) -> int:
-        return config.vision_config.num_heads
+        heads: int = config.vision_config.num_heads
+        return heads
 
     def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
         ids = pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad)

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qe_dist.archs.base import Frontend
 from qe_dist.core.sample import Example
 
 
-class TextFrontend:
+class TextFrontend(Frontend):
     auto_class = "AutoModelForCausalLM"
     decoder, unquantized, modality_argument = "", (), None
 

@@ -46,8 +46,8 @@ class ChatEncoder:
         """Raises ConfigError, which names the sample, where it cannot be fed to the model."""
         if sample.text is not None:
             ids = self._ids(sample, self.typed.marked(sample.text))
-            kept = ids[: self.context]
-            return self._example(sample, kept, list(kept), {}, len(ids) - len(kept))
+            whole = ids[: self.context]
+            return self._example(sample, whole, list(whole), {}, len(ids) - len(whole))
         vision, counts = self._vision(sample, images)
         ids, labels, ends = [], [], []
         for text, is_answer in self._segments(sample):
@@ -71,13 +71,15 @@ class ChatEncoder:
         """The first messages as the chat template puts them. prompt: with the beginning of an answer."""
         messages = [{"role": m["role"], "content": self._content(m)} for m in sample.messages[:count]]
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
         except TemplateSyntaxError as error:
             raise CheckpointError(f"{self.folder}: the chat template is broken: {error}, line {error.lineno}") from None
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ConfigError(f"{sample.origin}: the model's chat template refuses the sample: {error}") from None
+        assert isinstance(text, str), "it is asked for no tokens"
+        return text
 
     def _content(self, message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         """Parts, as templates of models with images go through them; text alone, as templates of the others have it."""

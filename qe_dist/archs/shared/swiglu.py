@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qe_dist.archs.base import Site
+from qe_dist.archs.base import Decoder, Site
 from qe_dist.core.batch import Batch
 from qe_dist.core.spec import Feeder, InputGroup, LinearSpec
 
@@ -24,7 +24,7 @@ FUSED = {
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 
-class SwiGLUDecoder:
+class SwiGLUDecoder(Decoder):
     """All that `Decoder` asks for.
 
     block: class of a block, below `transformers.models` (`llama.modeling_llama.LlamaDecoderLayer`). own_head_width:
@@ -64,10 +64,12 @@ class SwiGLUDecoder:
 
     def layer(self) -> type[nn.Module]:
         module, _, name = self.block.rpartition(".")
-        return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+        block: type[nn.Module] = getattr(importlib.import_module(f"transformers.models.{module}"), name)
+        return block
 
     def head_width(self, text: Any) -> int:
-        return text.head_dim if self.own_head_width else text.hidden_size // text.num_attention_heads
+        width: int = text.head_dim if self.own_head_width else text.hidden_size // text.num_attention_heads
+        return width
 
     def groups(self, text: Any) -> tuple[InputGroup, ...]:
         heads, kv, hidden, wide = (
@@ -109,5 +111,6 @@ class SwiGLUDecoder:
         cos, sin = (batch.context[k].to(where) for k in ("cos", "sin"))
         hidden = batch.hidden.to(where)
         mask = self.mask(block, hidden)
-        out = block(hidden, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
-        return out[0] if isinstance(out, tuple) else out
+        out: Any = block(hidden, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
+        behind: Tensor = out[0] if isinstance(out, tuple) else out
+        return behind

@@ -33,7 +33,8 @@ def find_template(folder: Path, tokenizer: Any, has_images: bool) -> str:
         raise CheckpointError(
             f"{folder} has the chat templates {', '.join(sorted(found))}, and none is named default; rename one"
         )
-    return found["default"]
+    default: str = found["default"]
+    return default
 
 
 def _of_processor(folder: Path) -> Any:

@@ -66,7 +66,7 @@ def _load(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[in
             settings = arch.hf_config(config)
             own = arch.auto_class()._model_mapping[type(settings)]
             empty = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
-            return own.from_pretrained(
+            found: tuple[Any, Any] = own.from_pretrained(
                 None,
                 config=settings,
                 state_dict=empty,
@@ -79,6 +79,7 @@ def _load(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[in
             raise ConfigError(
                 f"config.json describes no {arch.name} that transformers can make: {shortened(error)}"
             ) from error
+    return found
 
 
 @contextmanager

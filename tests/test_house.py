@@ -69,6 +69,52 @@ def test_no_grab_bag_files() -> None:
     assert [where(path) for path in FILES if path.name in GRAB_BAGS] == []
 
 
+FRAGMENT = re.compile(r"(Of|With|Without|By|As|That|Whose) ")
+"""How a docstring begins that is no sentence: "Of every linear.", "By full name."."""
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string that stands by itself: of modules, classes, functions and attributes."""
+    for node in nodes(path):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def test_no_docstring_is_a_fragment() -> None:
+    assert [f"{where(p, n)} {text}" for p in FILES for n, text in docstrings(p) if FRAGMENT.match(text)] == []
+
+
+DOCUMENTED = [path for room in ("core", "numerics", "methods") for path in sorted((LIBRARY / room).rglob("*.py"))]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def public(tree: ast.Module) -> Iterator[tuple[ast.ClassDef | None, ast.ClassDef | Function]]:
+    """(class or None, what it or the module defines), without names that begin with an underscore."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+            yield None, node
+            methods = node.body if isinstance(node, ast.ClassDef) else ()
+            yield from ((node, m) for m in methods if isinstance(m, Function) and not m.name.startswith("_"))
+
+
+def test_what_is_public_in_core_numerics_and_methods_is_documented() -> None:
+    """A method needs no docstring of its own where it is one that `methods/base.py` or its base class describes."""
+    found = [(path, *pair) for path in DOCUMENTED for pair in public(ast.parse(path.read_text(encoding="utf-8")))]
+    described = {(owner.name, node.name) for _, owner, node in found if owner and ast.get_docstring(node)}
+    promised = {node.name for path, owner, node in found if path.name == "base.py" and owner}
+    missing = []
+    for path, owner, node in found:
+        bases = [base.id for base in owner.bases if isinstance(base, ast.Name)] if owner else []
+        inherited = (
+            owner
+            and path.name != "base.py"
+            and (node.name in promised or any((base, node.name) in described for base in bases))
+        )
+        if not (inherited or ast.get_docstring(node)):
+            missing.append(f"{where(path, node.lineno)} {node.name}")
+    assert missing == []
+
+
 MARKERS = {"ray", "nightly", "vllm", "gpu"}
 """Of ours, by which a test is chosen; pyproject.toml says what they mean."""
 OF_PYTEST = {"parametrize", "skipif", "xfail", "filterwarnings", "usefixtures"}

@@ -19,7 +19,7 @@ FLOATS = (torch.bfloat16, torch.float16)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
 FACTORS = (torch.bfloat16, torch.float16, torch.int8, torch.uint8)
-"""Of 16 bits, int8, or two 4-bit codes in each byte."""
+"""Types of a factor: 16 bits, int8, or two 4-bit codes in each byte (uint8)."""
 MAX_WIDTH = 32768
 """Channels of a token that the quantizer holds in registers."""
 ALIGNMENT = 16

@@ -34,7 +34,7 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 """Ampere, Ada and Hopper: what the kernels are compiled for."""
 
 Table = Mapping[str, Mapping[int, Config | None]]
-"""By `key_of` and bucket; None: dequantize once and let cuBLAS multiply."""
+"""The configuration for each `key_of` and bucket; None: dequantize once and let cuBLAS multiply."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def table_of(name: str) -> Table:
 
 
 def file_name(device: str) -> str:
-    """Of a device's table: `nvidia-h100-80gb-hbm3.json`."""
+    """The name of the table of a device: `nvidia-h100-80gb-hbm3.json`."""
     return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
@@ -110,9 +110,9 @@ DENSE_FROM = 1024
 """Tokens from which a 16-bit product is expected to be faster on weights that are dequantized once: that costs about a
 sixth of the product at 4096 tokens, and less than it gains from half as many instructions in the inner loop."""
 WARPS = 16
-"""Wanted on each multiprocessor, so that enough loads are in flight; K is split to get them."""
+"""Warps that are wanted on each multiprocessor, so that enough loads are in flight; K is split to get them."""
 STEPS = 4
-"""Of K that each split keeps at least: a shorter loop never fills its pipeline."""
+"""Steps of K that each split keeps at least: a shorter loop never fills its pipeline."""
 
 
 def heuristic(device: Device, weight: Weight, tokens: int) -> Config | None:

@@ -30,10 +30,10 @@ _SLAB_CODES = 2**24
 
 
 class Order(StrEnum):
-    """Of the columns in a plane; a layout of one order is garbage to a kernel of the other."""
+    """How the columns lie in a plane. A kernel of one order reads garbage from a layout of the other."""
 
     WGMMA = "wgmma"
-    """That of Hopper's fragments and, since Triton 3.9, of Ampere's and Ada's, too."""
+    """The order of Hopper's fragments and, since Triton 3.9, of Ampere's and Ada's, too."""
     NATURAL = "natural"
     """Before 3.9, Triton gave a thread of Ampere or Ada more neighbouring columns if its loads were narrow."""
 
@@ -53,7 +53,7 @@ class Weight:
     """Columns that share a scale; None: all."""
     order: Order
     int8: bool
-    """For the int8 tensor cores; else for those of 16 bits."""
+    """Whether it is laid out for the int8 tensor cores; else for those of 16 bits."""
 
     @property
     def row_tiles(self) -> int:
@@ -94,7 +94,7 @@ def _triton_version() -> tuple[int, ...]:
 
 
 def field_widths(bits: int) -> tuple[int, ...]:
-    """Of the planes that store `bits`, lowest bits first: 3 -> (2, 1), 4 -> (4,), 7 -> (4, 2, 1)."""
+    """The widths of the planes that store `bits`, lowest bits first: 3 -> (2, 1), 4 -> (4,), 7 -> (4, 2, 1)."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 

@@ -70,7 +70,7 @@ def new_tensors(
     extracted: Tensor | None,
     with_x: bool,
 ) -> New:
-    """Of the arguments of `quantize`."""
+    """Which tensors a call of `quantize` with these arguments makes anew."""
     changed = gated or norm_weight is not None or input_scale is not None
     base = bits is not None or extracted is not None
     return New(changed and (with_x or not base), base, bits is not None and not outliers)
@@ -383,10 +383,7 @@ def _prepared_reference(
         normed = (value * torch.rsqrt(value.square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
         x = (normed * norm_weight.to(wide)).to(x.dtype)
     if input_scale is not None:
-        rows = input_scale
-        if len(input_scale) > 1:
-            assert modality is not None, "scales by modality need the modality of every token"
-            rows = input_scale[modality.long()]
+        rows = input_scale if len(input_scale) == 1 or modality is None else input_scale[modality.long()]
         x = (x / rows.to(wide)).to(x.dtype)
     return x
 

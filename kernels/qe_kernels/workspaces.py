@@ -13,12 +13,12 @@ FLOATS = 2**23
 TILES = 2**16
 
 _GRAPHS = -1
-"""In place of a stream."""
+"""Key of the workspace that CUDA graphs use, in place of a stream."""
 _allocated: dict[tuple[torch.device, int], Workspace] = {}
 
 
 def workspace_of(device: torch.device) -> Workspace:
-    """That of the current stream.
+    """The workspace of the current stream.
 
     Raises RuntimeError if it would have to be allocated while a CUDA graph is captured: its counters would be zeroed at
     every replay of that graph, and of no other one.

@@ -71,7 +71,7 @@ class Decoder(Protocol):
     inner_width: str
     """What the configuration calls the width of the input of the groups that have producers."""
     sites: ClassVar[Mapping[str, Site]]
-    """Of every linear."""
+    """What every linear writes and reads."""
     tiny: ClassVar[Mapping[str, Any]]
     """Settings of a decoder that takes milliseconds, for tests."""
 
@@ -88,11 +88,11 @@ class Decoder(Protocol):
         ...
 
     def groups(self, text: Any) -> tuple[InputGroup, ...]:
-        """Of one block; whether linears have a bias is not known here."""
+        """The input groups of one block; whether linears have a bias is not known here."""
         ...
 
     def feeders(self, text: Any) -> Mapping[str, Feeder]:
-        """Of every linear."""
+        """What makes the input of every linear channel by channel, where something does."""
         ...
 
     def context(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class Frontend(Protocol):
         ...
 
     def pixels_per_token(self, config: Any) -> int:
-        """Of an image, about: enough to plan memory."""
+        """About how many pixels of an image become one token: enough to plan memory."""
         ...
 
     def vision_heads(self, config: Any) -> int:
@@ -151,7 +151,7 @@ class EngineNames:
     """What an engine calls the parts of a model."""
 
     blocks: str
-    """Where its model has the blocks."""
+    """Where the engine's model has the blocks."""
     modules: Mapping[str, str]
     """Input group -> the linear that computes all linears of the group at once, both relative to the block."""
     decoder: str
@@ -198,7 +198,7 @@ class Family:
         return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
 
     def text(self, config: Mapping[str, Any]) -> Any:
-        """Of that, the settings of the decoder."""
+        """The settings of the decoder, as transformers has them."""
         return self.hf_config(config).get_text_config()
 
     def auto_class(self) -> Any:
@@ -212,11 +212,11 @@ class Family:
         return next((n for n in names if n in source.names()), names[-1])
 
     def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
-        """Of one block, as `config.json` has them; whether linears have a bias is not known there."""
+        """The input groups of one block, from a `config.json`; whether linears have a bias is not known there."""
         return self.decoder.groups(self.text(config))
 
     def feeders(self, config: Mapping[str, Any]) -> Mapping[str, Feeder]:
-        """Of every linear of a block."""
+        """What makes the input of every linear of a block channel by channel, where something does."""
         return self.decoder.feeders(self.text(config))
 
     def vision_heads(self, config: Mapping[str, Any]) -> int:
@@ -228,7 +228,7 @@ class Family:
         return self.frontend.has_vision(config)
 
     def pixels_per_token(self, config: Mapping[str, Any]) -> int:
-        """Of an image, about: enough to plan memory."""
+        """About how many pixels of an image become one token: enough to plan memory."""
         return self.frontend.pixels_per_token(self.hf_config(config))
 
     def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
@@ -251,7 +251,7 @@ class Family:
         return ModelSpec(self.name, tuple(blocks), passthrough)
 
     def _block_spec(self, index: int, prefix: str, groups: Sequence[InputGroup], source: WeightSource) -> BlockSpec:
-        """With biases as the source has them."""
+        """A block, whose linears have biases where the source has them."""
 
         def checked(linear: LinearSpec) -> LinearSpec:
             name, wanted = f"{prefix}{linear.name}", (linear.out_features, linear.in_features)

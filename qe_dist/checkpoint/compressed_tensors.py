@@ -24,10 +24,10 @@ from qe_dist.numerics.grid import dequantize
 from qe_dist.numerics.packing import pack, unpack
 
 GROUP_SIZES = (128, 64, 32)
-"""That Marlin takes, vLLM's kernel for every CUDA device since Turing; -1 (a whole row) besides."""
+"""Group sizes that Marlin takes, vLLM's kernel for every CUDA device since Turing; it takes -1 (a whole row), too."""
 ROWS = 256
 HELD = 0.5
-"""Of the size of an ordinary column: more than rounding can have left of one whose codes are all zero."""
+"""Share of the size of an ordinary column: rounding cannot have left more of one whose codes are all zero."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LinearFormat:
     """What `config.json` tells an engine about a linear."""
 
     bits: int
-    """Of a stored code."""
+    """Bits of a stored code."""
     group_size: int | None
     act_bits: int | None
 
@@ -99,7 +99,7 @@ class StoredLinear:
 @dataclass
 class ExportedBlock:
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """By full name."""
+    """Tensors by their full names."""
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Linear (relative to the block) -> (down [R, I], up [O, R]) in float32."""
     dense: list[str] = field(default_factory=list)
@@ -208,7 +208,7 @@ def adapter(part: GroupInput, linear: StoredLinear) -> tuple[Float[Tensor, "R I"
 
 
 def lora_tensors(pair: tuple[Tensor, Tensor], rank: int) -> dict[str, Tensor]:
-    """As PEFT names them, in bf16, with zeros up to the rank that all linears of the adapter share."""
+    """The pair as PEFT names it, in bf16, with zeros up to the rank that all linears of the adapter share."""
     down, up = pair
     missing = rank - len(down)
     padded = {"lora_A.weight": pad(down, (0, 0, 0, missing)), "lora_B.weight": pad(up, (0, missing))}

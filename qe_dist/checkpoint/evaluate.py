@@ -25,7 +25,7 @@ from qe_dist.io.states import States, StatesWriter
 from qe_dist.numerics.prediction import Head, TokenScores, score_tokens
 
 BATCH_TOKENS = 2048
-"""Of a batch, padding included; a longer sample goes alone."""
+"""Tokens of a batch at most, padding included; a longer sample goes alone."""
 
 
 class Predictor(Protocol):
@@ -109,7 +109,7 @@ def measure(
 
 
 def _head_of(other: States, mine: Head) -> Head:
-    """Of the reference; that of the model where they are equal, which need not be read again and again."""
+    """The head of the reference; that of the model where they are equal, which need not be read again and again."""
     if other.vocabulary != mine.vocabulary:
         raise ConfigError(
             f"the reference predicts {other.vocabulary} tokens and the model {mine.vocabulary}: these are different "

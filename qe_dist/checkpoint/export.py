@@ -44,7 +44,7 @@ ADAPTER = "adapter"
 REPORT = "qe_export.json"
 CARD = "README.md"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""That vLLM's --max-lora-rank takes."""
+"""Ranks that vLLM's --max-lora-rank takes."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Exported:
     groups: int
     """Input groups of the model."""
     rank: int
-    """Of the LoRA; 0 where there is none."""
+    """The rank of the LoRA; 0 where there is none."""
     lost: Counter[str] = field(default_factory=Counter)
     """What other engines will not do -> in how many input groups."""
     changed: Counter[str] = field(default_factory=Counter)
@@ -62,7 +62,7 @@ class Exported:
 
     @property
     def notes(self) -> list[str]:
-        """For people, one line each, the losses first."""
+        """What people are told, one line each, the losses first."""
         told = [("LOST", self.lost), ("changed", self.changed)]
         notes = [f"{w}: {what} ({n} of {self.groups} input groups)" for w, c in told for what, n in sorted(c.items())]
         apart = "LOST without the LoRA: the repair; the base alone may answer nonsense"
@@ -134,7 +134,7 @@ class _Export:
         self.dense: set[tuple[int, str]] = set()
         """(block, linear) of what is in 16 bits now."""
         self.files: dict[str, str] = {}
-        """With their SHA-256."""
+        """SHA-256 of each file that is written."""
 
     def write(self, title: str) -> Exported:
         self._write_weights()
@@ -240,7 +240,7 @@ def quantization_config(checkpoint: Checkpoint, arch: Family, dense: set[tuple[i
 
 
 def adapter_config(arch: Family, linears: list[str], rank: int) -> dict[str, Any]:
-    """Of PEFT."""
+    """The content of PEFT's adapter_config.json."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

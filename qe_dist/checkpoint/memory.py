@@ -18,7 +18,8 @@ BOUND_BYTES = GIB
 
 
 def evaluation_bytes(folder: Path, device: str) -> int:
-    """At most, of the host: the loaded model (unpacked, in float32 on a CPU) and what evaluating it adds."""
+    """Bytes of the host's memory at most: the loaded model (unpacked, in float32 on a CPU) and what evaluating it
+    adds."""
     return PROCESS_BYTES + BOUND_BYTES + (model_bytes(folder) if device == "cpu" else stored_bytes(folder))
 
 
@@ -38,7 +39,8 @@ def stored_bytes(folder: Path) -> int:
 
 
 def model_bytes(folder: Path) -> int:
-    """In float32. Packed weights count as their codes and what these stand for, low-rank factors likewise."""
+    """Bytes of the model in float32. Packed weights count as their codes and what these stand for, low-rank factors
+    likewise."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:

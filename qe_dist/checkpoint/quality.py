@@ -61,7 +61,7 @@ MEASURES: Mapping[str, Measure] = {
 @dataclass(frozen=True)
 class Quality:
     scores: Sequence[SampleScore]
-    """By the samples' index."""
+    """One of each sample, in the order of the samples' indices."""
 
     def summary(self) -> dict[str, Any]:
         """All measures over everything, by kind and by modality, each with its interval (None for too few samples);

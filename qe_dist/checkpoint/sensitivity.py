@@ -24,17 +24,18 @@ from qe_dist.core.sample import Example
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of the tokens of images, over that of other ones; a row for each linear that writes to the residual stream."""
+    """How much the loss depends on tokens of images, relative to other tokens; one entry for each linear that writes to
+    the residual stream."""
 
     places: tuple[str, ...]
     image_to_text: tuple[float, ...]
     image_to_answer: tuple[float, ...]
     tokens: Mapping[str, int]
-    """By kind."""
+    """How many tokens of each kind were seen: image, text, answer."""
 
     @property
     def image_weight(self) -> float:
-        """For the transform `mbq`: the median over all places, below which MBQ lets no layer fall."""
+        """What the transform `mbq` takes: the median over all places, below which MBQ lets no layer fall."""
         return median(self.image_to_text)
 
 
@@ -49,7 +50,8 @@ def check_memory(model_bytes: int) -> None:
 
 
 def sensitivity(model: Any, arch: Family, examples: Sequence[Example]) -> Sensitivity:
-    """Of a loaded model in float32. ConfigError where no example has tokens of images, other ones and an answer."""
+    """Measures a loaded model in float32 by backward passes. ConfigError where no example has tokens of images, other
+    ones and an answer."""
     useful = [e for e in examples if all(bool(chosen.any()) for chosen in _kinds(e).values())]
     if not useful:
         raise ConfigError("no sample has an image, text and an answer; MBQ's ratio compares their tokens")

@@ -10,7 +10,7 @@ from qe_dist.core.spec import InputGroup, LinearSpec
 from qe_dist.numerics.serving import BY_MODALITY, cut_problems, routed_problems, together_problems, vision_problems
 
 SIZES = (1, 2, 4, 8)
-"""That are asked about where nobody names any."""
+"""Tensor-parallel sizes that are asked about where nobody names any."""
 
 
 def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ def serving_problems(config: Mapping[str, Any], size: int) -> tuple[str, ...]:
 
 
 def served_sizes(config: Mapping[str, Any]) -> str:
-    """Of SIZES, in words; and why not the others, the first reason of each."""
+    """Says which of SIZES can be served, and why not the others, the first reason of each."""
     why = {size: serving_problems(config, size) for size in SIZES}
     served = ", ".join(str(size) for size in SIZES if not why[size])
     others = "".join(f"; {size} is not: {why[size][0]}" for size in SIZES if why[size])

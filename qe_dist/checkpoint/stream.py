@@ -35,7 +35,7 @@ class StreamedModel:
 
     @property
     def head(self) -> Head:
-        """On a CPU a map of its file."""
+        """The head of the model; on a CPU it is a map of its file."""
         return Head.of(self.source.get(self.arch.head(self.source)).to(self.device))
 
     def states(self, examples: Sequence[Example], tokens: int) -> Iterator[list[tuple[Example, Tensor]]]:

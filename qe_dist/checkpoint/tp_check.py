@@ -32,7 +32,7 @@ ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class _Group:
-    """As it is stored, and what it reads."""
+    """A group as it is stored, and what it reads."""
 
     scheme: Scheme
     input: Mapping[str, Tensor]

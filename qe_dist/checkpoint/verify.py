@@ -30,7 +30,7 @@ from qe_dist.io.rotated import RotatedSource
 from qe_dist.model import open_model
 
 SLICE_BYTES = 2**26
-"""Of a tensor that is looked at, at a time."""
+"""Bytes of a tensor that are looked at, at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     layout: Layout
-    """Of the blocks, as `config` says it."""
+    """What `config` says of the quantized blocks."""
     manifest: Manifest
     weight_map: Mapping[str, str]
     tensors: Mapping[str, Mapping[str, TensorSpec]]

@@ -30,6 +30,7 @@ class Batch:
     """Rotary tables and whatever else the blocks of the architecture ask for."""
 
     def with_hidden(self, hidden: Tensor) -> "Batch":
+        """The batch with other hidden states [B, L, D]."""
         return replace(self, hidden=hidden)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -40,10 +41,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens, without padding."""
         return int((self.modality != PADDING).sum())
 
     @property
     def num_bytes(self) -> int:
+        """The bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors().values())
 
     def token_keys(self) -> Int[Tensor, "B L"]:
@@ -67,7 +70,7 @@ class Batch:
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """On a CPU as arrays, which Ray moves without copying them into a pickle; tensors it would copy twice."""
+        """How pickle stores it: on a CPU as arrays, which Ray moves without a copy; tensors it would copy twice."""
         if self.hidden.is_cuda:
             return Batch.from_tensors, (self.tensors(),)
         arrays = {
@@ -77,6 +80,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+        """The batch whose `tensors` these are."""
         context = {k[8:]: v for k, v in tensors.items() if k.startswith("context.")}
         return cls(
             int(tensors["index"]),
@@ -93,7 +97,8 @@ def sample_keys(ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
 
 
 def held_out_below(num_samples: int) -> int:
-    """Of samples 0 .. num_samples - 1 those with keys below this one are held out: one in HELD_OUT, of fewer none."""
+    """The key below which samples are held out: of samples 0 .. num_samples - 1 that is one in HELD_OUT, and none of
+    fewer."""
     count = num_samples // HELD_OUT
     return int(sample_keys(torch.arange(num_samples)).sort().values[count]) if count else 0
 

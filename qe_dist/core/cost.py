@@ -13,6 +13,8 @@ from qe_dist.core.scheme import ARITHMETICS, Arithmetic
 
 @dataclass(frozen=True)
 class Cost:
+    """What a group takes on disk, and what one token takes of it."""
+
     stored: int
     """Bytes of codes, scales, factors, columns and router."""
     active: int

@@ -34,19 +34,22 @@ class TensorSpec:
     """Type and shape of a stored tensor."""
 
     dtype: str
-    """As torch names it: `bfloat16`."""
+    """The name that torch has for it: `bfloat16`."""
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorSpec":
+        """The type and shape of this tensor."""
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
     @classmethod
     def from_json(cls, said: Sequence[Any]) -> "TensorSpec":
+        """Reads `[dtype, *shape]`, as config.json has it."""
         dtype, *shape = said
         return cls(dtype, tuple(shape))
 
     def to_json(self) -> list[Any]:
+        """Writes `[dtype, *shape]`."""
         return [self.dtype, *self.shape]
 
     def empty(self) -> Tensor:
@@ -55,6 +58,7 @@ class TensorSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The type as torch has it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -63,7 +67,7 @@ class TensorSpec:
 
 
 TensorSpecs = Mapping[str, TensorSpec]
-"""Of one module, by the names within it."""
+"""The tensors of one module, by their names within it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class GroupLayout:
 
     @property
     def by_modality(self) -> bool:
+        """Whether text and image tokens are treated differently (`GroupInput.by_modality`)."""
         return self.part.by_modality
 
     @property
@@ -110,10 +115,12 @@ class GroupLayout:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "GroupLayout":
+        """Reads a group of a block in config.json. KeyError, TypeError or ValueError where it is damaged."""
         linears = {name: _specs(tensors) for name, tensors in said["linears"].items()}
         return cls(Scheme.parse(said["scheme"]), said["router_input"], _specs(said["input"]), linears)
 
     def to_json(self) -> dict[str, Any]:
+        """Writes what `from_json` reads."""
         return {
             "scheme": str(self.scheme),
             "router_input": self.router_input,
@@ -124,6 +131,8 @@ class GroupLayout:
 
 @dataclass(frozen=True)
 class BlockLayout:
+    """The input groups of one block, by name."""
+
     groups: Mapping[str, GroupLayout]
 
     @property
@@ -139,9 +148,11 @@ class BlockLayout:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "BlockLayout":
+        """Reads one of `layouts` in config.json. KeyError, TypeError or ValueError where it is damaged."""
         return cls({name: GroupLayout.from_json(group) for name, group in said.items()})
 
     def to_json(self) -> dict[str, Any]:
+        """Writes what `from_json` reads."""
         return {name: group.to_json() for name, group in self.groups.items()}
 
 
@@ -162,7 +173,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any] | None) -> "Layout":
-        """From `quantization_config`. ConfigError where there is none, or one of another method; CheckpointError where
+        """Reads `quantization_config`. ConfigError where there is none, or one of another method; CheckpointError where
         it has another format version, or is damaged."""
         found = said and said.get("quant_method")
         if said is None or found != METHOD:

@@ -14,12 +14,12 @@ class FittedBlock:
 
     index: int
     prefix: str
-    """Of its tensors on disk, with the dot."""
+    """Begins the names of its tensors on disk; ends with the dot."""
     groups: Mapping[str, FitReport]
     recipe_from: int
     """The first block of those that have this block's recipe."""
     device: str
-    """That it was fitted on, with so many threads."""
+    """The device that it was fitted on, with so many threads."""
     threads: int
 
     @classmethod
@@ -29,11 +29,14 @@ class FittedBlock:
         return cls(**{one.name: said[one.name] for one in fields(cls)} | {"groups": groups})
 
     def to_json(self) -> dict[str, Any]:
+        """Writes a block of the manifest."""
         return vars(self) | {"groups": {name: group.to_json() for name, group in self.groups.items()}}
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """The content of qe_manifest.json."""
+
     recipe: Mapping[str, Any]
     run: Mapping[str, Any]
     """The identity of the run."""
@@ -53,12 +56,12 @@ class Manifest:
     macs_per_weight: float
     macs_by_arithmetic: Mapping[str, float]
     parameters: int
-    """Of the whole model."""
+    """Parameters of the whole model."""
     fallbacks: Mapping[str, Sequence[str]]
     """Steps of the ladder, by full name of the group."""
     blocks: tuple[FittedBlock, ...]
     checkpoint_bytes: int
-    """Of all files, this one too."""
+    """Bytes of all files, this one too."""
 
     @classmethod
     def from_json(cls, said: Any) -> "Manifest":
@@ -74,5 +77,6 @@ class Manifest:
             ) from None
 
     def to_json(self) -> dict[str, Any]:
+        """Writes what `from_json` reads; `padding` only where there is some."""
         said = vars(self) | {"blocks": [block.to_json() for block in self.blocks]}
         return {name: value for name, value in said.items() if name != "padding" or value is not None}

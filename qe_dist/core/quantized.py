@@ -34,12 +34,13 @@ class Factor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix, not of its packed form."""
+        """The shape of the matrix, not of its packed form."""
         *rows, stored = self.values.shape
         return (*rows, 2 * stored if self.values.dtype == torch.uint8 else stored)
 
     @property
     def dense(self) -> Float[Tensor, "*rows columns"]:
+        """The matrix in float32."""
         if self.scale is None:
             return self.values.float()
         codes = self.values.float()
@@ -65,6 +66,7 @@ class GroupInput:
 
     @property
     def num_experts(self) -> int:
+        """The number of routed experts; 0 where there are none."""
         down = None if self.expert_down is None else self.expert_down.values
         return next((len(t) for t in (self.router, down, self.expert_channels) if t is not None), 0)
 
@@ -77,6 +79,8 @@ class GroupInput:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
+    """One linear of a group: its codes and scales, and its part of the repair."""
+
     codes: Int8[Tensor, "O I"]
     scale: Float[Tensor, "O G"]
     bias: Shaped[Tensor, " O"] | None = None
@@ -94,33 +98,37 @@ class FitReport:
     arithmetic: Arithmetic
     """What the product executes."""
     error: float | None
-    """On the token sample, which the fit has seen. None where no token could be measured."""
+    """Error on the token sample, which the fit has seen. None where no token could be measured."""
     error_by_modality: Mapping[str, float]
     held_out_error: float | None
-    """On tokens of calibration sequences that are in no statistic. None where none are held out."""
+    """Error on tokens of calibration sequences that are in no statistic. None where none are held out."""
     held_out_error_by_modality: Mapping[str, float]
     rounding_error: float | None
-    """Of the same codes without compensation."""
+    """Error of the same codes without compensation."""
     bytes: int
-    """Stored: codes, scales, factors, columns, router."""
+    """Stored bytes of codes, scales, factors, columns and router."""
     active_bytes: int
-    """Of these, what one token needs: all but the experts that it does not use."""
+    """Bytes of them that one token needs: all but the experts that it does not use."""
     macs: Mapping[Arithmetic, int]
     """Multiplications for one token, by what executes them."""
     seconds: float
-    """In no checkpoint: it differs from call to call."""
+    """Time of the fit. It is in no checkpoint, since it differs from call to call."""
     fallbacks: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "FitReport":
+        """Reads a group of a manifest. TypeError where fields are missing or unknown."""
         return cls(**{**said, "fallbacks": tuple(said["fallbacks"]), "seconds": 0.0})
 
     def to_json(self) -> dict[str, Any]:
+        """Writes what `from_json` reads."""
         return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
 @dataclass(frozen=True)
 class QuantizedGroup:
+    """An input group as it is stored, and how well it was fitted."""
+
     scheme: Scheme
     input: GroupInput
     linears: Mapping[str, QuantizedLinear]
@@ -178,6 +186,7 @@ def input_tensors(part: GroupInput) -> dict[str, Tensor]:
 
 
 def input_from_tensors(tensors: Mapping[str, Tensor]) -> GroupInput:
+    """The inverse of `input_tensors`; tensors of other names are left out."""
     names = sorted((n for n in tensors if n.startswith(ROTATION)), key=lambda n: int(n.removeprefix(ROTATION)))
     fields = _from_tensors(tensors, _INPUT_FACTORS, _INPUT_PLAIN)
     return GroupInput(**fields, rotation=tuple(tensors[n] for n in names))
@@ -194,8 +203,10 @@ def repair_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """The bytes of all these tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no floating-point tensor has a NaN or Inf."""
     return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())

@@ -25,7 +25,7 @@ class ImageRef:
     """What messages to the user call it."""
     path: Path | None = None
     begin: int = 0
-    """Of its bytes in the scratch file, which has the images that are no files."""
+    """Where its bytes begin in the scratch file, which has the images that are no files."""
     length: int = 0
     content: bytes | None = None
     """The bytes themselves, in a sample that goes to another process."""

@@ -35,6 +35,7 @@ class InputGroup:
 
     @property
     def in_features(self) -> int:
+        """The number of input channels."""
         return self.linears[0].in_features
 
     @property
@@ -56,26 +57,33 @@ class Feeder:
 
 @dataclass(frozen=True)
 class BlockSpec:
+    """One block: its input groups, and the tensors that stay as they are."""
+
     index: int
     prefix: str
-    """Of its tensors on disk, with the dot (`model.layers.0.`)."""
+    """Begins the names of its tensors on disk; ends with the dot (`model.layers.0.`)."""
     groups: tuple[InputGroup, ...]
     others: tuple[str, ...]
     """Tensors of the block that stay as they are (norms), relative to the prefix."""
 
     def group(self, name: str) -> InputGroup:
+        """The group of this name. StopIteration where there is none."""
         return next(g for g in self.groups if g.name == name)
 
     def router_width(self, group: InputGroup) -> int:
+        """The channels of the tensor that the router of a group reads."""
         return self.group(group.router_input).in_features
 
     @property
     def num_weights(self) -> int:
+        """The number of weights of all linears, without biases."""
         return sum(x.in_features * x.out_features for g in self.groups for x in g.linears)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
+    """The blocks of a model, and the tensors outside of them."""
+
     arch: str
     blocks: tuple[BlockSpec, ...]
     passthrough: tuple[str, ...]

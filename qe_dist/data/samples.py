@@ -15,7 +15,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import ImageRef, Sample
 
 MAX_PIXELS = 64_000_000
-"""Of one image; anything larger is taken for a decompression bomb."""
+"""Pixels of one image at most; anything larger is taken for a decompression bomb."""
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -68,7 +68,7 @@ class Prepared:
     """Runs that can begin: nothing is computed or written yet."""
 
     first: Run
-    """In whose directory activations are spooled."""
+    """The run in whose directory activations are spooled."""
     runs: tuple[Run, ...]
     """They share one pass of the calibration and differ in their recipe."""
     samples: list[list[Sample]]
@@ -84,7 +84,7 @@ class Prepared:
 
     @property
     def config(self) -> RunConfig:
-        """Of the first run; that of all others but for recipe and output."""
+        """What the first run is asked for. The others differ in recipe and output alone."""
         return self.first.config
 
     @cached_property
@@ -97,7 +97,7 @@ class Prepared:
         return self.first.store
 
     def is_finished(self, block: int) -> bool:
-        """By every run."""
+        """Whether every run has this block."""
         return all(run.store.has_block(block) for run in self.runs)
 
     def next_block(self) -> int | None:
@@ -113,7 +113,7 @@ class Prepared:
         return Spooled(block, index) if block > 0 or self.store.has_batch(block, index) else None
 
     def block_after(self, wave: Wave) -> int | None:
-        """Whose input a wave leaves behind; None after the last one."""
+        """The block whose input a wave leaves behind; None after the last one."""
         following = wave[-1].blocks[-1].index + 1
         return following if following < len(self.model.blocks) else None
 

@@ -25,7 +25,7 @@ class Run:
     """Nothing is written before `open`, for which the lock must be held."""
 
     config: RunConfig
-    """With the recipes of the blocks before `from_block`."""
+    """What the user asked for, completed by the recipes of the blocks before `from_block`."""
     store: RunDir
     identity: Mapping[str, Any]
     """What must be equal for the directory to be continued."""
@@ -69,8 +69,8 @@ class Run:
 
 
 def with_policy(config: RunConfig, store: RunDir) -> RunConfig:
-    """With the recipes of the blocks before `from_block`, as the run directory has them. ConfigError where it has none,
-    or where the model would be another one from that block on."""
+    """The config with the recipes of the blocks before `from_block`, as the run directory has them. ConfigError where
+    it has none, or where the model would be another one from that block on."""
     if not config.from_block:
         return config
     before = store.identity()

@@ -28,7 +28,7 @@ from qe_dist.numerics.packing import pack
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 2**30
-"""Of one file of what is passed through; a larger tensor has a file of its own."""
+"""Bytes of one file of tensors outside the blocks; a larger tensor has a file of its own."""
 MANIFEST = "qe_manifest.json"
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -165,7 +165,7 @@ def assemble(
 
 
 def num_parameters(spec: ModelSpec, source: WeightSource) -> int:
-    """Of a whole model: quantized or not, with biases and norms."""
+    """The number of parameters of a whole model, quantized or not, with biases and norms."""
     names = [b.prefix + name for b in spec.blocks for name in b.others]
     biases = sum(x.out_features for b in spec.blocks for g in b.groups for x in g.linears if x.bias)
     others = sum(math.prod(source.shape(name)) for name in (*names, *spec.passthrough))

@@ -59,10 +59,12 @@ class GroupProblem:
 
     @property
     def num_weights(self) -> int:
+        """The number of weights of all linears of the group."""
         return sum(w.numel() for w in self.weights.values())
 
     @property
     def num_outputs(self) -> int:
+        """The number of outputs of all linears of the group."""
         return sum(w.shape[0] for w in self.weights.values())
 
 
@@ -150,10 +152,12 @@ class ErrorProblem:
 
     @property
     def stats(self) -> GroupStats:
+        """The statistics of the group without the channels that a list carries."""
         return self.problem.stats
 
     @property
     def rank(self) -> int:
+        """The rank that the repair may have: what was granted, or what the budget gives to the group alone."""
         if self.granted is not None:
             return self.granted
         return self.budget.rank_for(self.problem.num_outputs, self.problem.group.in_features)
@@ -177,6 +181,7 @@ class ErrorProblem:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The floating-point type of the errors: float32, or float64 where LADDER asks for it."""
         return next(iter(self.errors.values())).dtype
 
     def error_of(self, modality: int) -> Float[Tensor, "O I"]:
@@ -273,7 +278,10 @@ class ChoosesChannels(Protocol):
 class Transform(Protocol):
     """Scales the input and, inversely, the weight, so that their product stays the same."""
 
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """The statistics that it reads."""
+        ...
+
     def fit(self, problem: GroupProblem) -> GroupProblem:
         """The problem in new coordinates (`GroupProblem.rescaled`)."""
         ...
@@ -283,7 +291,10 @@ class Transform(Protocol):
 class Quantizer(Protocol):
     """Rounds the weights of a group."""
 
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """The statistics that it reads."""
+        ...
+
     def fit(self, weight: Float[Tensor, "O I"], stats: GroupStats, scheme: Scheme) -> Codes:
         """Codes and scales of the weight in the number format of the scheme; each row is rounded by itself."""
         ...

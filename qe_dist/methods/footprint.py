@@ -45,6 +45,7 @@ class Footprint:
 
     @property
     def statistics(self) -> int:
+        """Bytes of Gram matrices and token samples."""
         return self.grams + self.sample
 
     @property

@@ -237,6 +237,7 @@ class Draft:
 
     @property
     def ask(self) -> "Ask | None":
+        """What the group reports for sharing the budget of its block; None where its repair has a rank already."""
         if self.gains is None:
             return None
         problem = self.repair.problem

@@ -102,7 +102,7 @@ class _Rounded:
     loss: Float[Tensor, " O"]
 
     def or_better(self, other: "_Rounded") -> "_Rounded":
-        """In each row, `other` where its loss is smaller."""
+        """Takes the rows of `other` whose loss is smaller."""
         wins = other.loss < self.loss
         return _Rounded(
             torch.where(wins, other.codes, self.codes),

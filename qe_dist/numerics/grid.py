@@ -32,6 +32,7 @@ def round_to_grid(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O G"], bit
 def dequantize(
     codes: Int8[Tensor, "O I"], scale: Float[Tensor, "O G"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "O I"]:
+    """codes * scale, in `dtype`."""
     return codes.to(dtype) * _spread(scale.to(dtype), codes.shape[1])
 
 
@@ -47,8 +48,9 @@ def round_activations(x: Float[Tensor, "T I"], scheme: Scheme) -> Float[Tensor, 
 
 
 def _largest(magnitude: Float[Tensor, "T I"], count: int) -> Bool[Tensor, "T I"]:
-    """Of every token, its `count` largest channels. On a CPU they are those above a threshold, which NumPy finds eight
-    times as fast as `topk` finds the channels; where several channels are equal to it, `topk` chooses among them."""
+    """Marks the `count` largest channels of every token. On a CPU they are those above a threshold, which NumPy finds
+    eight times as fast as `topk` finds the channels; where several channels are equal to it, `topk` chooses among
+    them."""
     if magnitude.is_cuda:
         return torch.zeros_like(magnitude, dtype=torch.bool).scatter(1, magnitude.topk(count, dim=1).indices, True)
     position = magnitude.shape[1] - count

@@ -168,7 +168,8 @@ def _factors(width: int) -> tuple[Tensor, ...]:
 
 @cache
 def orders(width: int) -> tuple[int, ...] | None:
-    """Of Hadamard matrices whose Kronecker product has this width, small ones first; None where we know none."""
+    """The orders of known Hadamard matrices whose Kronecker product has this width, small ones first; None where there
+    are none."""
     if width == 1:
         return ()
     if width & (width - 1) == 0:

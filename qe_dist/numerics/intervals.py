@@ -13,7 +13,7 @@ from torch import Tensor
 
 LEVEL = 0.95
 FEWEST = 10
-"""With fewer samples there is no interval: bootstrap draws of so few say little."""
+"""Fewest samples for an interval: bootstrap draws of so few say little."""
 DRAWS = 4000
 AT_ONCE = 2**21
 """Numbers in one matrix of draws, which bounds the memory."""

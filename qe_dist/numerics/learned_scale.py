@@ -18,6 +18,8 @@ from qe_dist.numerics.scale_search import rounded_output
 
 @dataclass(frozen=True)
 class ScaleTraining:
+    """Settings of `learn_scale`: AdamW on log s, with `batch` tokens per step."""
+
     steps: int = 256
     batch: int = 128
     lr: float = 5e-2
@@ -67,7 +69,7 @@ def _trainable_output(x: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme) 
 
 
 def _rounded(values: Tensor, lowest: int, highest: int) -> Tensor:
-    """To a symmetric grid that is as wide as the last dimension's largest |value| needs."""
+    """The values on a symmetric grid that is as wide as the largest |value| of the last dimension needs."""
     step = (values.abs().amax(dim=-1, keepdim=True) / ((highest - lowest) / 2)).clamp_min(
         torch.finfo(values.dtype).tiny
     )

@@ -19,11 +19,13 @@ from qe_dist.core.errors import NumericalError
 OVERSAMPLE = 8
 STEPS = 8
 ROUGH = 6
-"""In so many first steps a GPU may use tensor cores. The last steps and the projection correct their rounding, even
-where one channel is ten thousand times as large as the others; with all steps rough the error there is 25 % larger."""
+"""The number of first steps in which a GPU may use tensor cores. The last steps and the projection correct their
+rounding, even where one channel is ten thousand times as large as the others; with all steps rough the error there is
+25 % larger."""
 
 
 def gram_product(gram: Float[Tensor, "I I"]) -> Callable[[Tensor], Tensor]:
+    """v -> G v, for the metric of `low_rank`."""
     return lambda v: gram @ v
 
 

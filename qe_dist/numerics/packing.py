@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 
 def num_words(columns: int, bits: int) -> int:
+    """The int32 words of a row with so many codes."""
     return -(-columns * bits // 32)
 
 

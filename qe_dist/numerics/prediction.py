@@ -86,8 +86,8 @@ def _joined(columns: Iterable[Tensor | None]) -> Tensor | None:
 def _scores(
     hidden: Tensor, head: Head, wanted: Tensor, reference: tuple[Tensor, Head] | None, memory: Float[Tensor, "N C V"]
 ) -> TokenScores:
-    """Of at most C tokens. With logits a of the reference and b of the model, each less its greatest, KL is
-    sum p (a - b) - log sum exp a + log sum exp b, where p is softmax(a); memory is used again and again."""
+    """Scores of at most C tokens. With logits a of the reference and b of the model, each less its greatest, KL is sum
+    p (a - b) - log sum exp a + log sum exp b, where p is softmax(a); memory is used again and again."""
     scratch, mine, *others = memory[:, : len(hidden)]
     best = _logits(hidden, head, mine)
     total = torch.exp(mine, out=scratch).sum(dim=1).log()

@@ -57,6 +57,8 @@ def prepare(
     scheme: Scheme,
     modality: Int8[Tensor, " T"] | None = None,
 ) -> PreparedInput:
+    """What the linears of a group read of their input x. expert: of every token, -1 for none. modality: needed where
+    scales follow it."""
     x = rotate_blocks(x.float(), unit(part.rotation, torch.float32))
     if part.input_scale is not None:
         scale = part.input_scale.float()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Refinement:
+    """Settings of `refine`: AdamW with a cosine schedule, `batch` tokens per iteration."""
+
     epochs: int = 16
     iterations: int = 100
     lr: float = 1e-4

@@ -19,22 +19,26 @@ def parts_of(linear: LinearSpec, size: int) -> int:
 
 
 def vision_problems(heads: int, size: int) -> Iterator[str]:
+    """A line where the heads of the vision tower do not divide over `size` ranks."""
     if heads % size:
         yield f"the {heads} heads of the vision tower do not divide over {size} ranks"
 
 
 def together_problems(name: str, linears: Collection[str], of_model: Collection[InputGroup]) -> Iterator[str]:
+    """A line where these linears are not a whole group of the model, which vLLM computes as one."""
     if {*linears} not in [{x.name for x in group.linears} for group in of_model]:
         yield f"{name}: fitted by itself, but vLLM computes the linears of one input at once; fit them as a group"
 
 
 def routed_problems(name: str, read: tuple[LinearSpec, ...], size: int) -> Iterator[str]:
-    """read: linears of the group whose input the router reads."""
+    """A line where a rank has only a part of what the router reads. read: linears of the group whose input that is."""
     if size > 1 and read[0].split == "row":
         yield f"{name}: its router reads the input of {read[0].name}, of which a rank has only a part"
 
 
 def cut_problems(name: str, linears: tuple[LinearSpec, ...], scheme: Scheme, size: int, mixed: int) -> Iterator[str]:
+    """A line where heads, scale groups or packed words do not divide over `size` ranks. mixed: input channels that a
+    rotation at run time mixes."""
     most = max(x.heads or 0 for x in linears)
     for x in linears:
         if x.heads and x.heads % size and (x.heads == most or size % x.heads):

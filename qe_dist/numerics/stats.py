@@ -26,7 +26,7 @@ class Needs:
 
     gram: bool = False
     top_channels: frozenset[int] = frozenset()
-    """For each of these k it is counted how often a channel is among the k most important ones of a token."""
+    """The k for which it is counted how often a channel is among the k most important ones of a token."""
     images: bool = False
     """Whether image tokens are needed: samples without any are refused before the run begins."""
 
@@ -46,10 +46,12 @@ class TokenSample:
     modality: Int8[Tensor, " S"]
 
     def smallest(self, count: int) -> "TokenSample":
+        """The `count` tokens with the smallest keys, in the order of their keys."""
         order = self.keys.argsort(stable=True)[:count]
         return TokenSample(self.keys[order], self.x[order], self.router_x[order], self.modality[order])
 
     def joined(self, other: "TokenSample") -> "TokenSample":
+        """The tokens of both, one after the other."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return TokenSample(*(torch.cat(pair) for pair in pairs))
 
@@ -87,7 +89,7 @@ class GroupStats:
     abs_max: Float[Tensor, "M I"]
     gram: Float[Tensor, "M I I"] | None
     top_count: Mapping[int, Int[Tensor, "M I"]]
-    """For each k of `needs.top_channels`: how often each channel was among the k most important ones of a token."""
+    """How often each channel was among the k most important ones of a token, for each k of `needs.top_channels`."""
     sample: TokenSample
     held_out: TokenSample
     """Tokens of held-out sequences, which are in no other statistic; errors are measured on them. May be empty."""
@@ -194,14 +196,17 @@ class GroupStats:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens in the statistics, without held-out ones."""
         return int(self.count.sum())
 
     @property
     def mean_abs(self) -> Float[Tensor, " I"]:
+        """Mean |x| of each channel over all tokens."""
         return (self.abs_sum.sum(dim=0) / max(1, self.num_tokens)).float()
 
     @property
     def total_gram(self) -> Float[Tensor, "I I"]:
+        """X^T X of all tokens, text and images together."""
         assert self.gram is not None, "the recipe did not ask for Gram matrices in needs()"
         return self.gram.sum(dim=0)
 

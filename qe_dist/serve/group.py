@@ -37,14 +37,14 @@ class Group:
     def __init__(self, input: Any) -> None:
         self.input = input
         self.expert: Tensor | None = None
-        """Of the coming tokens [M]; from the group whose input the router reads."""
+        """The experts of the coming tokens [M], chosen by the group whose input the router reads."""
         self.readers: list[Group] = []
         """Groups whose router reads this group's input; itself perhaps among them."""
         self.routers: Tensor | None = None
         """[readers, E, H]"""
 
     def choose_for(self, reader: "Group", router: Tensor) -> None:
-        """From now on, chooses the experts of that group by its router [E, H], before that group runs."""
+        """Lets the experts of `reader` be chosen by its router [E, H] from now on, before that group runs."""
         self.readers.append(reader)
         self.routers = router[None] if self.routers is None else torch.cat((self.routers, router[None]))
 

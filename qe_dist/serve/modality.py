@@ -30,7 +30,7 @@ class TokenModality:
         model.register_forward_hook(self._leave, always_call=True)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Of every row of a tensor that holds all tokens of the running call. [T]"""
+        """The modality of every row [T] of a tensor that holds all tokens of the running call."""
         if self._current is None:
             raise ConfigError(
                 "this checkpoint treats text and image tokens differently, so its blocks run only inside the model"

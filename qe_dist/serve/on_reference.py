@@ -17,7 +17,7 @@ from qe_dist.numerics.routing import choose_experts
 Repair = Mapping[str, Any]
 """Factors and tensors by name, see `core.quantized.repair_from_tensors`."""
 SPARED = 0.01
-"""Of the free memory, for the unpacked weights of one linear."""
+"""Share of the free memory that the unpacked weights of one linear may take."""
 
 
 class Input:

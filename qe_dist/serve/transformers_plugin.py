@@ -61,7 +61,7 @@ class QEQuantizer(HfQuantizer):
 
     @property
     def layouts(self) -> tuple[BlockLayout, ...]:
-        """Of all blocks."""
+        """The layout of every block."""
         return self.quantization_config.layout.blocks
 
     def _process_model_before_weight_loading(

@@ -42,7 +42,7 @@ class QEConfig(QuantizationConfig):
         super().__init__()
         self.layout = layout
         self.methods: dict[str, QELinearMethod] = {}
-        """By the name of the group in the model."""
+        """The method of each group, by its name in the model."""
         self.names: EngineNames
 
     @classmethod
@@ -103,7 +103,7 @@ class QELinearMethod(LinearMethodBase):
     def __init__(self, name: str, layout: GroupLayout) -> None:
         self.name, self.layout, self.scheme = name, layout, layout.scheme
         self.source: QELinearMethod | None = None
-        """Whose input the router reads; None without router."""
+        """The method of the group whose input the router reads; None without router."""
 
     def create_weights(
         self,

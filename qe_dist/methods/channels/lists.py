@@ -27,7 +27,7 @@ class ChannelLists:
     """The channels without which the largest |x_c| of a token falls most, relative to the token."""
 
     share: float = 0.01
-    """Of the input channels of each group, one at least; 0.16 bits per weight for each percent."""
+    """Share of the input channels of each group, one at least; each percent takes 0.16 bits per weight."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= MOST:

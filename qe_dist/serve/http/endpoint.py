@@ -15,25 +15,25 @@ class Endpoint:
     tensor_parallel_size: int = 1
     replicas: int = 1
     max_requests: int = 256
-    """Running and waiting, of each replica; those beyond get 503."""
+    """Requests that each replica runs or lets wait; those beyond get 503."""
     max_images: int = 4
-    """Of one request."""
+    """Images of one request at most."""
     drain_seconds: int = 300
-    """For running requests to end when the endpoint stops."""
+    """How long running requests have to end when the endpoint stops."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """That Ray has to find a replica: a GPU, or a CPU slot, for each of its ranks."""
+    """What Ray has to find for each rank of a replica: a GPU, or a CPU slot."""
     served_model_name: str | None = None
-    """That requests ask for; without one, that of the checkpoint's folder."""
+    """The name that requests ask for; without one, that of the checkpoint's folder."""
     options: Sequence[str] = ()
-    """More of vLLM's, as on its command line; they win over ours."""
+    """More options of vLLM, as on its command line; they win over ours."""
 
     @property
     def name(self) -> str:
-        """Of the model, in requests."""
+        """The name of the model in requests."""
         return self.served_model_name or Path(self.checkpoint).name
 
     def vllm_options(self) -> list[str]:
-        """As on the command line of `vllm serve CHECKPOINT`, for one replica."""
+        """The options of `vllm serve CHECKPOINT` for one replica, as on its command line."""
         return [
             f"--served-model-name={self.name}",
             f"--tensor-parallel-size={self.tensor_parallel_size}",

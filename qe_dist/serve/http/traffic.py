@@ -14,7 +14,7 @@ HEADERS = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
 
 
 class Traffic:
-    """Of one server."""
+    """Counts the requests of one server, and refuses new ones when it is to stop."""
 
     def __init__(self) -> None:
         self.running = 0

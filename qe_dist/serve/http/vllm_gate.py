@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 PROBES = frozenset({"/health", "/ping", "/version", "/metrics"})
 """Open without a key, as load balancers and Prometheus want them."""
 BODY_BYTES = 64 * 2**20
-"""Of a request: several photographs in base64."""
+"""Bytes of a request at most: several photographs in base64."""
 
 
 class Gate:
@@ -47,5 +47,5 @@ class _Bounded:
 
 
 def _refusal(status: int, message: str) -> JSONResponse:
-    """In the shape of vLLM's own errors."""
+    """An answer in the shape of vLLM's own errors."""
     return JSONResponse({"error": {"message": message, "code": status}}, status_code=status)

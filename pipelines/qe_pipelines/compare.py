@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qe_pipelines.cluster import place
 from qe_pipelines.console import TO_QUANTIZE, require
-from qe_pipelines.entries import by_arithmetic, plot, table_of
+from qe_pipelines.entries import Entry, by_arithmetic, plot, table_of
 from qe_pipelines.evaluate import encode
 from qe_pipelines.measuring import measure
 from qe_pipelines.models import Revision, folder_at
@@ -69,16 +69,21 @@ def compare(
         RunConfig(folder, recipe, calibration, output / name, count, device=here.device, seed=seed)
         for name, recipe in loaded.items()
     ]
-    console = _console()
     with launch.ray_cluster(address, count):
         fit(runs)
         entries = measure(runs, *encoded)
     write_result(output / "compare.json", {"model": str(model), "entries": [vars(e) for e in entries]})
+    _show(entries, folder.name, output)
+    if note := too_few(len(encoded[1])):
+        typer.echo(note)
+
+
+def _show(entries: Sequence[Entry], model: str, output: Path) -> None:
+    """Prints the table of each arithmetic and number format, and puts its plot beside the numbers."""
+    console = _console()
     for title, own in by_arithmetic(entries):
         console.print(table_of(title, own, entries))
-        plot(own, f"{folder.name}, {title}", output / f"{title}.png")
-    if note := too_few(len(encoded[1])):
-        console.print(note, highlight=False, soft_wrap=True)
+        plot(own, f"{model}, {title}", output / f"{title}.png")
     console.print(f"numbers and plots are in {output}", highlight=False, soft_wrap=True)
 
 

@@ -139,7 +139,7 @@ class DequantizedSource:
         return self.source.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As `get` returns it."""
+        """The type of what `get` returns."""
         return self.result if name in self._scale else self.source.dtype(name)
 
     def same(self, one: str, other: str) -> bool:

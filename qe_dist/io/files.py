@@ -42,7 +42,7 @@ class Files(Protocol):
         ...
 
     def names(self) -> Collection[str]:
-        """Of all files directly in the folder."""
+        """The names of all files directly in the folder."""
         ...
 
     def size(self, name: str) -> int | None:

@@ -126,7 +126,7 @@ class SafetensorsSource:
         return self._find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """As it is stored."""
+        """The type of the tensor as it is stored."""
         return self._find(name).dtype
 
     def same(self, one: str, other: str) -> bool:

@@ -47,8 +47,8 @@ def load_model(folder: Path) -> Any:
 
 
 def _in_full_precision(opened: Model, folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """As transformers loads it. Of fp8 weights it is given what they stand for, since its own loader for them wants a
-    GPU."""
+    """The model, and what the loader of transformers says of it. In the place of fp8 weights it is given what they
+    stand for, since its own loader for them wants a GPU."""
     source, auto = opened.source, opened.arch.auto_class()
     if isinstance(source.files, SafetensorsSource):
         return auto.from_pretrained(folder, **settings)

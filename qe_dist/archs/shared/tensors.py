@@ -34,7 +34,7 @@ class Fit:
     tied: bool
     """Whether the head is the embeddings, as config.json says it."""
     class_name: str
-    """Of transformers: what `architectures` of a config.json names."""
+    """The class of transformers, which `architectures` of a config.json names."""
 
 
 def fit(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Fit:
@@ -84,7 +84,7 @@ def _load(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[in
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what is missing, and its bar."""
+    """Suppresses transformers' own report of what is missing, and its bar."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -23,7 +23,7 @@ demo: $(READY)
 
 # SmolLM2-135M alone and as a vision-language model, and texts and pictures to calibrate and measure with, in real/.
 real: $(REAL)
-	@$(BIN)/python models/real/build.py real
+	@$(BIN)/python training/real/build.py real
 
 test: lint $(REAL)
 	@$(BIN)/python -m pytest -q -m "($(TESTS)) and not ray" --numprocesses 2 --dist loadfile
@@ -76,7 +76,7 @@ $(READY): pyproject.toml requirements.lock
 	  --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(REAL): models/real/requirements.lock $(READY)
+$(REAL): training/real/requirements.lock $(READY)
 	@for package in $$(grep -v '^#' $<); do \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$package 2>.venv/pip.log || { \
 	    echo "package $$package cannot be installed: $$(grep -m 1 ERROR .venv/pip.log); retry with: make real" >&2; \

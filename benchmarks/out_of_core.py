@@ -3,7 +3,7 @@
     python benchmarks/out_of_core.py            writes benchmarks/results/out_of_core.json (half an hour on 2 cores)
     python benchmarks/out_of_core.py --quick    a tiny demonstration of the same, writes nothing
 
-Checkpoints of random weights (models/synthetic.py) go through the command `qe-dist quantize` with a local Ray, while
+Checkpoints of random weights (training/synthetic.py) go through the command `qe-dist quantize` with a local Ray, while
 the memory of the driver, the workers, Ray's own processes and its object store is sampled (benchmarks/memory.py). First
 models of 8 to 64 blocks of one width, then one that is many times larger than the peak. Beside each peak stands its
 floor: what the command takes, once all is embedded, for a model so narrow that its weights are nothing, and
@@ -32,7 +32,7 @@ from qe_dist.io.checkpoint import read_manifest
 from qe_dist.methods.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "models"))
+sys.path.insert(0, str(ROOT / "training"))
 from synthetic import Shape, write_model  # noqa: E402 (scripts, no package)
 
 DATA, RESULT = ROOT / "models" / "data", ROOT / "benchmarks" / "results" / "out_of_core.json"

@@ -50,7 +50,7 @@ from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "models"))
+sys.path.insert(0, str(ROOT / "training"))
 from synthetic import Shape, write_model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -81,7 +81,7 @@ def test_links_lead_to_files_and_headings(doc: Path) -> None:
     assert broken == []
 
 
-FOLDERS = ("qe_dist", "kernels", "cluster", "pipelines", "benchmarks", "tests", "examples", "models")
+FOLDERS = ("qe_dist", "kernels", "cluster", "pipelines", "benchmarks", "tests", "examples", "models", "training")
 CODE = [path for folder in FOLDERS for ending in ("py", "yaml") for path in ROOT.glob(f"{folder}/**/*.{ending}")]
 
 

@@ -15,6 +15,7 @@ from qe_dist.data.samples import read_samples
 
 MODELS = Path(__file__).parent.parent / "models"
 DATA = MODELS / "data"
+TRAINING = MODELS.parent / "training"
 
 
 def tiny_model(

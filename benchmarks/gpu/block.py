@@ -24,7 +24,7 @@ import torch
 from qe_pipelines.results import write_result
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT / "models"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "training"), str(Path(__file__).parent)]
 
 from synthetic import Shape as ModelShape  # noqa: E402
 from synthetic import write_model  # noqa: E402

@@ -26,7 +26,7 @@ from qe_pipelines.results import write_result
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT / "models"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT / "training"), str(Path(__file__).parent)]
 
 from kernel_bench.timing import rates, seconds  # noqa: E402
 from synthetic import Shape, write_model  # noqa: E402

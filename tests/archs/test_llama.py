@@ -17,9 +17,9 @@ from qe_dist.flow.local import quantize
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.loading import load_model
 from tests.archs.contract import blocks_of_files_equal_the_loaded_model
-from tests.tiny import DATA, MODELS, calibration, samples_for, stories, tiny_model
+from tests.tiny import DATA, MODELS, TRAINING, calibration, samples_for, stories, tiny_model
 
-sys.path.insert(0, str(MODELS / "real"))
+sys.path.insert(0, str(TRAINING / "real"))
 sys.path.insert(0, str(MODELS.parent / "benchmarks" / "quality"))
 import build
 from dense import write_llama

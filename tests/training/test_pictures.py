@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qe_dist.data.samples import load_images, read_samples
-from tests.tiny import MODELS
+from tests.tiny import MODELS, TRAINING
 
-sys.path.insert(0, str(MODELS / "real"))
+sys.path.insert(0, str(TRAINING / "real"))
 import pictures
 import train_vision
 

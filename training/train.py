@@ -1,4 +1,4 @@
-"""Trains the bundled models from scratch on scenes and stories: `python models/train.py plain` or `outlier`.
+"""Trains the bundled models from scratch on scenes and stories: `python training/train.py plain` or `outlier`.
 
 The outlier model has channels of the kind that make large models hard to quantize. They are not a
 rescaling that could be undone: the large side (norm gains, up-projection rows) is held at 10 to 60 times
@@ -386,4 +386,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(steps=args.steps, lr=args.lr, decay=args.decay)
-    train(args.model, recipe, args.out or Path(__file__).parent / args.model, args.init)
+    train(args.model, recipe, args.out or Path(__file__).parents[1] / "models" / args.model, args.init)

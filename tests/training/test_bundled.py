@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from tests.tiny import DATA, MODELS
+from tests.tiny import DATA, MODELS, TRAINING
 
-sys.path.insert(0, str(MODELS))
+sys.path.insert(0, str(TRAINING))
 import scenes
 
 NAMES = ("plain", "outlier")

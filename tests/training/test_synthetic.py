@@ -11,9 +11,9 @@ from qe_dist.flow.calibrate import Embedder, make_batches
 from qe_dist.flow.config import RunConfig
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
-from tests.tiny import MODELS, calibration
+from tests.tiny import MODELS, TRAINING, calibration
 
-sys.path.insert(0, str(MODELS))
+sys.path.insert(0, str(TRAINING))
 from synthetic import Shape, write_model
 
 NARROW = Shape(hidden=64, intermediate=96, blocks=2, heads=4, vision_width=32, vision_heads=2)

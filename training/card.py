@@ -1,6 +1,6 @@
 """The numbers of the model card: quality of the bundled models, and how large their outlier channels are.
 
-    python models/card.py        writes benchmarks/results/models.json and channels.json
+    python training/card.py        writes benchmarks/results/models.json and channels.json
 
 A channel is an outlier where its largest |x| is more than OUTLIER times the median channel's. It is active
 for a token where |x_c| exceeds OUTLIER times the token's median |x|.
@@ -25,7 +25,8 @@ from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.stats import GroupStats
 from qe_dist.serve.loading import load_model
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "models"
 NAMES = ("plain", "outlier")
 OUTLIER = 10.0
 EVERY_TOKEN = 0.75  # LLM.int8() calls a feature systematic where it is large for three quarters of the positions
@@ -50,7 +51,7 @@ def channel_statistics(stats: GroupStats) -> dict[str, float]:
 
 def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
     """Means over the blocks, by input group."""
-    run = RunConfig(model, load_recipe("rtn-w4a8"), HERE / "data" / "calibration.jsonl", output)
+    run = RunConfig(model, load_recipe("rtn-w4a8"), MODELS / "data" / "calibration.jsonl", output)
     ready = prepare_run(run)
     with closing(Embedder(run, ready.model.arch)) as embedder, closing(Stage((run,), ready.model.arch)) as stage:
         stage.load(StagePlan(0, ready.model.blocks))
@@ -65,17 +66,17 @@ def measure(model: Path, output: Path) -> dict[str, dict[str, float]]:
 
 def quality(model: Path) -> dict[str, float]:
     """Accuracy in all and by kind, and perplexity, on the evaluation set."""
-    summary = evaluate(load_model(model), *encode(model, HERE / "data" / "evaluation.jsonl")).summary()
+    summary = evaluate(load_model(model), *encode(model, MODELS / "data" / "evaluation.jsonl")).summary()
     kinds = {kind: row["accuracy"] for kind, row in summary["kinds"].items() if kind != "text"}
     return {"accuracy": summary["accuracy"], **kinds, "perplexity": summary["kinds"]["text"]["perplexity"]}
 
 
 def main() -> None:
-    results = HERE.parent / "benchmarks" / "results"
+    results = ROOT / "benchmarks" / "results"
     torch.set_num_threads(1)
-    write_result(results / "models.json", {"models": {name: quality(HERE / name) for name in NAMES}})
+    write_result(results / "models.json", {"models": {name: quality(MODELS / name) for name in NAMES}})
     with TemporaryDirectory() as work:
-        models = {name: measure(HERE / name, Path(work) / name) for name in NAMES}
+        models = {name: measure(MODELS / name, Path(work) / name) for name in NAMES}
     write_result(results / "channels.json", {"models": models})
 
 

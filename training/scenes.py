@@ -254,4 +254,4 @@ def _chat(image: str, turns: list[tuple[str, str, str]]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    write_sets(Path(__file__).parent / "data")
+    write_sets(Path(__file__).parents[1] / "models" / "data")

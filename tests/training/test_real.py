@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qe_dist.core.batch import IMAGE
-from tests.tiny import MODELS
+from tests.tiny import TRAINING
 
-sys.path.insert(0, str(MODELS / "real"))
+sys.path.insert(0, str(TRAINING / "real"))
 import build
 import texts
 

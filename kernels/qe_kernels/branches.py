@@ -23,7 +23,7 @@ from qe_kernels.triton_if_any import INTERPRET, tl, triton
 from qe_kernels.unpack import load_weight
 
 MAX_EXPERTS = 32
-"""Of a routed branch: a tile keeps the experts that it needs as bits of one integer."""
+"""Experts of a routed branch at most: a tile keeps the experts that it needs as bits of one integer."""
 
 Up = Tensor | Weight
 """[N, C] of 16 bits, or of integers a Weight whose scale group is an expert's rank; C: E times the rank, filled up."""
@@ -37,7 +37,7 @@ class Branch:
     """[M, R], R a padded rank; of experts [M, E, R], or [M, R] where it holds the chosen expert's already. Of 16 bits.
     Only what belongs to a token's own expert is read."""
     up: Up
-    """As `pack_up` makes it."""
+    """What `pack_up` makes of a factor."""
     experts: int | None = None
     """None: shared by all tokens."""
 
@@ -95,7 +95,7 @@ class Argument(NamedTuple):
     BITS: tl.constexpr
     """16: not packed."""
     RANK: tl.constexpr
-    """Of an expert; 0: shared."""
+    """The rank of an expert; 0: shared."""
     COMPACT: tl.constexpr
     """Whether z holds the chosen expert's only."""
 

@@ -28,7 +28,7 @@ def padded_rank(rank: int) -> int:
 
 
 def padded_columns(columns: int) -> int:
-    """Of all experts of a branch side by side."""
+    """The columns of all experts of a branch side by side, filled up to whole chunks."""
     return -(-columns // CHUNK) * CHUNK
 
 

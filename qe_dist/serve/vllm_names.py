@@ -15,8 +15,8 @@ from qe_dist.serve.vllm_linear import INPUT, QEConfig
 
 
 def name_faults(folder: Path) -> list[str]:
-    """Of a finished checkpoint, a line for every tensor that vLLM would take for something else. ConfigError where
-    vLLM has no such model."""
+    """A line for every tensor of a finished checkpoint that vLLM would take for something else. ConfigError where vLLM has
+    no such model."""
     config = read_json(folder / "config.json")
     layout, names = Layout.from_json(config["quantization_config"]), archs.for_checkpoint(config).in_vllm
     plugin = QEConfig(layout)
@@ -54,7 +54,7 @@ class _Names:
         self.fused = {part: name for name, parts in decoder.packed_modules_mapping.items() for part in parts}
 
     def module(self, name: str) -> str | None:
-        """Of a tensor on disk; None for one that vLLM drops."""
+        """What vLLM calls a tensor on disk; None for one that it drops."""
         mapped = self.mapper.map_name(name)
         if mapped is None:
             return None

@@ -15,7 +15,7 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-"""Of every head by itself, between projection and rotary embedding, where a family has them."""
+"""Norms of every head by itself, between projection and rotary embedding, where a family has them."""
 FUSED = {
     "self_attn.qkv": "self_attn.qkv_proj", "self_attn.o": "self_attn.o_proj",
     "mlp.gate_up": "mlp.gate_up_proj", "mlp.down": "mlp.down_proj",

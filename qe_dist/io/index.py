@@ -60,7 +60,7 @@ def _weight_map(files: Files) -> dict[str, str]:
 
 
 def _is_file_name(name: str) -> bool:
-    """Of a file in the same folder, on every system."""
+    """Whether a name is one of a file in the same folder, on every system."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError:

@@ -15,8 +15,8 @@ from qe_dist.serve.vllm_linear import INPUT, QEConfig
 
 
 def name_faults(folder: Path) -> list[str]:
-    """A line for every tensor of a finished checkpoint that vLLM would take for something else. ConfigError where vLLM has
-    no such model."""
+    """A line for every tensor of a finished checkpoint that vLLM would take for something else. ConfigError where vLLM
+    has no such model."""
     config = read_json(folder / "config.json")
     layout, names = Layout.from_json(config["quantization_config"]), archs.for_checkpoint(config).in_vllm
     plugin = QEConfig(layout)

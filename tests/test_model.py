@@ -335,6 +335,8 @@ def test_a_link_to_a_blob_that_is_gone(model, tmp_path):
         (lambda c: c["text_config"].update(hidden_act="gelu_of_tomorrow"), "hidden_act 'gelu_of_tomorrow'"),
         (lambda c: c.update(image_token_id=512), "image_token_id is 512, which is no row"),
         (lambda c: c.update(text_config=[1]), "text_config must be an object"),
+        (lambda c: c["text_config"].update(eos_token_id=[2, 600]), "eos_token_id is 600, which is no row"),
+        (lambda c: c["text_config"].pop("eos_token_id"), "eos_token_id is missing, for which"),
         (lambda c: c.pop("vision_config"), "has no vision_config"),
         (lambda c: c.update(architectures="Qwen2VL"), "architectures must be a list of names"),
         (lambda c: c.update(dtype=True), "dtype must be a type of torch such as bfloat16"),

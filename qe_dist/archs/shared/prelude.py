@@ -30,7 +30,8 @@ class HFPrelude:
         disk = {n: arch.disk_name(n, source) for n, _ in model.named_parameters()}
         self.model = fill(model, source, disk, device, dtype)
         self.arch, self.device = arch, device
-        self.pad = text.pad_token_id or 0
+        pad = text.pad_token_id  # -1, in early configs of Llama, is no row of the embeddings
+        self.pad = pad if pad is not None and 0 <= pad < text.vocab_size else 0
 
     def __call__(self, examples: Sequence[Example], index: int) -> Batch:
         inputs = self.arch.model_inputs(examples, self.pad)

@@ -96,11 +96,22 @@ def _rope(arch: Family, text: Any) -> Iterator[str]:
 
 
 def _tokens(config: Mapping[str, Any], text: Any) -> Iterator[str]:
-    """Placeholders of images must be rows of the embeddings."""
+    """Placeholders of images, and what ends an answer, must be rows of the embeddings."""
     for name, token in config.items():
         of_vision = name.endswith(("_token_id", "_token_index")) and name.startswith(("image", "video", "vision"))
         if of_vision and isinstance(token, int) and not 0 <= token < text.vocab_size:
             yield f"{name} is {token}, which is no row of a vocabulary of {text.vocab_size} (vocab_size)"
+
+    ends = text.eos_token_id
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and not (isinstance(token, int) and 0 <= token < text.vocab_size):
+            given = any("eos_token_id" in place for _, place in _places(config))
+            said = (
+                f"eos_token_id is {str(token)[:40]}"
+                if given
+                else f"eos_token_id is missing, for which {token} is taken"
+            )
+            yield f"{said}, which is no row of a vocabulary of {text.vocab_size}: no answer would end"
 
 
 def fields_of(arch: Family, config: Mapping[str, Any], found: tuple[int, ...], wanted: tuple[int, ...]) -> str:

@@ -45,7 +45,8 @@ def fit(arch: Family, config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     dead = {name for name in shapes if NEVER_READ.search(name)}
     model, found = _load(arch, config, {n: shape for n, shape in shapes.items() if n not in dead})
     surplus = {_in_files(name, shapes) for name in found["unexpected_keys"]} | dead
-    wrong = {_in_files(n, shapes): (tuple(own), tuple(wanted)) for n, own, wanted in found["mismatched_keys"]}
+    mismatched = sorted(found["mismatched_keys"], key=lambda one: _in_order(one[0]))
+    wrong = {_in_files(n, shapes): (tuple(own), tuple(wanted)) for n, own, wanted in mismatched}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     known = {*model.state_dict()}
     carried = {n for n in shapes if n not in known | surplus and any(p.search(n) for p in ignored)}

@@ -112,5 +112,5 @@ def run_view(quiet: bool) -> Iterator[RunView]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield RunView(console, bar)

@@ -67,7 +67,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("model", "calibration", "output"):
             if name != "model" or not is_url(self.model):
-                object.__setattr__(self, name, Path(getattr(self, name)).resolve())
+                object.__setattr__(self, name, _absolute(name, getattr(self, name)))
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
             if device not in ("cpu", "cuda"):
                 raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
@@ -171,3 +171,10 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _absolute(name: str, path: Path | str) -> Path:
+    try:
+        return Path(path).resolve()
+    except (RuntimeError, OSError) as error:  # a RuntimeError tells a loop of links before Python 3.13
+        raise ConfigError(f"{name} {path} is no place on disk: {error}") from None

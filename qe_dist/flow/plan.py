@@ -236,6 +236,8 @@ def _check_disk(run: RunConfig, output_bytes: int) -> None:
     place = run.output
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{run.output} cannot be made: {place} is a file; choose another output directory")
     free = shutil.disk_usage(place).free
     if free < output_bytes:
         raise NoRoomError(

@@ -30,8 +30,9 @@ def find(model: Path | str, revision: str | None = None) -> Path | str:
     what is none of these, and TemporaryError when the way to the hub breaks off.
     """
     name, place = str(model), Path(model)
-    if not name.strip():
-        raise ConfigError("the name of a model is empty; give a folder, a URL, or a name on the Hugging Face hub")
+    if not name.strip() or "\0" in name:
+        said = "has a NUL" if name.strip() else "is empty"
+        raise ConfigError(f"the name of a model {said}; give a folder, a URL, or a name on the Hugging Face hub")
     if is_url(name) or place.exists() or not is_name(name):
         if revision is not None:
             raise ConfigError(

@@ -60,9 +60,9 @@ def test_what_is_no_name_stays_as_it_is_and_has_no_revision(model):
         hub.find(model, "v1")
 
 
-@pytest.mark.parametrize("name", ["", " "])
-def test_an_empty_name(name):
-    with pytest.raises(ConfigError, match="the name of a model is empty"):
+@pytest.mark.parametrize(("name", "says"), [("", "is empty"), (" ", "is empty"), ("a\0b", "has a NUL")])
+def test_a_name_that_is_none(name, says):
+    with pytest.raises(ConfigError, match=f"the name of a model {says}"):
         hub.find(name)
 
 

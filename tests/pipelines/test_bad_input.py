@@ -239,6 +239,17 @@ def test_a_folder_that_is_not_ours_is_left_alone(quantize, tmp_path):
     assert "is not a run of ours" in quantize(output=tmp_path / "mine")
 
 
+def test_an_output_below_a_file(quantize, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert f"{tmp_path / 'file'} is a file; choose another" in quantize(output=tmp_path / "file" / "a" / "b")
+
+
+def test_links_that_go_round_in_a_circle(quantize, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("model", "output", "calibration"):
+        assert f"{name} {tmp_path / 'loop'} is no place on disk" in quantize(**{name: tmp_path / "loop"})
+
+
 def test_resume_required_and_unknown_resume(quantize):
     assert "no run to continue" in quantize(resume="required")
     assert "resume must be auto, required or never" in quantize(resume="sometimes")

@@ -100,6 +100,10 @@ class Decoder(Protocol):
         and its first block with."""
         ...
 
+    def context_behind(self, context: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+        """Returns what of `context` blocks behind block `index` still need."""
+        ...
+
     def run(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         """Hidden states behind block `index`, [B, L, D], with all that the decoder does to them before the next one."""
         ...
@@ -297,6 +301,10 @@ class Family:
     def run_block(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         """Hidden states behind block `index`, [B, L, D], as they enter the next one."""
         return self.decoder.run(block, batch, index)
+
+    def passed_on(self, batch: Batch, index: int) -> Batch:
+        """The batch without what only blocks up to `index` needed."""
+        return replace(batch, context=self.decoder.context_behind(batch.context, index))
 
     def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
         """What stands between the last block and the head."""

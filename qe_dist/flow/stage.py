@@ -90,7 +90,8 @@ class Stage:
             for block in self.blocks.values():
                 here = here.with_hidden(block.forward(here, count=is_next))
             self.num_counted += is_next
-            return here if stay else batch.with_hidden(here.hidden).to("cpu")
+            left = here if stay else batch.with_hidden(here.hidden).to("cpu")
+            return self.arch.passed_on(left, max(self.blocks))
 
     def finish(self, batch: Batch | Spooled, next_block: int | None) -> tuple[int, int]:
         """Forwards a batch through the last stage of a wave and spools it as input of `next_block`, if there is one.

@@ -87,7 +87,7 @@ def streamed(subject: Subject, examples: Sequence[Example]) -> Tensor:
     arch, source, batch = subject.arch, subject.source, subject.embedded(examples)
     for spec in arch.spec(source).blocks:
         block = arch.block(source, spec, "cpu", torch.float32)
-        batch = batch.with_hidden(arch.run_block(block, batch, spec.index))
+        batch = arch.passed_on(batch.with_hidden(arch.run_block(block, batch, spec.index)), spec.index)
     hidden = arch.last_norm(source, "cpu", torch.float32)(batch.hidden)
     return hidden @ source.get(arch.head(source)).T
 
@@ -224,6 +224,21 @@ def padding_is_marked_and_images_are_told_from_text(subject: Subject) -> None:
     assert bool((subject.batch.modality == 1).any()) == subject.arch.has_vision(subject.source.config)
 
 
+def a_batch_carries_nothing_that_no_block_needs_any_more(subject: Subject) -> None:
+    """Behind the last block only what all blocks read is left."""
+    seen, last = [], len(subject.arch.spec(subject.source).blocks) - 1
+
+    class Recorded(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            seen.append(name)
+            return super().__getitem__(name)
+
+    batch = subject.arch.passed_on(subject.batch, last - 1)
+    recorded = replace(batch, context=Recorded(batch.context))
+    subject.arch.run_block(subject.block(last), recorded, last)
+    assert {*seen} == batch.context.keys()
+
+
 @torch.no_grad()
 def a_rotated_model_is_the_same_function(subject: Subject) -> None:
     """But for float32, in which weights are handed out and transformers computes norms."""
@@ -267,5 +282,6 @@ CONTRACT = (
     feeders_absorb_a_scale_of_the_input,
     what_is_not_in_a_block_is_named_as_unquantized,
     padding_is_marked_and_images_are_told_from_text,
+    a_batch_carries_nothing_that_no_block_needs_any_more,
     a_rotated_model_is_the_same_function,
 )

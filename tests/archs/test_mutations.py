@@ -100,6 +100,10 @@ def late(self: Any, block: nn.Module, batch: Any, index: int) -> Any:
     return type(archs.get("qwen3_vl").decoder).run(self, block, batch, index - 1)
 
 
+def early(self: Any, context: Any, index: int) -> Any:
+    return type(archs.get("qwen3_vl").decoder).context_behind(self, context, index + 1)
+
+
 def only_the_merger(self: Any, config: Any) -> tuple[str, ...]:
     return ("visual.merger.linear_fc2",)
 
@@ -145,6 +149,13 @@ MUTATIONS: dict[str, tuple[str, Callable[[], Family], Callable[[Subject], None]]
     "interleaved M-RoPE backwards": ("qwen3_vl", lambda: mrope_backwards("qwen3_vl"), STREAMED),
     "no DeepStack": ("qwen3_vl", lambda: decoder("qwen3_vl", context=SwiGLUDecoder.context), STREAMED),
     "DeepStack a block late": ("qwen3_vl", lambda: decoder("qwen3_vl", run=late), STREAMED),
+    "DeepStack dropped too early": (
+        "qwen3_vl", lambda: decoder("qwen3_vl", context_behind=early), STREAMED
+    ),
+    "DeepStack goes all the way": (
+        "qwen3_vl", lambda: decoder("qwen3_vl", context_behind=SwiGLUDecoder.context_behind),
+        contract.a_batch_carries_nothing_that_no_block_needs_any_more,
+    ),
     "DeepStack is not rotated": ("qwen3_vl", lambda: frontend("qwen3_vl", stream_writers=only_the_merger), ROTATED),
     "tower not left out": (
         "qwen2_5_vl", lambda: frontend("qwen2_5_vl", unquantized=("visual.merger",)),

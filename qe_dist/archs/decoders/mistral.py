@@ -14,7 +14,8 @@ class Mistral(SwiGLUDecoder):
         config: Any = block.get_submodule("self_attn").config
         if config.sliding_window is None:
             return None
-        mask = create_sliding_window_causal_mask(config, hidden, attention_mask=None, past_key_values=None)
+        # By position: transformers 5.24 gives the cache another name.
+        mask = create_sliding_window_causal_mask(config, hidden, None, None)
         assert mask is None or isinstance(mask, Tensor), "a block of this project runs with sdpa"
         return mask
 

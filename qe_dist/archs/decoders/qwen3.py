@@ -43,6 +43,13 @@ class Qwen3VL(SwiGLUDecoder):
         added = {f"{_FEATURES}.{i}": one for i, one in enumerate(features)}
         return context | {_MASK: given["visual_pos_masks"]} | added
 
+    def context_behind(self, context: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+        done = {f"{_FEATURES}.{i}" for i in range(index + 1)}
+        left = {name: tensor for name, tensor in context.items() if name not in done}
+        if not any(name.startswith(_FEATURES) for name in left):
+            left.pop(_MASK, None)
+        return left
+
     @torch.no_grad()
     def run(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         hidden = super().run(block, batch, index)

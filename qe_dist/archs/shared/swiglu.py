@@ -101,6 +101,9 @@ class SwiGLUDecoder(Decoder):
         cos, sin = given["position_embeddings"]
         return {"cos": cos, "sin": sin}
 
+    def context_behind(self, context: Mapping[str, Tensor], index: int) -> Mapping[str, Tensor]:
+        return context
+
     def mask(self, block: nn.Module, hidden: Tensor) -> Tensor | None:
         """Which positions [B, 1, L, L] a token sees; None for all before it."""
         return None

@@ -22,6 +22,7 @@ from qe_pipelines import entries
 from qe_pipelines.demo import HEADER, Case, cells
 from qe_pipelines.entries import Entry, front
 
+from qe_dist import archs
 from qe_dist.core.errors import ConfigError
 from qe_dist.methods.recipes import SCHEMES as FORMATS
 from qe_dist.methods.recipes import arithmetics, load_recipe
@@ -614,6 +615,21 @@ def transformers_versions(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "transformers_versions")
 
 
+def families(result: dict[str, Any]) -> str:
+    """Of every family that the code has; `-` where nothing was run."""
+    columns = ("streamed", "quantized", "verified", "transformers", "vLLM names", "vLLM TP 1", "vLLM TP 2")
+
+    def cell(name: str, column: str) -> str:
+        passed, ran = result["families"].get(name, {}).get(column, (0, 0))
+        return "-" if not ran else "yes" if passed == ran else f"{passed} of {ran}"
+
+    def lines(name: str) -> str:
+        return str(len((ROOT / f"qe_dist/archs/{name}.py").read_text().splitlines()))
+
+    rows = [(f"`{n}`", lines(n), *(cell(n, column) for column in columns), "no") for n in archs.names()]
+    return "\n" + markdown(("family", "lines", *columns, "video"), rows) + source(result, "families")
+
+
 def exports(result: dict[str, Any]) -> str:
     def shown(row: dict[str, Any], kind: str) -> str:
         found = row.get(kind)
@@ -663,6 +679,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "agreement": ("agreement", agreement, ()),
     "serving load": ("serving_load", serving_load, ()),
     "exports": ("exports", exports, ()),
+    "families": ("families", families, ()),
     "league lm": ("league", league, ("lm",)),
     "league vlm": ("league", league, ("vlm",)),
     "recommended": ("league", recommended, ()),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from qe_dist import archs
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -181,6 +183,13 @@ def test_versions_of_transformers(tables):
     assert rows_of(tables.transformers_versions(result))[1:] == [
         ["5.16.1", "3", "1", "none"], ["5.18.0", "2", "0", "test_it"],
     ]  # fmt: skip
+
+
+def test_families_are_those_of_the_code(tables):
+    result = {"environment": ENVIRONMENT, "families": {"llama": {"streamed": [3, 3], "vLLM TP 2": [0, 1]}}}
+    rows = rows_of(tables.families(result))[1:]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in archs.names()]
+    assert rows[0][2:] == ["yes", "-", "-", "-", "-", "-", "0 of 1", "no"]
 
 
 def test_code_is_quoted_as_it_is(tables):

@@ -17,7 +17,9 @@ FAMILY = Family(
         "text_config": dict(QWEN3_VL.tiny)
         | {
             "head_dim": 24, "num_hidden_layers": 3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 3, 3]},
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 3, 3], "mrope_interleaved": True,
+            },
         },
         "vision_config": {
             "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,

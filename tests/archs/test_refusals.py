@@ -11,6 +11,7 @@ from qe_dist.archs.shared.settings import check_settings
 from qe_dist.core.errors import CheckpointError, ConfigError
 from tests.tiny import MODELS, tiny_model
 
+SPLIT = dict(archs.get("qwen3_vl").tiny["text_config"]["rope_parameters"]) | {"mrope_interleaved": False}
 ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
@@ -43,6 +44,7 @@ def test_code_of_the_model_itself_is_not_run() -> None:
         ("qwen2_5_vl", {"use_sliding_window": True}, "use_sliding_window true"),
         ("qwen3", {"attention_bias": True}, "attention_bias true: vLLM has no bias behind its attention"),
         ("qwen3_vl", {"attention_bias": True}, "attention_bias true"),
+        ("qwen3_vl", {"rope_parameters": SPLIT}, "mrope_interleaved false: transformers interleaves all the same"),
         ("llama", {"rope_parameters": ROPE}, "rope_type 'dynamic': its tables depend on the longest sample"),
         ("mistral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "supported is LlamaForCausalLM"),
@@ -54,6 +56,13 @@ def test_variants_are_refused_by_name(name: str, changes: dict, said: str) -> No
     (config if "architectures" in changes else config.get("text_config", config)).update(changes)
     with pytest.raises(ConfigError, match=f"there/config.json asks for a variant of {name} that is not.*{said}"):
         check_settings(archs.get(name), config, "there/config.json")
+
+
+def test_what_transformers_takes_for_granted_and_vllm_does_not_must_be_there() -> None:
+    config = copy.deepcopy(dict(archs.get("qwen3_vl").tiny))
+    del config["text_config"]["rope_parameters"]["mrope_interleaved"]
+    with pytest.raises(ConfigError, match="lacks mrope_interleaved, which a qwen3_vl needs"):
+        check_settings(archs.get("qwen3_vl"), config, "config.json")
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])

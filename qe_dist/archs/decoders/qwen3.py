@@ -32,6 +32,8 @@ class Qwen3VL(SwiGLUDecoder):
     def unsupported(self, text: Any) -> Iterator[str]:
         yield from super().unsupported(text)
         yield from _biases(text)
+        if not text.rope_parameters["mrope_interleaved"]:
+            yield "mrope_interleaved false: transformers interleaves all the same, and vLLM does not"
 
     def context(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """visual: whether a token is of an image [B, L]. deepstack.I: what block I adds to those [images' tokens, D];

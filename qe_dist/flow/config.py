@@ -71,6 +71,8 @@ class RunConfig:
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
             if device not in ("cpu", "cuda"):
                 raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")
+        if self.mirror is not None and not is_url(self.mirror):
+            raise ConfigError(f"mirror must be a URL such as s3://bucket/run or file:///disk, found {self.mirror!r}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must lie in 0..2^31-1, found {self.seed}")
         for name in _COUNTS:

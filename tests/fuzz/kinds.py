@@ -7,7 +7,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,7 +297,8 @@ def options(place: Place, words: list[str]) -> str:
     """Words of a command line, none of which names data that is there: exit code 2 and a line, or help."""
     out, err = io.StringIO(), io.StringIO()
     before, begin = set(place.root.rglob("*")), time.monotonic()
-    with redirect_stdout(out), redirect_stderr(err), mock.patch("sys.argv", ["qe-dist", *words]):
+    told = redirect_stdout(out), redirect_stderr(err)
+    with chdir(place.root), told[0], told[1], mock.patch("sys.argv", ["qe-dist", *words]):
         code = main._run(*main._debugged(words))
     lines = [line for line in err.getvalue().splitlines() if line]
     assert time.monotonic() - begin < SECONDS, "slow"

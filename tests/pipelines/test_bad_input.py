@@ -255,6 +255,10 @@ def test_resume_required_and_unknown_resume(quantize):
     assert "resume must be auto, required or never" in quantize(resume="sometimes")
 
 
+def test_a_mirror_that_is_no_url(quantize):
+    assert "mirror must be a URL" in quantize(mirror="nowhere")
+
+
 def test_numbers_out_of_range(quantize):
     assert "samples_per_batch must be at least 1, found 0" in quantize(samples_per_batch=0)
 

@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from qe_pipelines.main import app
+from qe_pipelines.reading import options_of_reading
 from typer.main import get_command
 
 from qe_dist import methods
@@ -31,16 +33,24 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def commands() -> str:
-    """Every command of `qe-dist`: what it does, its arguments and options."""
-    parts = []
+    """Every command of `qe-dist`: what it does, its arguments and options. Those of reading samples are said once."""
+    parts, last = [], []
+    header, common = ("argument or option", "default", "meaning"), inspect.signature(options_of_reading).parameters
     for name, command in sorted(get_command(app).commands.items()):
         shown = [parameter for parameter in command.params if parameter.name != "help"]
         arguments = " ".join(_argument(parameter) for parameter in shown if not parameter.opts[0].startswith("-"))
         text = inspect.cleandoc(command.help).replace("\n\n", "\n").replace("\n", " ")
-        rows = [(f"`{_name(parameter)}`", _default(parameter), parameter.help or "") for parameter in shown]
-        header = ("argument or option", "default", "meaning")
+        own = [parameter for parameter in shown if parameter.name not in common]
+        reads = [parameter for parameter in shown if parameter.name in common]
+        rows = _rows(own) + ([("how samples are read", "", "[see below](#reading-samples)")] if reads else [])
+        last = reads or last
         parts.append(f"## {name}\n\n    qe-dist {name} {arguments}".rstrip() + f"\n\n{text}\n\n{table(header, rows)}")
+    parts.append(f"## Reading samples\n\n{table(header, _rows(last))}")
     return "\n" + "\n".join(parts)
+
+
+def _rows(parameters: Sequence[Any]) -> list[tuple[str, ...]]:
+    return [(f"`{_name(parameter)}`", _default(parameter), parameter.help or "") for parameter in parameters]
 
 
 def members() -> str:

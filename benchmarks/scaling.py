@@ -40,8 +40,7 @@ from timeline import Costs, Work, even_waves, predict
 
 from qe_dist import archs
 from qe_dist.core.determinism import pin
-from qe_dist.data.samples import load_images
-from qe_dist.flow.calibrate import make_batches
+from qe_dist.data.samples import load_images, read_samples
 from qe_dist.flow.config import RunConfig
 from qe_dist.io.journal import JOURNAL, Record, read_journal
 from qe_dist.io.publish import sha256
@@ -119,7 +118,11 @@ class Bench:
         run = RunConfig(
             self.model, load_recipe(RECIPE), CALIBRATION, work / "steps", samples_per_batch=SAMPLES_PER_BATCH
         )
-        self.run, self.samples = run, make_batches(run)
+        samples = read_samples(CALIBRATION)
+        self.run, self.samples = (
+            run,
+            [samples[i : i + SAMPLES_PER_BATCH] for i in range(0, len(samples), SAMPLES_PER_BATCH)],
+        )
 
     def ours(self, case: Case) -> tuple[Times, dict[str, str]]:
         """Its times, and the hash of every file of weights."""

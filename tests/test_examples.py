@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from qe_dist.core.errors import ConfigError
-from qe_dist.data.samples import read_samples
 from qe_dist.serve.http.endpoint import Endpoint
-from tests.tiny import DATA, MODELS, calibration
+from tests.tiny import MODELS, calibration
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -39,16 +38,6 @@ def test_a_recipe_of_ones_own_stands_beside_gptq(tmp_path: Path, capsys: pytest.
     mine, gptq = capsys.readouterr().out.splitlines()
     bits = [float(line.split()[1]) for line in (mine, gptq)]
     assert bits[0] == pytest.approx(bits[1] + 0.5, abs=0.1)
-
-
-def test_a_folder_of_images_becomes_calibration_data(tmp_path: Path) -> None:
-    for name in ("000", "001"):
-        (tmp_path / f"{name}.png").write_bytes((DATA / "calibration" / f"{name}.png").read_bytes())
-        (tmp_path / f"{name}.txt").write_text(f"image {name}\n")
-    (tmp_path / "other.png").write_bytes(b"without a caption, it is left out")
-    main_of("calibration.py")(str(tmp_path), str(tmp_path / "out.jsonl"))
-    samples = read_samples(tmp_path / "out.jsonl")
-    assert [sample.messages[1]["content"][0]["text"] for sample in samples] == ["image 000", "image 001"]
 
 
 def test_the_command_that_serves_is_that_of_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:

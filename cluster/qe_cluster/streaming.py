@@ -8,6 +8,7 @@ import ray
 
 from qe_cluster.watching import Monitor
 from qe_cluster.workers import WorkerPool, transfer_bytes
+from qe_dist.data.samples import carried
 from qe_dist.flow.local import Prepared
 from qe_dist.flow.plan import Wave
 
@@ -47,7 +48,7 @@ class Streamer:
             batch = ready.entering(first, index)
             if batch is None:
                 embedder = embedder or self.pool.embedder()
-                batch = embedder.embed.remote(index, ready.samples[index])
+                batch = embedder.embed.remote(index, list(map(carried, ready.samples[index])))
             for forward in passes:
                 batch = forward(batch)
             flight.append((index, actors[-1].finish.remote(batch, after)))

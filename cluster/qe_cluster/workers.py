@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qe_cluster.actors import EmbedActor, StageActor
 from qe_dist.core.errors import ConfigError, QEError
+from qe_dist.data.samples import carried
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import FREE_SHARE, StagePlan, Wave, WorkerCapacity
 
@@ -181,7 +182,7 @@ class WorkerPool:
         except GetTimeoutError:
             raise self._no_worker_error() from None
         turns = itertools.cycle(self.embedders)
-        ray.get([next(turns).spool_only.remote(i, batch) for i, batch in samples.items()])
+        ray.get([next(turns).spool_only.remote(i, list(map(carried, batch))) for i, batch in samples.items()])
         ray.get([embedder.flush.remote() for embedder in self.embedders])
         self.dismiss_embedders()
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +17,19 @@ from qe_pipelines.evaluate import encode
 from qe_pipelines.measuring import measure
 from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import run_view, set_up_logging
+from qe_pipelines.reading import SOURCE, reads_samples
 from qe_pipelines.results import write_result
 
 
+@reads_samples
 def compare(
     model: Annotated[str | None, typer.Argument(help="folder, or name on the Hugging Face hub")] = None,
     recipes: Annotated[str, typer.Option(help="comma-separated names or TOML files, such as rtn-w4a6,qe-w4a6")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="JSON-lines file of samples to calibrate with")] = None,
+    calibration: Annotated[str | None, typer.Option(help=SOURCE)] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="JSON-lines file of samples to measure with: choose recipes on development data alone, and "
+            help="the like, to measure with: choose recipes on development data alone, and "
             "report the chosen ones on test data"
         ),
     ] = None,
@@ -36,6 +39,7 @@ def compare(
     workers: Annotated[int | None, typer.Option(help="Ray workers; default: as for quantize")] = None,
     ray_address: Annotated[str | None, typer.Option(help="address of a running Ray cluster")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    reading: Any = None,
 ) -> None:
     """Fit RECIPES to MODEL, measure what is left of it, and show who wins at which size and against which control.
 
@@ -62,13 +66,11 @@ def compare(
 
     loaded = {folder: load_recipe(name) for folder, name in _folders(names).items()}
     folder = folder_at(model, revision)
-    encoded = encode(folder, data)  # raises for a faulty sample, before any work
+    encoded = encode(folder, data, reading)  # raises for a faulty sample, before any work
     address, here = place(ray_address, {})
     count = workers or here.workers(1)
-    runs = [
-        RunConfig(folder, recipe, calibration, output / name, count, device=here.device, seed=seed)
-        for name, recipe in loaded.items()
-    ]
+    common = {"device": here.device, "seed": seed, "reading": replace(reading, seed=seed)}
+    runs = [RunConfig(folder, recipe, calibration, output / name, count, **common) for name, recipe in loaded.items()]
     with launch.ray_cluster(address, count):
         fit(runs)
         entries = measure(runs, *encoded)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 EXTRA_OF = {
     "accelerate": "quantize",
     "aiohttp": "quantize",
+    "datasets": "quantize",
     "fastapi": "serve",
     "matplotlib": "report",
     "pydantic": "quantize",

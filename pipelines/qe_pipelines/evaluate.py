@@ -11,19 +11,22 @@ from rich.table import Table
 
 from qe_pipelines.models import Revision, folders_at
 from qe_pipelines.progress import set_up_logging
+from qe_pipelines.reading import SOURCE, reads_samples
 
 COLUMNS = {"accuracy": "exact match", "perplexity": "perplexity", "kl": "KL", "agreement": "agreement"}
 
 
+@reads_samples
 def evaluate(
     model: Annotated[str, typer.Argument(help="model or quantized checkpoint")],
-    data: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
+    data: Annotated[str, typer.Option(help=SOURCE)],
     reference: Annotated[str | None, typer.Option(help="model to measure the KL divergence from")] = None,
     revision: Revision = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="block by block, for models that do not fit into memory; needs disk")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with the numbers of every sample")] = False,
+    reading: Any = None,
 ) -> None:
     """Measure MODEL on questions with known answers and on plain text, with 95 % intervals over the samples."""
     set_up_logging(None)
@@ -33,7 +36,7 @@ def evaluate(
     from qe_dist.serve.loading import check_loadable
 
     folder, original = folders_at(model, reference, revision)
-    arch, examples = encode(folder, data)
+    arch, examples = encode(folder, data, reading)
     if original is not None:
         check_comparable(examples, original)
         check_loadable(original)
@@ -76,16 +79,29 @@ def streamed(folder: Path, arch: Any, work: Path) -> Any:
     return StreamedModel(arch, source, blocks, work, device, dtype)
 
 
-def encode(folder: Path, data: Path) -> tuple[Any, Any]:
-    """The architecture, and the samples of a file as the model's own tokenizer and image processor see them.
+def encoder_of(folder: Path) -> Any:
+    """What makes tokens of samples for the model."""
+    from qe_dist import archs
+    from qe_dist.checkpoint.encoded import read_config
 
-    Raises ConfigError or CheckpointError for a model that could not be loaded, and for a faulty sample.
+    return archs.for_checkpoint(read_config(folder)).encoder(folder)
+
+
+def encode(folder: Path, data: Path | str, reading: Any = None) -> tuple[Any, Any]:
+    """The architecture, and the samples of a source as the model's own tokenizer and image processor see them. What is
+    to be said of them goes to stderr.
+
+    reading: `ReadOptions`; None: the plain ones. Raises ConfigError or CheckpointError for a model that could not be
+    loaded, and for a faulty sample.
     """
     from qe_dist.checkpoint.encoded import EncodedSamples
+    from qe_dist.data.options import PLAIN
     from qe_dist.serve.loading import check_loadable
 
     check_loadable(folder)
-    examples = EncodedSamples(folder, data)
+    examples = EncodedSamples(folder, data, reading or PLAIN)
+    for note in examples.notes:
+        typer.echo(note, err=True)
     return examples.arch, examples
 
 

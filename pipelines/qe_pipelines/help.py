@@ -6,6 +6,7 @@ SHORT = {
     "quantize": "make a low-bit checkpoint of a model; continues a run",
     "eval": "measure a model or checkpoint on samples",
     "compare": "fit several recipes and show which one is best",
+    "data": "show what samples a source has, and every fault",
     "demo": "quantize the bundled models and compare methods",
     "submit": "run a command as a job of a Ray cluster",
     "verify": "check every file and number of a checkpoint",
@@ -28,6 +29,10 @@ EXAMPLES = {
         "qe-dist compare --list",
         "qe-dist compare MODEL --recipes rtn-w4a8,gptq-w4a8,qe-w4a8 \\\n"
         "    --calibration calibration.jsonl --data development.jsonl --output DIR",
+    ),
+    "data": (
+        "qe-dist data samples.jsonl --model MODEL",
+        "qe-dist data hf:org/name#train --samples 128 \\\n    --columns question=query,answer=reply",
     ),
     "demo": ("qe-dist demo", "qe-dist demo --workers 4 --output DIR"),
     "submit": (

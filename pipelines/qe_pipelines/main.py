@@ -12,6 +12,7 @@ from qe_dist import __version__
 from qe_dist.core.errors import CheckFailed, QEError, Stopped, TemporaryError
 from qe_pipelines.compare import compare
 from qe_pipelines.console import EXTRA_OF
+from qe_pipelines.data import data
 from qe_pipelines.demo import demo
 from qe_pipelines.evaluate import evaluate
 from qe_pipelines.export import export
@@ -41,6 +42,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 app.command(**told("quantize"))(quantize)
 app.command(name="eval", **told("eval"))(evaluate)
 app.command(**told("compare"))(compare)
+app.command(**told("data"))(data)
 app.command(**told("demo"))(demo)
 app.command(**told("submit"), context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(submit)
 app.command(**told("verify"))(verify)

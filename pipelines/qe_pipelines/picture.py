@@ -5,14 +5,16 @@ from pathlib import Path
 from PIL import Image
 from rich.text import Text
 
+from qe_dist.data.images import decode
+
 WIDTH = 48
 
 
 def picture(path: Path) -> Text:
     """The path of an image, and the image as text of WIDTH characters per line."""
-    with Image.open(path) as image:
-        height = max(2, round(WIDTH * image.height / image.width) // 2 * 2)
-        pixels = image.convert("RGB").resize((WIDTH, height), Image.Resampling.BOX)
+    image = decode(path, str(path))
+    height = max(2, round(WIDTH * image.height / image.width) // 2 * 2)
+    pixels = image.resize((WIDTH, height), Image.Resampling.BOX)
     text = Text(f"{path}\n")
     for y in range(0, height, 2):
         for x in range(WIDTH):

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,16 +17,18 @@ from qe_pipelines.cluster import place
 from qe_pipelines.console import TO_QUANTIZE, require
 from qe_pipelines.models import Revision, model_at
 from qe_pipelines.progress import log, run_view, set_up_logging
+from qe_pipelines.reading import SOURCE, reads_samples
 
 if TYPE_CHECKING:
     from qe_dist.core.manifest import Manifest
     from qe_dist.flow.config import RunConfig
 
 
+@reads_samples
 def quantize(
     model: Annotated[str, typer.Argument(help="folder, URL (s3://, gs://), or name on the Hugging Face hub")],
     recipe: Annotated[str, typer.Option(help="named recipe, or a TOML file")],
-    calibration: Annotated[Path, typer.Option(help="JSON-lines file of samples")],
+    calibration: Annotated[str, typer.Option(help=SOURCE)],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; holds the run meanwhile")],
     workers: Annotated[int | None, typer.Option(help="default: one per GPU, else one per CPU (at most 4)")] = None,
     ray_address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: start one here")] = None,
@@ -46,6 +49,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     quiet: Annotated[bool, typer.Option(help="print errors only")] = False,
     log_file: Annotated[Path | None, typer.Option(help="also write a line per block here")] = None,
+    reading: Any = None,
 ) -> None:
     """Quantize MODEL into a checkpoint that transformers loads after `import qe_dist`."""
     set_up_logging(log_file)
@@ -75,6 +79,7 @@ def quantize(
         mirror=mirror,
         threads=threads,
         seed=seed,
+        reading=replace(reading, seed=seed),
     )
     with stopping() as stop, run_view(quiet) as view:
         summary = driver.quantize(run, address=address, listen=view, stop=stop, patience=patience)

@@ -1,7 +1,6 @@
 """`qe-dist sensitivity`: measures how much MBQ should weight image tokens, on a model that fits into memory."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,12 +9,15 @@ from rich.table import Table
 from qe_pipelines.evaluate import encode
 from qe_pipelines.models import Revision, folder_at
 from qe_pipelines.progress import set_up_logging
+from qe_pipelines.reading import SOURCE, reads_samples
 
 
+@reads_samples
 def sensitivity(
     model: Annotated[str, typer.Argument(help="model in full precision")],
-    data: Annotated[Path, typer.Option(help="JSON-lines file of samples with images and answers")],
+    data: Annotated[str, typer.Option(help=f"with images and answers: {SOURCE}")],
     revision: Revision = None,
+    reading: Any = None,
 ) -> None:
     """Measure on MODEL how much an image token counts beside a text token, for the transform mbq of a recipe.
 
@@ -27,7 +29,7 @@ def sensitivity(
     from qe_dist.serve.loading import load_model
 
     folder = folder_at(model, revision)
-    arch, examples = encode(folder, data)
+    arch, examples = encode(folder, data, reading)
     check_memory(2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     found = measure(load_model(folder).float(), arch, examples)
     table = Table("output of", "image / text", "image / answer", title="mean |dLoss/dy|")

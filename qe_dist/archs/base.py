@@ -137,10 +137,6 @@ class Frontend(Protocol):
         """Tokens that stand for parts of images or videos."""
         ...
 
-    def pixels_per_token(self, config: Any) -> int:
-        """About how many pixels of an image become one token: enough to plan memory."""
-        ...
-
     def vision_heads(self, config: Any) -> int:
         """Attention heads of the vision tower, which engines cut over ranks, too; 0 for a model of text only."""
         ...
@@ -231,10 +227,6 @@ class Family:
         """Whether it is the `config.json` of a model that sees images."""
         return self.frontend.has_vision(config)
 
-    def pixels_per_token(self, config: Mapping[str, Any]) -> int:
-        """About how many pixels of an image become one token: enough to plan memory."""
-        return self.frontend.pixels_per_token(self.hf_config(config))
-
     def widened(self, config: Mapping[str, Any], width: int) -> Mapping[str, Any]:
         """`config.json` with another inner width of the MLPs. Published configs of models with images have it at the
         top, newer ones in `text_config`, some in both places."""
@@ -275,7 +267,8 @@ class Family:
         config = self.hf_config(json.loads((folder / "config.json").read_text()))
         text = config.get_text_config()
         end = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-        return ChatEncoder(folder, self.frontend.images(folder, config), end, text.max_position_embeddings)
+        images, placeholders = self.frontend.images(folder, config), self.frontend.image_ids(config)
+        return ChatEncoder(folder, images, placeholders, end, text.max_position_embeddings)
 
     def model_inputs(self, examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
         """Right-padded keyword arguments of the whole Hugging Face model."""

@@ -10,7 +10,8 @@ from qe_dist import archs
 from qe_dist.archs.base import Encoder, Family
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Example, Sample
-from qe_dist.data.samples import load_images, read_samples
+from qe_dist.data.options import PLAIN, ReadOptions
+from qe_dist.data.samples import carried, load_images, read
 from qe_dist.io.checkpoint import MANIFEST, read_manifest
 from qe_dist.io.weights import SafetensorsSource
 
@@ -27,9 +28,10 @@ class EncodedSamples(Sequence[Example]):
     The first pass, here, encodes every sample once, so that what is wrong with one is said before any work.
     """
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.samples = folder, read_samples(data)
-        self.lengths: tuple[int, ...] = tuple(one.input_ids.numel() for one in map(self._encode, self.samples))
+    def __init__(self, folder: Path, data: Path | str, options: ReadOptions = PLAIN) -> None:
+        self.folder = folder
+        found = read(data, options, self._encoder)
+        self.samples, self.lengths, self.notes = found.samples, tuple(found.lengths), found.notes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -50,12 +52,12 @@ class EncodedSamples(Sequence[Example]):
         return self.arch.encoder(self.folder)
 
     def __reduce__(self) -> Any:
-        return _restored, (self.folder, self.samples, self.lengths)
+        return _restored, (self.folder, [carried(sample) for sample in self.samples], self.lengths)
 
 
 def _restored(folder: Path, samples: list[Sample], lengths: tuple[int, ...]) -> EncodedSamples:
     made = EncodedSamples.__new__(EncodedSamples)
-    made.folder, made.samples, made.lengths = folder, samples, lengths
+    made.folder, made.samples, made.lengths, made.notes = folder, samples, lengths, []
     return made
 
 

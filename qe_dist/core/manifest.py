@@ -62,12 +62,14 @@ class Manifest:
     blocks: tuple[FittedBlock, ...]
     checkpoint_bytes: int
     """Bytes of all files, this one too."""
+    left_out: Sequence[str] = ()
+    """Calibration samples that were not used, each with the reason."""
 
     @classmethod
     def from_json(cls, said: Any) -> "Manifest":
         """CheckpointError where something is missing or not of its kind."""
         try:
-            known = {"padding": None} | said
+            known = {"padding": None, "left_out": ()} | said
             blocks = tuple(FittedBlock.from_json(block) for block in known["blocks"])
             return cls(**{one.name: known[one.name] for one in fields(cls)} | {"blocks": blocks})
         except (AttributeError, KeyError, TypeError) as error:
@@ -79,4 +81,4 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Writes what `from_json` reads; `padding` only where there is some."""
         said = vars(self) | {"blocks": [block.to_json() for block in self.blocks]}
-        return {name: value for name, value in said.items() if name != "padding" or value is not None}
+        return {name: value for name, value in said.items() if name not in ("padding", "left_out") or value}

@@ -17,6 +17,9 @@ class PixelBounds:
     most: int | None = None
 
 
+UNBOUNDED = PixelBounds()
+
+
 @dataclass(frozen=True)
 class ImageRef:
     """Where the encoded bytes of an image are: in a file, in this process's scratch file, or here."""
@@ -29,7 +32,7 @@ class ImageRef:
     length: int = 0
     content: bytes | None = None
     """The bytes themselves, in a sample that goes to another process."""
-    bounds: PixelBounds = PixelBounds()
+    bounds: PixelBounds = UNBOUNDED
     size: tuple[int, int] = (0, 0)
     """Width and height of the decoded image."""
 

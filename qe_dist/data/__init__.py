@@ -1,1 +1,1 @@
-"""Calibration and evaluation samples: reading and decoding."""
+"""Calibration and evaluation samples: where they come from (sources/), what they say (shapes.py), their pixels."""

@@ -1,39 +1,43 @@
 """The embed stage: samples -> hidden states before the first block, once per run."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from qe_dist import archs
 from qe_dist.archs.base import Encoder, Prelude
 from qe_dist.core.batch import Batch
 from qe_dist.core.determinism import pin
 from qe_dist.core.sample import Sample
-from qe_dist.data.samples import load_images, read_samples
+from qe_dist.data.samples import load_images, read
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.source import open_source
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool
 
-CHARACTERS_PER_TOKEN = 2  # English has about four, other languages fewer
-TEMPLATE_TOKENS = 64
+
+@dataclass(frozen=True)
+class Calibration:
+    """The samples of a run, each of which the model can take."""
+
+    batches: list[list[Sample]]
+    """In their order, `samples_per_batch` at a time."""
+    tokens: int
+    """Tokens of the largest batch, padding included."""
+    fingerprint: str
+    """The same for the same samples, whatever form of source they come from."""
+    notes: tuple[str, ...]
+    """What is to be said of them, a line each."""
+    left_out: tuple[str, ...]
+    """Samples that are left out, each with the reason."""
 
 
-def make_batches(run: RunConfig) -> list[list[Sample]]:
-    """The samples in their order, `samples_per_batch` at a time."""
-    samples = read_samples(run.calibration)
-    size = run.samples_per_batch
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
-
-
-def batch_tokens(batches: Sequence[Sequence[Sample]], pixels_per_token: int) -> int:
-    """Estimates the tokens of the largest batch, padding included, without tokenizing: enough to plan memory."""
-    return max(len(batch) * max(_tokens(sample, pixels_per_token) for sample in batch) for batch in batches)
-
-
-def _tokens(sample: Sample, pixels_per_token: int) -> int:
-    said = [part.get("text", "") for message in sample.messages for part in message["content"]]
-    pixels = sum(width * height for width, height in (image.size for image in sample.images))
-    characters = len(sample.text or "") + sum(map(len, said))
-    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN + pixels // pixels_per_token
+def read_calibration(run: RunConfig, encoder: Encoder) -> Calibration:
+    """Reads the samples and encodes each once, so that what is wrong with one is said before any work."""
+    found = read(run.calibration, run.reading, encoder)
+    size, count = run.samples_per_batch, len(found.samples)
+    batches = [found.samples[i : i + size] for i in range(0, count, size)]
+    tokens = max(min(size, count - i) * max(found.lengths[i : i + size]) for i in range(0, count, size))
+    return Calibration(batches, tokens, found.fingerprint, tuple(found.notes), tuple(found.left_out))
 
 
 class Embedder:

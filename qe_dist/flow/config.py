@@ -1,7 +1,6 @@
 """The settings of a run, its identity, and which runs can share a pass of the calibration."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from qe_dist.core.errors import ConfigError
+from qe_dist.data.options import PLAIN, ReadOptions
 from qe_dist.io.bucket import is_url
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.base import Rotation
@@ -35,7 +35,8 @@ class RunConfig:
     model: Path | str
     """A directory, or a URL that fsspec opens."""
     recipe: Recipe
-    calibration: Path
+    calibration: Path | str
+    """Where its samples come from, as `data/sources` knows it."""
     output: Path
     workers: int | None = 1
     """Most workers to use; None: as many as the cluster has room for when a wave begins."""
@@ -63,9 +64,11 @@ class RunConfig:
     threads: int = 1
     """CPU threads of each worker. Their number can change the bits of a result."""
     seed: int = 0
+    reading: ReadOptions = PLAIN
+    """How the samples are to be read."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "calibration", "output"):
+        for name in ("model", "output"):
             if name != "model" or not is_url(self.model):
                 object.__setattr__(self, name, _absolute(name, getattr(self, name)))
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
@@ -103,19 +106,18 @@ class RunConfig:
     def _policy(self, block: int) -> tuple[int, Recipe]:
         return next(p for p in ((self.from_block, self.recipe), *reversed(self.earlier)) if p[0] <= block)
 
-    def identity(self, images: Iterable[Path]) -> Mapping[str, Any]:
+    def identity(self, samples: str) -> Mapping[str, Any]:
         """Everything that must be equal for a run to be continued, as JSON can store it. Places on disk and the number
         and kind of workers may change; a block's report has its kind of worker.
 
-        images: paths that the calibration file names.
+        samples: their fingerprint.
         """
         return {
             "model": SafetensorsSource(self.model).fingerprint(),
             "recipe": self.recipe.describe(),
             "from_block": self.from_block,
             "earlier": [[first, recipe.describe()] for first, recipe in self.earlier],
-            "calibration": _hash(self.calibration.read_bytes()),
-            "images": _hash(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in images)),
+            "calibration": samples,
             "versions": {
                 **{name: version(name) for name in ("torch", "transformers", "scikit-learn")},
                 "statistics": STATISTICS,
@@ -169,10 +171,6 @@ def check_siblings(runs: Sequence[RunConfig]) -> None:
     mirrors = [run.mirror for run in runs if run.mirror is not None]
     if len(set(mirrors)) < len(mirrors):
         raise ConfigError("every recipe needs a mirror of its own")
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _absolute(name: str, path: Path | str) -> Path:

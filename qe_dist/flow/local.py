@@ -14,7 +14,7 @@ from qe_dist.core.errors import ConfigError
 from qe_dist.core.sample import Sample
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import ModelSpec
-from qe_dist.flow.calibrate import Embedder, batch_tokens, make_batches
+from qe_dist.flow.calibrate import Calibration, Embedder, read_calibration
 from qe_dist.flow.config import RunConfig, check_siblings
 from qe_dist.flow.plan import Task, Wave, WorkerCapacity, check_runs, cost_notes, local_capacities, make_plan, plan_wave
 from qe_dist.flow.run import Run, with_policy
@@ -71,11 +71,16 @@ class Prepared:
     """The run in whose directory activations are spooled."""
     runs: tuple[Run, ...]
     """They share one pass of the calibration and differ in their recipe."""
-    samples: list[list[Sample]]
+    calibration: Calibration
     source: WeightSource
     model: ModelSpec
     notes: tuple[str, ...] = ()
-    """What of the model is left out or changed, and what a recipe costs beyond its name, a line each."""
+    """What of model and samples is left out or changed, and what a recipe costs beyond its name, a line each."""
+
+    @property
+    def samples(self) -> list[list[Sample]]:
+        """The batches of calibration samples."""
+        return self.calibration.batches
 
     @property
     def configs(self) -> tuple[RunConfig, ...]:
@@ -89,8 +94,7 @@ class Prepared:
 
     @cached_property
     def task(self) -> Task:
-        pixels = archs.get(self.model.arch).pixels_per_token(self.source.config)
-        return Task(self.model, self.configs, batch_tokens(self.samples, pixels), sum(map(len, self.samples)))
+        return Task(self.model, self.configs, self.calibration.tokens, sum(map(len, self.samples)))
 
     @property
     def store(self) -> RunDir:
@@ -126,19 +130,23 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     stores = [RunDir(config.output) for config in configs]
     configs = tuple(with_policy(config, store) for config, store in zip(configs, stores, strict=True))
     check_siblings(configs)
-    samples = make_batches(configs[0])
     found = open_model(configs[0].model)
     source = rewritten(configs[0], found.source)
     model = found.arch.spec(source)
     for config in configs:
-        _check_images(config, samples, source)
-    images = [image.path for batch in samples for sample in batch for image in sample.images if image.path is not None]
-    runs = tuple(Run(config, store, config.identity(images)) for config, store in zip(configs, stores, strict=True))
-    for config in configs:
+        _check_sight(config, source)
         check_serving(model, config, source.config)
     check_runs(model, configs, upper_bytes(source, model.passthrough))
-    notes = [*found.notes, *(note for config in configs for note in cost_notes(model, config))]
-    ready = Prepared(runs[0], runs, samples, source, model, tuple(notes))
+    calibration = read_calibration(configs[0], found.arch.encoder(source.folder))
+    notes = [*found.notes, *(note for config in configs for note in cost_notes(model, config)), *calibration.notes]
+    for config in configs:
+        _check_images(config, calibration.batches)
+    identities = [config.identity(calibration.fingerprint) for config in configs]
+    runs = tuple(
+        Run(config, store, identity, calibration.left_out)
+        for config, store, identity in zip(configs, stores, identities, strict=True)
+    )
+    ready = Prepared(runs[0], runs, calibration, source, model, tuple(notes))
     if capacities:
         make_plan(ready.task, capacities)
     return ready
@@ -184,23 +192,29 @@ def opened(ready: Prepared) -> Iterator[tuple[Prepared, RunLease]]:
         yield replace(ready, first=(*left, ready.first)[0], runs=left), lease
 
 
-def _check_images(run: RunConfig, samples: list[list[Sample]], source: WeightSource) -> None:
-    """Refuses a recipe for images where there are none, and images where the model sees none."""
-    shown = [sample for batch in samples for sample in batch if sample.images]
-    blind = not archs.for_config(source.config).has_vision(source.config)
+def _check_sight(run: RunConfig, source: WeightSource) -> None:
+    """Refuses a recipe for images where the model sees none."""
+    if run.recipe.needs().images and not archs.for_config(source.config).has_vision(source.config):
+        raise ConfigError(f"{run.model} is a model of text only, but {_for_images(run)} are made for images")
+
+
+def _check_images(run: RunConfig, batches: list[list[Sample]]) -> None:
+    """Refuses a recipe for images where there are none."""
     if not run.recipe.needs().images:
-        if shown and blind:
-            raise ConfigError(f"{shown[0].origin} has images, but {run.model} is a model of text only")
         return
-    described = run.recipe.describe()
-    names = " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
-    if blind:
-        raise ConfigError(f"{run.model} is a model of text only, but {names} are made for images")
-    below = held_out_below(sum(map(len, samples)))
-    ids = torch.tensor([sample.index for sample in shown], dtype=torch.int64)
+    below = held_out_below(sum(map(len, batches)))
+    ids = torch.tensor([s.index for batch in batches for s in batch if s.images], dtype=torch.int64)
     if not (sample_keys(ids) >= below).any():
         found = "images only in samples that are held out to measure on" if len(ids) else "no image"
-        raise ConfigError(f"{run.calibration} has {found}, but {names} must see some; add samples with images")
+        raise ConfigError(
+            f"{run.calibration} has {found}, but {_for_images(run)} must see some; add samples with images"
+        )
+
+
+def _for_images(run: RunConfig) -> str:
+    """The parts of a recipe that need images."""
+    described = run.recipe.describe()
+    return " and ".join(f"{a} {described[a]['name']}" for a in AXES if getattr(run.recipe, a).needs().images)
 
 
 def start(ready: Prepared) -> None:

@@ -29,6 +29,8 @@ class Run:
     store: RunDir
     identity: Mapping[str, Any]
     """What must be equal for the directory to be continued."""
+    left_out: tuple[str, ...] = ()
+    """Calibration samples that are not used, each with the reason."""
 
     @property
     def recipe(self) -> Recipe:
@@ -64,7 +66,7 @@ class Run:
 
     def finish(self, model: ModelSpec, source: WeightSource) -> None:
         """Puts the checkpoint together, and drops what only a continuation would need."""
-        assemble(self.store, model, source, self.recipe.describe(), self.identity)
+        assemble(self.store, model, source, self.recipe.describe(), self.identity, self.left_out)
         self.store.clean()
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,8 +113,11 @@ def assemble(
     source: WeightSource,
     recipe: Mapping[str, Any],
     run_info: Mapping[str, Any],
+    left_out: Sequence[str] = (),
 ) -> None:
     """Renames the finished files into place and writes index, manifest and, last of all, config.json.
+
+    left_out: calibration samples that were not used, each with the reason.
 
     Reads the reports alone, whatever the size of the model.
     """
@@ -158,6 +161,7 @@ def assemble(
         parameters=num_parameters(model, original),
         fallbacks={k: v for report in blocks.values() for k, v in report["fallbacks"].items()},
         blocks=fitted,
+        left_out=left_out,
         checkpoint_bytes=sum(path.stat().st_size for path in others) + len(json_bytes(config)),
     )
     publish_json(run.output / MANIFEST, _with_its_own_bytes(manifest).to_json())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -127,16 +128,27 @@ def test_special_tokens_that_a_person_typed_are_text(token: str, model: Path) ->
     made, tokenizer = encoder(model), AutoTokenizer.from_pretrained(model)
     said = f"What does {token} mean?"
     index = tokenizer.convert_tokens_to_ids(token)
-    for sample in (conversation(said, "ring"), conversation("What?", said), Sample(0, "a:1", "text", text=said)):
+    for sample in (conversation(said, "ring"), conversation("What?", said)):
         example, plain = made(sample, []), made(conversation("What?", "ring"), [])
         assert said in tokenizer.decode(example.input_ids)
-        typed = (example.input_ids == index).sum() - (0 if sample.text else (plain.input_ids == index).sum())
-        assert typed == 0
+        assert (example.input_ids == index).sum() == (plain.input_ids == index).sum()
         assert not example.modality.any()
     with_image = made(conversation(said, "ring", images=1), [picture()])
     assert int(with_image.modality.sum()) == int(
         made(conversation("What?", "ring", images=1), [picture()]).modality.sum()
     )
+
+
+def test_a_plain_text_may_be_a_rendered_conversation_but_shows_no_image(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "<|im_start|>user\nWhat is <|image_pad|>?<|im_end|>\n"
+    example = encoder(model)(Sample(0, "a:1", "text", text=text), [])
+    assert tokenizer.decode(example.input_ids) == text
+    counts = [
+        int((example.input_ids == tokenizer.convert_tokens_to_ids(t)).sum()) for t in ("<|im_end|>", "<|image_pad|>")
+    ]
+    assert counts == [1, 0]
+    assert not example.modality.any()
 
 
 def test_typed_tokens_are_encoded_as_transformers_sanitizes_them(model: Path) -> None:
@@ -187,6 +199,16 @@ def test_an_image_that_the_processor_refuses_is_named(model: Path) -> None:
         encoder(model)(conversation("What?", "red", images=1), [picture((1093, 5))])
     for size in ((1, 1), (1400, 7), (3, 590)):
         assert encoder(model)(conversation("What?", "red", images=1), [picture(size)]).modality.any()
+
+
+@pytest.mark.parametrize("size", [(100, 1), (1, 100), (100, 3), (3, 100), (3, 3)])
+def test_sides_as_long_as_a_pixel_has_colours_are_not_taken_for_them(size: tuple[int, int], model: Path) -> None:
+    """Transposed, the image has the same tokens the other way round: sizes 1 and 3 are not read as channels."""
+    rgb = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    sample, made = conversation("What?", "red", images=1), encoder(model)
+    own, turned = (made(sample, [Image.fromarray(x)]).vision for x in (rgb, np.ascontiguousarray(rgb.swapaxes(0, 1))))
+    assert own["image_grid_thw"][0, [0, 2, 1]].tolist() == turned["image_grid_thw"][0].tolist()
+    assert own["pixel_values"].mean() == pytest.approx(float(turned["pixel_values"].mean()), abs=0.02)
 
 
 def test_bounds_of_an_image_are_those_of_the_processor(model: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 from qe_dist import archs
-from qe_dist.flow.calibrate import Embedder, make_batches
+from qe_dist.data.samples import read_samples
+from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.config import RunConfig
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.recipes import load_recipe
@@ -42,7 +43,7 @@ def test_activations_stay_finite_and_of_one_size_through_64_blocks(tmp_path):
     run = RunConfig(tmp_path / "model", load_recipe("rtn-w4a16"), calibration(tmp_path / "data", 2), tmp_path / "out")
     source = SafetensorsSource(run.model)
     arch = archs.for_config(source.config)
-    batch = Embedder(run, "qwen2_vl").embed(0, make_batches(run)[0])
+    batch = Embedder(run, "qwen2_vl").embed(0, read_samples(run.calibration)[:8])
     before = batch.hidden.std()
     for spec in arch.spec(source).blocks:
         batch = batch.with_hidden(arch.run_block(arch.block(source, spec, run.device, run.dtype), batch, spec.index))

@@ -75,10 +75,6 @@ class Qwen2VLFrontend(Frontend):
     def image_ids(self, config: Any) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
 
-    def pixels_per_token(self, config: Any) -> int:
-        side: int = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        return side**2
-
     def vision_heads(self, config: Any) -> int:
         heads: int = config.vision_config.num_heads
         return heads

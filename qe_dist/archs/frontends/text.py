@@ -27,9 +27,6 @@ class TextFrontend(Frontend):
     def image_ids(self, config: Any) -> tuple[int, ...]:
         return ()
 
-    def pixels_per_token(self, config: Any) -> int:
-        return 1  # no sample has an image
-
     def vision_heads(self, config: Any) -> int:
         return 0
 

@@ -25,13 +25,21 @@ TO_SHORTEN = "shorten it, or let --skip-bad leave such samples out"
 class ChatEncoder:
     """Expands one placeholder per image to as many tokens as the vision tower will give.
 
-    images: None for a model of text only. end_tokens: each of them ends an answer. context: most tokens of a sample.
+    images: None for a model of text only. placeholders: tokens that stand for parts of images or videos. end_tokens:
+    each of them ends an answer. context: most tokens of a sample.
 
     A text that is longer is cut at its end. A longer conversation is cut behind its last answer that fits; where that
     would leave no answer, or leave out an image, it is refused.
     """
 
-    def __init__(self, folder: Path, images: ImageReader | None, end_tokens: Collection[int], context: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: ImageReader | None,
+        placeholders: Collection[int],
+        end_tokens: Collection[int],
+        context: int,
+    ) -> None:
         from transformers import AutoTokenizer
 
         try:
@@ -39,13 +47,13 @@ class ChatEncoder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: tokenizer cannot be loaded: {error}") from None
         self.template = find_template(folder, self.tokenizer, images is not None)
-        self.typed = TypedTokens(self.tokenizer, () if images is None else (images.token,))
+        self.typed = TypedTokens(self.tokenizer, placeholders)
         self.folder, self.images, self.end_tokens, self.context = folder, images, end_tokens, context
 
     def __call__(self, sample: Sample, images: Sequence[Image.Image]) -> Example:
         """Raises ConfigError, which names the sample, where it cannot be fed to the model."""
         if sample.text is not None:
-            ids = self._ids(sample, self.typed.marked(sample.text))
+            ids = self._ids(sample, self.typed.plain(sample.text))
             whole = ids[: self.context]
             return self._example(sample, whole, list(whole), {}, len(ids) - len(whole))
         vision, counts = self._vision(sample, images)
@@ -83,7 +91,7 @@ class ChatEncoder:
 
     def _content(self, message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         """Parts, as templates of models with images go through them; text alone, as templates of the others have it."""
-        parts = [p | {"text": self.typed.marked(p["text"])} if p["type"] == "text" else p for p in message["content"]]
+        parts = [p | {"text": self.typed.said(p["text"])} if p["type"] == "text" else p for p in message["content"]]
         return parts if self.images is not None else "".join(part["text"] for part in parts)
 
     def _segments(self, sample: Sample) -> Iterator[tuple[str, bool]]:
@@ -112,7 +120,7 @@ class ChatEncoder:
         if not images:
             return {}, []
         if self.images is None:
-            raise ConfigError(f"{sample.origin} has images, but the model is one of text only")
+            raise ConfigError(f"{sample.origin} has images, but {self.folder} is a model of text only")
         try:
             return self.images(images, [image.bounds for image in sample.images])
         except ValueError as error:

@@ -49,18 +49,30 @@ def _of_processor(folder: Path) -> Any:
 
 
 class TypedTokens:
-    """Special tokens in what a person typed are text, as `sanitize_control_tokens` of newer transformers has them."""
+    """Special tokens in what a person said are text, as `sanitize_control_tokens` of newer transformers has them. A
+    plain text may be a conversation that was rendered before: there, placeholders of images alone are text.
+
+    placeholders: tokens that stand for parts of images or videos.
+    """
 
     def __init__(self, tokenizer: Any, placeholders: Collection[int]) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
-        names = {token.content for index, token in added if token.special or index in placeholders}
-        self._special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        pictures = {token.content for index, token in added if index in placeholders}
+        self._special = _any_of(pictures | {token.content for _, token in added if token.special})
+        self._pictures = _any_of(pictures)
         self._marks = re.compile(f"{BEGIN}({self._special.pattern}){END}|[{BEGIN}{END}]")
 
-    def marked(self, text: str) -> str:
-        """The text with marks around what reads like a special token."""
-        return self._special.sub(f"{BEGIN}\\g<0>{END}", text.replace(BEGIN, "").replace(END, ""))
+    def said(self, text: str) -> str:
+        """What a person said, with marks around what reads like a special token."""
+        return self._marked(self._special, text)
+
+    def plain(self, text: str) -> str:
+        """A plain text, with marks around what reads like a placeholder."""
+        return self._marked(self._pictures, text)
+
+    def _marked(self, tokens: re.Pattern[str], text: str) -> str:
+        return tokens.sub(f"{BEGIN}\\g<0>{END}", text.replace(BEGIN, "").replace(END, ""))
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered text; those between marks as the plain text that they are.
@@ -75,3 +87,8 @@ class TypedTokens:
         if typed and self._tokenizer.convert_tokens_to_ids(piece) in ids:
             raise ValueError(f"the tokenizer cannot read {piece!r} as plain text; write it in another way")
         yield from ids
+
+
+def _any_of(names: Collection[str]) -> re.Pattern[str]:
+    """The longest of them that fits; of none, a pattern that fits nowhere."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))) or "(?!)")

@@ -1,0 +1,45 @@
+"""Encoded images that are no files of their own (of a table, a data URI, an address) wait on disk, not in memory."""
+
+import atexit
+import os
+import tempfile
+from functools import cache
+
+from qe_dist.core.errors import ConfigError
+
+
+class Scratch:
+    """A temporary file without a name, which ends with the process."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="qe-dist-images-", buffering=0)  # noqa: SIM115 (for the whole process)
+        atexit.register(self._file.close)
+        self._end = 0
+
+    def put(self, content: bytes) -> tuple[int, int]:
+        """Begin and length of the content in the file. ConfigError where the disk is full."""
+        begin = self._end
+        try:
+            written = 0
+            while written < len(content):
+                written += os.pwrite(self._file.fileno(), content[written:], begin + written)
+        except OSError as error:
+            raise ConfigError(
+                f"{tempfile.gettempdir()}: no room for the images of the samples ({error.strerror}); "
+                "TMPDIR can name another folder"
+            ) from None
+        self._end = begin + len(content)
+        return begin, len(content)
+
+    def get(self, begin: int, length: int) -> bytes:
+        """What was put there."""
+        content = os.pread(self._file.fileno(), length, begin)
+        if len(content) != length:
+            raise RuntimeError("this image is in the scratch file of another process; send samples by `carried`")
+        return content
+
+
+@cache
+def scratch() -> Scratch:
+    """The scratch file of this process."""
+    return Scratch()

@@ -42,7 +42,7 @@ def commands() -> str:
         text = inspect.cleandoc(command.help).replace("\n\n", "\n").replace("\n", " ")
         own = [parameter for parameter in shown if parameter.name not in common]
         reads = [parameter for parameter in shown if parameter.name in common]
-        rows = _rows(own) + ([("how samples are read", "", "[see below](#reading-samples)")] if reads else [])
+        rows = _rows(own) + ([("…", "", "[samples](#reading-samples)")] if reads else [])
         last = reads or last
         parts.append(f"## {name}\n\n    qe-dist {name} {arguments}".rstrip() + f"\n\n{text}\n\n{table(header, rows)}")
     parts.append(f"## Reading samples\n\n{table(header, _rows(last))}")

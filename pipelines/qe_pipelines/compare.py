@@ -28,10 +28,7 @@ def compare(
     calibration: Annotated[str | None, typer.Option(help=SOURCE)] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="the like, to measure with: choose recipes on development data alone, and "
-            "report the chosen ones on test data"
-        ),
+        typer.Option(help="the like, to measure with: choose on development data alone, report on test data"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="directory for a checkpoint of every recipe")] = None,
     revision: Revision = None,

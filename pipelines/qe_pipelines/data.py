@@ -33,10 +33,7 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     reading: Any = None,
 ) -> None:
-    """Show what SOURCE feeds: tokens, lengths, images, the first sample, every fault.
-
-    Ends with 2 where quantize would.
-    """
+    """Show what SOURCE feeds, and every fault. Ends with 2 where quantize would."""
     set_up_logging(None)
     from qe_dist.core.errors import ConfigError
     from qe_dist.data.samples import load_images, survey

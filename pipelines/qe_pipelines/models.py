@@ -7,7 +7,7 @@ import typer
 
 from qe_dist.core.errors import ConfigError
 
-Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a model on the Hugging Face hub")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit on the hub")]
 
 
 def model_at(model: Path | str, revision: str | None = None) -> Path | str:

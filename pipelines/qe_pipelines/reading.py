@@ -20,7 +20,7 @@ def options_of_reading(
     min_pixels: Annotated[int | None, typer.Option(help="scale images up to so many", min=1)] = None,
     max_pixels: Annotated[int | None, typer.Option(help="scale images down to so many", min=1)] = None,
     allow_remote: Annotated[bool, typer.Option("--allow-remote", help="fetch images from http and https")] = False,
-    skip_bad: Annotated[str | None, typer.Option(help="faulty samples that may be left out, such as 1%")] = None,
+    skip_bad: Annotated[str | None, typer.Option(help="most faulty samples to leave out, like 1%")] = None,
 ) -> Any:
     """The `ReadOptions` that they amount to. ConfigError for what is none."""
     from qe_dist.core.sample import PixelBounds

@@ -71,6 +71,7 @@ class RunConfig:
         for name in ("model", "output"):
             if name != "model" or not is_url(self.model):
                 object.__setattr__(self, name, _absolute(name, getattr(self, name)))
+        _absolute("calibration", self.calibration)  # its names are not all paths, but none may be a loop of links
         for name, device in (("device", self.device), ("embed_device", self.embeds_on)):
             if device not in ("cpu", "cuda"):
                 raise ConfigError(f"{name} must be cpu or cuda, found {device!r}")

@@ -1,15 +1,20 @@
 """Every family from a model on disk to tokens that a checkpoint of it generates."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.checkpoint import verify
 from qe_dist.data.samples import load_images
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
+from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.serve.loading import load_model
 from tests.archs.contract import blocks_of_files_equal_the_loaded_model, samples
@@ -47,8 +52,35 @@ def test_a_checkpoint_of_8_bits_is_the_model_nearly(root: Path) -> None:
         torch.log_softmax(blocks_of_files_equal_the_loaded_model(arch, folder, shown), dim=-1)
         for folder in (root, root.parent / NEAR)
     )
-    near, apart = ((full.exp() * (full - other)).sum(dim=-1).mean() for other in (rounded, full.roll(1, 0)))
-    assert near < 0.01 * apart  # apart: one token from the next
+    assert divergence(full, rounded) < 0.01 * divergence(full, full.roll(1, 0))  # of one token from the next
+
+
+def divergence(full: Tensor, other: Tensor) -> float:
+    """Mean KL of log-probabilities [tokens, vocabulary]."""
+    return float((full.exp() * (full - other)).sum(dim=-1).mean())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("one", "other"), [("gate_proj", "up_proj"), ("k_proj", "v_proj")])
+def test_two_names_exchanged_in_one_block_are_seen(one: str, other: str, root: Path, tmp_path: Path) -> None:
+    """By the measure of the test above, so that it says something of names."""
+    left = shutil.ignore_patterns(".run", MANIFEST)  # the manifest has hashes
+    folder = shutil.copytree(root.parent / NEAR, tmp_path / "exchanged", ignore=left)
+    block = folder / "block-00001.safetensors"
+    found = {f".{one}.": f".{other}.", f".{other}.": f".{one}."}
+    tensors = load_file(block)
+    renamed = {next((n.replace(a, b) for a, b in found.items() if a in n), n): t for n, t in tensors.items()}
+    assert renamed.keys() == tensors.keys()
+    save_file(renamed, block, metadata={"format": "pt"})
+    arch = archs.get(root.name)
+    shown = [arch.encoder(root)(sample, load_images(sample)) for sample in samples(root)]
+    full, wrong = (logprobs(load_model(place), arch.model_inputs(shown, pad=0)) for place in (root, folder))
+    assert divergence(full, wrong) > 0.05 * divergence(full, full.roll(1, 0))
+
+
+@torch.no_grad()
+def logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return torch.log_softmax(model(**inputs, use_cache=False).logits.flatten(0, 1), dim=-1)
 
 
 @pytest.mark.parametrize("recipe", [NEAR, ROUTED])

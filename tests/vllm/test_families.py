@@ -4,6 +4,7 @@ Weights are random, so that no answer is likely: what is compared is the probabi
 """
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 from qe_dist import archs
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
+from qe_dist.io.checkpoint import read_manifest
 from qe_dist.methods.recipes import load_recipe
 from tests.tiny import calibration, stir, stories, tiny_model
 from tests.vllm.generate import Answers, Job, generate
@@ -25,6 +27,7 @@ from tests.vllm.twin import Twin
 pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
 
 NAMES = archs.names()
+SEVERAL_LAYOUTS = [name for name in NAMES if any(len(on) > 1 for on in archs.get(name).on_disk.values())]
 RECIPE = "qe-extract-w4a16g32"
 WIDER = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -95,6 +98,17 @@ def name_faults(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_vllm_maps_every_name_to_where_the_plug_in_has_it(name: str, made: dict[str, Path]) -> None:
     assert name_faults(made[name]) == []
+
+
+@pytest.mark.parametrize("name", SEVERAL_LAYOUTS)
+def test_vllm_maps_every_name_of_a_model_that_was_saved_again(name: str, made: dict[str, Path], tmp_path: Path) -> None:
+    """Under the names that transformers has in memory."""
+    arch, source = archs.get(name), made[name].with_name(f"{name}-model")
+    again = shutil.copytree(source, tmp_path / "again")
+    arch.auto_class().from_pretrained(source).save_pretrained(again, save_original_format=False)
+    quantize(RunConfig(again, load_recipe(RECIPE), calibration(tmp_path / "data"), tmp_path / "out", sample_tokens=256))
+    assert any(block.prefix.startswith("model.language_model.") for block in read_manifest(tmp_path / "out").blocks)
+    assert name_faults(tmp_path / "out") == []
 
 
 def test_a_name_that_vllm_would_not_find_is_told(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ AXES = {
     "channels": "Lists of channels",
     "quantizer": "Quantizers of weights",
     "compensation": "Compensations of the error",
+    "tuning": "Tuning of whole blocks",
 }
 SHOWN = "w4a6"
 """The number format by which whole recipes are shown."""

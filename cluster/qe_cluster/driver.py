@@ -102,6 +102,7 @@ class _Waves:
         """Runs waves until every block is finished, and completes the summary. Raises QEError for what Ray raises."""
         ready = self.ready
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": summary.continued}
+        counts["in_order"] = any(run.recipe.tuning is not None for run in ready.configs)
         process = {"host": platform.node(), "pid": os.getpid(), "version": __version__}
         self.listen("start", counts | process | {"first": ready.next_block(), "workers": ready.config.workers})
         try:

@@ -1,10 +1,10 @@
 """The blocks of a wave are fitted in parallel. The worker that holds a block owns it: it publishes the block, and other
-workers fit some of its groups when that is faster (`balance.py`)."""
+workers fit some of its groups when that is faster (`balance.py`). Where a run tunes, the closed forms are fitted in
+parallel, and the blocks are tuned in order: each needs what the tuned blocks before it make of the calibration."""
 
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from ray.exceptions import RayError
@@ -13,7 +13,7 @@ from qe_cluster.balance import balance, fit_cost, travel_bytes
 from qe_cluster.watching import Monitor
 from qe_cluster.workers import WorkerPool, loss_reason, transfer_bytes
 from qe_dist.flow.local import Prepared
-from qe_dist.flow.plan import FitJob, Wave, plan_wave
+from qe_dist.flow.plan import FitJob, StagePlan, Wave, plan_wave
 
 
 class Fitter:
@@ -33,8 +33,9 @@ class Fitter:
         lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
         owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
         places = self._places(owners)
+        order = _Order(wave)
         async with self.monitor.reporting():
-            stages = (self._fit_stage(part.worker, jobs, places) for part, jobs in zip(wave, lists, strict=True))
+            stages = (self._fit_stage(part, jobs, places, order) for part, jobs in zip(wave, lists, strict=True))
             ends = await asyncio.gather(*stages, return_exceptions=True)
         for end in ends:
             if end is not None:
@@ -59,30 +60,53 @@ class Fitter:
         recipe = self.ready.configs[job.run].recipe_for(job.block)
         return recipe.view(self.ready.model.blocks[job.block]).group(job.group)
 
-    async def _fit_stage(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+    async def _fit_stage(
+        self, part: StagePlan, jobs: Sequence[FitJob], places: Mapping[FitJob, int], order: "_Order"
+    ) -> None:
         """Fits the blocks of one worker, one after the other; each is published as soon as it is fitted."""
-        for index, of_block in groupby(jobs, key=lambda job: job.block):
-            self.monitor.lease.check()
-            if self.monitor.stopping:
-                return
-            begin = time.perf_counter()
-            for _, of_run in groupby(of_block, key=lambda job: job.run):
-                await self._fit_block(owner, list(of_run), places)
+        try:
+            for block in part.blocks:
+                self.monitor.lease.check()
+                if self.monitor.stopping:
+                    return
+                await self._fit_block(part.worker, block.index, jobs, places, order)
+                order.finished[block.index].set_result(True)
+        except _NotReached:
+            return  # whoever was to finish the block before says why
+        finally:
+            order.give_up(part)
+
+    async def _fit_block(
+        self, owner: int, index: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int], order: "_Order"
+    ) -> None:
+        begin, home = time.perf_counter(), self.pool.workers[owner].actor
+        left = [job for job in jobs if job.block == index]
+        for number, run in enumerate(self.ready.configs):
+            own = [job for job in left if job.run == number]
+            if own:
+                await self._fit_run(owner, own, places, order)
+            elif run.recipe_for(index).tuning is not None:
+                await order.reached(index)
+                await home.pass_on.remote(number, index)
+        if left:
+            self.ready.drop_spent(order.first, index)
             self.monitor.lease.sync()
             report = self.ready.store.block_report(index) | self.pool.label(owner)
             self.monitor.listen("block", report | {"seconds": time.perf_counter() - begin})
 
-    async def _fit_block(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+    async def _fit_run(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int], order: "_Order") -> None:
         """Fits the groups of a block for one run. When a helper is lost, the owner fits them all by itself."""
         try:
-            await self._fit_groups(owner, jobs, places)
+            await self._fit_groups(owner, jobs, places, order)
         except RayError as error:
             if all(places[job] == owner for job in jobs):
                 raise
             loss_reason(error)  # raises what is no loss of a worker
-            await self._fit_groups(owner, jobs, dict.fromkeys(jobs, owner))
+            await self._fit_groups(owner, jobs, dict.fromkeys(jobs, owner), order)
 
-    async def _fit_groups(self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int]) -> None:
+    async def _fit_groups(
+        self, owner: int, jobs: Sequence[FitJob], places: Mapping[FitJob, int], order: "_Order"
+    ) -> None:
         home, at = self.pool.workers[owner].actor, {job: self.pool.workers[places[job]].actor for job in jobs}
         asks = {}
         for job in sorted(jobs, key=lambda job: places[job] == owner):  # what other workers wait for goes first
@@ -91,9 +115,37 @@ class Fitter:
         answers = await asyncio.gather(*(_result(asks[job]) for job in jobs))
         names = [job.group for job in jobs]
         run, index = jobs[0].run, jobs[0].block
-        granted = self.ready.configs[run].recipe_for(index).grant(dict(zip(names, answers, strict=True)))
+        recipe = self.ready.configs[run].recipe_for(index)
+        granted = recipe.grant(dict(zip(names, answers, strict=True)))
         groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
+        if recipe.tuning is not None:
+            await order.reached(index)
         await home.publish.remote(run, index, names, *groups)
+
+
+class _NotReached(Exception):
+    """The block before the one that is to be tuned will not be finished."""
+
+
+class _Order:
+    """Which blocks of a wave are finished, for those that are tuned on what comes out of the block before them."""
+
+    def __init__(self, wave: Wave) -> None:
+        self.first = wave[0].blocks[0].index
+        loop = asyncio.get_running_loop()
+        self.finished = {block.index: loop.create_future() for part in wave for block in part.blocks}
+
+    async def reached(self, index: int) -> None:
+        """Returns when the block before this one is finished. Raises _NotReached where it will not be."""
+        before = self.finished.get(index - 1)
+        if before is not None and not await before:
+            raise _NotReached
+
+    def give_up(self, part: StagePlan) -> None:
+        """No further block of this worker will be finished."""
+        for block in part.blocks:
+            if not self.finished[block.index].done():
+                self.finished[block.index].set_result(False)
 
 
 async def _result(ref: Any) -> Any:

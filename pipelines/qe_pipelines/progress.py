@@ -99,7 +99,16 @@ def block_line(report: Mapping[str, Any]) -> str:
     errors = {g.rsplit(".")[-1]: r["error"] for g, r in report["groups"].items()}
     parts = [f"{g} {'unmeasured' if e is None else format(e, '.4f')}" for g, e in errors.items()]
     note = f"  {len(report['fallbacks'])} fall-backs" if report["fallbacks"] else ""
-    return f"block {report['index']:>3}  {report['seconds']:6.1f} s  error  {'  '.join(parts)}{note}"
+    tuned = f"  {tuning_note(report['tuning'])}" if "tuning" in report else ""
+    return f"block {report['index']:>3}  {report['seconds']:6.1f} s  error  {'  '.join(parts)}{tuned}{note}"
+
+
+def tuning_note(tuning: Mapping[str, Any]) -> str:
+    """What tuning did for a block, from its report."""
+    lost = f", {len(tuning['nonfinite'])} steps not finite" if tuning["nonfinite"] else ""
+    if tuning["kept"] != "tuned":
+        return f"not tuned: no step beat the closed form{lost}"
+    return f"tuned in {tuning['step']} steps to {tuning['loss']:.2f} of its loss{lost}"
 
 
 @contextmanager

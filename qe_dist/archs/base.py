@@ -68,6 +68,8 @@ class Decoder(Protocol):
 
     norms: tuple[str, ...]
     """Modules whose weights stay as they are. The norm behind the last block is of the kind of the first one here."""
+    reads_tables_alone: bool
+    """Whether `context` has nothing but tables [.., B or 1, L, _], which can be taken apart by sample."""
     inner_width: str
     """What the configuration calls the width of the input of the groups that have producers."""
     sites: ClassVar[Mapping[str, Site]]
@@ -291,8 +293,10 @@ class Family:
         disk = {n: spec.prefix + n for n, _ in module.named_parameters()}
         return fill(module, source, disk, device, dtype)
 
+    @torch.no_grad()
     def run_block(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
-        """Hidden states behind block `index`, [B, L, D], as they enter the next one."""
+        """Hidden states behind block `index`, [B, L, D], as they enter the next one; without gradients, for which
+        `decoder.run` is there."""
         return self.decoder.run(block, batch, index)
 
     def passed_on(self, batch: Batch, index: int) -> Batch:

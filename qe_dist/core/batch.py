@@ -1,7 +1,7 @@
 """What travels between stages: the hidden states of some samples, and what the blocks need beside them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,11 +27,21 @@ class Batch:
     """PADDING, TEXT or IMAGE of every position."""
     sample_ids: Int[Tensor, " B"]
     context: Mapping[str, Tensor] = field(default_factory=dict)
-    """Rotary tables and whatever else the blocks of the architecture ask for."""
+    """Rotary tables [.., B or 1, L, _], and whatever else the blocks of the architecture ask for."""
 
     def with_hidden(self, hidden: Tensor) -> "Batch":
         """The batch with other hidden states [B, L, D]."""
         return replace(self, hidden=hidden)
+
+    def take(self, rows: Int[Tensor, " R"]) -> "Batch":
+        """Some of the samples of a joined batch, padded no further than the longest of them."""
+        modality = self.modality[rows]
+        length = int((modality != PADDING).sum(dim=1).max())
+        context = {name: t.index_select(-3, rows).narrow(-2, 0, length) for name, t in self.context.items()}
+        hidden = self.hidden[rows, :length]
+        return replace(
+            self, hidden=hidden, modality=modality[:, :length], sample_ids=self.sample_ids[rows], context=context
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with every tensor there; those that are there already are not copied."""
@@ -89,6 +99,32 @@ class Batch:
             tensors["sample_ids"],
             context,
         )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of the samples of all of these, padded to the longest, with tables for each sample; for decoders that
+    read tables alone. Its index is that of the first."""
+    length = max(batch.modality.shape[1] for batch in batches)
+
+    def rows_of(batch: Batch, name: str) -> Tensor:
+        """A table with a row for each sample: whether one serves all, a batch of one sample does not tell."""
+        table = batch.context[name]
+        return _padded(table.expand(*table.shape[:-3], len(batch.sample_ids), -1, -1), -2, length)
+
+    return Batch(
+        batches[0].index,
+        torch.cat([_padded(batch.hidden, 1, length) for batch in batches]),
+        torch.cat([_padded(batch.modality, 1, length, PADDING) for batch in batches]),
+        torch.cat([batch.sample_ids for batch in batches]),
+        {name: torch.cat([rows_of(batch, name) for batch in batches], dim=-3) for name in batches[0].context},
+    )
+
+
+def _padded(tensor: Tensor, dim: int, length: int, value: int = 0) -> Tensor:
+    """The tensor with `value` behind it until a dimension has this length."""
+    shape = list(tensor.shape)
+    shape[dim] = length - tensor.shape[dim]
+    return torch.cat([tensor, tensor.new_full(shape, value)], dim=dim)
 
 
 def sample_keys(ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:

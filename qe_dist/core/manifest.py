@@ -1,11 +1,35 @@
 """What a finished checkpoint says of itself in qe_manifest.json: how it was made, what it costs, and its hashes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.quantized import FitReport
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """How the tuning of a block went. Its loss is the squared error of the block's output, each token's relative to its
+    squared output in full precision, on sequences that nothing is fitted to."""
+
+    steps: int
+    """Number of steps made."""
+    step: int
+    """After which the held-out loss was least; 0: before the first."""
+    loss: float
+    """Held-out loss of what was kept, over that of the closed form."""
+    error: float | None
+    """Root of that loss. None where it is not finite."""
+    nonfinite: tuple[int, ...]
+    """Steps whose loss was NaN or Inf; after each, training went on from the best state at half the rate."""
+    kept: Literal["tuned", "closed form"]
+    """What the block holds: the closed form where no step lowered the held-out loss."""
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "TuningReport":
+        """Reads what `asdict` wrote, as JSON has it."""
+        return cls(**said | {"nonfinite": tuple(said["nonfinite"])})
 
 
 @dataclass(frozen=True)
@@ -21,16 +45,22 @@ class FittedBlock:
     device: str
     """The device that it was fitted on, with so many threads."""
     threads: int
+    tuning: TuningReport | None = None
+    """None for a block that was not tuned."""
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "FittedBlock":
         """said: a block of a manifest, or a block's report with its prefix; what else that has is left out."""
         groups = {name: FitReport.from_json(group) for name, group in said["groups"].items()}
-        return cls(**{one.name: said[one.name] for one in fields(cls)} | {"groups": groups})
+        tuning = TuningReport.from_json(said["tuning"]) if "tuning" in said else None
+        known = said | {"groups": groups, "tuning": tuning}
+        return cls(**{one.name: known[one.name] for one in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """Writes a block of the manifest."""
-        return vars(self) | {"groups": {name: group.to_json() for name, group in self.groups.items()}}
+        said = vars(self) | {"groups": {name: group.to_json() for name, group in self.groups.items()}}
+        tuning = {} if self.tuning is None else {"tuning": asdict(self.tuning)}
+        return {name: value for name, value in said.items() if name != "tuning"} | tuning
 
 
 @dataclass(frozen=True)

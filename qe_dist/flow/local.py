@@ -21,6 +21,7 @@ from qe_dist.flow.run import Run, with_policy
 from qe_dist.flow.serving import check_serving
 from qe_dist.flow.source import rewritten
 from qe_dist.flow.stage import Stage
+from qe_dist.flow.tuning import check_tuning, tunable_from
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spooled
 from qe_dist.io.weights import upper_bytes
@@ -58,6 +59,7 @@ def quantize(*configs: RunConfig) -> None:
                     for block in part.blocks:
                         lease.check()
                         stage.fit(block.index)
+                        ready.drop_spent(first, block.index)
                         lease.sync()
             ready.store.drop_batches_before(first)
         finish(ready, lease)
@@ -109,7 +111,22 @@ class Prepared:
         for run in self.runs:
             run.store.refresh()
         unfinished = next((b.index for b in self.model.blocks if not self.is_finished(b.index)), None)
-        return None if unfinished is None else self.store.last_spooled(unfinished, len(self.samples))
+        if unfinished is None:
+            return None
+        return min([self.store.last_spooled(unfinished, len(self.samples)), *self._tunable()])
+
+    def _tunable(self) -> Iterator[int]:
+        """For each run that tunes and is not finished, the block from which on it can go on."""
+        for run in (run for run in self.runs if run.recipe.tuning is not None):
+            left = [b.index for b in self.model.blocks if not run.store.has_block(b.index)]
+            if left:
+                yield tunable_from(run.store, self.store, left[0], len(self.samples))
+
+    def drop_spent(self, first: int, block: int) -> None:
+        """Removes full-precision inputs that tuning has left behind up to a finished block, but for those of the first
+        block of the wave, from which it is streamed again if a worker is lost."""
+        if self.is_finished(block):
+            self.store.drop_batches_before(block + 1, after=first)
 
     def entering(self, block: int, index: int) -> Spooled | None:
         """Batch `index` as it enters a block, or None for one that is to be embedded. Beyond block 0 nobody could make
@@ -139,8 +156,10 @@ def prepare_run(*configs: RunConfig, capacities: Sequence[WorkerCapacity] = ()) 
     check_runs(model, configs, upper_bytes(source, model.passthrough))
     calibration = read_calibration(configs[0], found.arch.encoder(source.folder))
     notes = [*found.notes, *(note for config in configs for note in cost_notes(model, config)), *calibration.notes]
+    batches = calibration.batches
     for config in configs:
-        _check_images(config, calibration.batches)
+        _check_images(config, batches)
+        notes += check_tuning(config, model, sum(map(len, batches)), len(batches) * calibration.tokens)
     identities = [config.identity(calibration.fingerprint) for config in configs]
     runs = tuple(
         Run(config, store, identity, calibration.left_out)

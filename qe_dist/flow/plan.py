@@ -14,7 +14,7 @@ from qe_dist.core.errors import ConfigError, NoRoomError
 from qe_dist.core.spec import BlockSpec, ModelSpec
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.base import Bounded, Shares
-from qe_dist.methods.footprint import Footprint, footprint
+from qe_dist.methods.footprint import Footprint, Sequences, footprint
 from qe_dist.numerics.factors import row_scale_bits
 from qe_dist.numerics.stats import held_out_size
 
@@ -45,6 +45,10 @@ class StagePlan:
     grams_on_host: bool = False
     held_out_below: int = 0
     """Sequences whose keys are below this one are held out of the statistics."""
+    num_blocks: int = 0
+    """Number of blocks of the model."""
+    num_batches: int = 0
+    """Number of batches of the calibration."""
 
 
 Wave = tuple[StagePlan, ...]
@@ -61,6 +65,10 @@ class Task:
     """Tokens of the largest batch, padding included."""
     num_samples: int
 
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_samples // self.runs[0].samples_per_batch)
+
     @cached_property
     def held_out_below(self) -> int:
         return held_out_below(self.num_samples)
@@ -74,7 +82,9 @@ class Task:
     def footprint(self, block: BlockSpec) -> Footprint:
         run = self.runs[0]
         recipes = [run.recipe_for(block.index) for run in self.runs]
-        return footprint(block, recipes, self.sampled_tokens, self.batch_tokens, run.dtype.itemsize)
+        longest = -(-self.batch_tokens // min(run.samples_per_batch, self.num_samples))
+        calibration = Sequences(self.num_samples, longest)
+        return footprint(block, recipes, self.sampled_tokens, self.batch_tokens, run.dtype.itemsize, calibration)
 
 
 def make_plan(task: Task, capacities: Sequence[WorkerCapacity], first_block: int = 0) -> tuple[Wave, ...]:
@@ -112,7 +122,14 @@ def plan_wave(task: Task, capacities: Sequence[WorkerCapacity], first_block: int
     counts = share_out(-(-len(left) // waves), room, [capacity.speed for capacity in capacities])
     ends = list(accumulate(counts))
     return tuple(
-        StagePlan(worker, left[end - count : end], on_host, task.held_out_below)
+        StagePlan(
+            worker,
+            left[end - count : end],
+            on_host,
+            task.held_out_below,
+            len(task.model.blocks),
+            task.num_batches,
+        )
         for worker, (count, end) in enumerate(zip(counts, ends, strict=True))
         if count
     )

@@ -2,9 +2,11 @@
 
 The driver's events and their data:
 
-    start   batches, blocks, done, first, workers, host, pid, version     done: blocks that earlier calls finished
+    start   batches, blocks, done, in_order, first, workers, host, pid, version
+            done: blocks that earlier calls finished; in_order: whether blocks wait for each other, to be tuned
     wave    number, first, last, stages: [{worker, node, blocks}]         blocks are loaded, then batches stream
-    worker  worker, node, activity (load, forward, fit or idle), blocks, memory_mib, peak_mib, and its seconds of each
+    worker  worker, node, activity, blocks, memory_mib, peak_mib          and its seconds of each activity: load,
+            forward, fit, tune
     batch   wave, index, tokens                                           has gone through the wave
     block   the block's report, worker, seconds                           is published
     lost    worker, node, reason, blocks
@@ -94,6 +96,8 @@ class RunState:
     blocks: int = 0
     before: int = 0
     """Number of blocks that were finished before this call."""
+    in_order: bool = False
+    """Whether blocks are finished one after another, whatever the number of workers."""
     earlier: frozenset[int] = frozenset()
     """The indices of those blocks, as far as the journal has them."""
     finished: frozenset[int] = frozenset()
@@ -144,7 +148,7 @@ class RunState:
             "start": waiting and wave.opening == "start",
             "load": later + (waiting and wave.opening == "load"),
             "batch": later * (self.batches - 1) + self.batches - wave.batches - waiting,
-            "fit": max(unfitted) + unfitted_later / at_once,
+            "fit": sum(unfitted) + unfitted_later if self.in_order else max(unfitted) + unfitted_later / at_once,
         }
 
 
@@ -187,6 +191,7 @@ def _start(state: RunState, data: Mapping[str, Any]) -> RunState:
         batches=data["batches"],
         blocks=data["blocks"],
         before=data["done"],
+        in_order=data.get("in_order", False),  # journals of earlier versions
     )
 
 

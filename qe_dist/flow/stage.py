@@ -9,7 +9,7 @@ that differ in their recipe.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +28,7 @@ from qe_dist.core.spec import BlockSpec, InputGroup, view_of
 from qe_dist.flow.config import RunConfig, needs_of
 from qe_dist.flow.plan import FitJob, StagePlan
 from qe_dist.flow.source import open_source
+from qe_dist.flow.tuning import QuantizedPath
 from qe_dist.io.checkpoint import block_tensors, report_dict
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool, Spooled
@@ -48,9 +49,11 @@ class Stage:
         self.spool = Spool(self.stores[0])
         self.blocks: dict[int, _Block] = {}
         self.drafts: dict[FitJob, Draft] = {}
+        self.paths: dict[int, QuantizedPath] = {}
+        """The quantized inputs of the runs that tune, by the number of the run."""
         self.num_counted = 0
         self.activity = "idle"
-        self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0}
+        self.seconds = {"load": 0.0, "forward": 0.0, "fit": 0.0, "tune": 0.0}
 
     @cached_property
     def source(self) -> WeightSource:
@@ -63,6 +66,12 @@ class Stage:
             self.blocks, self.drafts, self.num_counted = {}, {}, 0
             self.prefetch(part.blocks)
             self.blocks = {spec.index: _Block(self, spec, part) for spec in part.blocks}
+            if part.blocks and not self.paths:
+                self.paths = {
+                    number: QuantizedPath(run, self.arch, self.spool, part.num_blocks, part.num_batches)
+                    for number, run in enumerate(self.runs)
+                    if run.recipe.tuning is not None
+                }
 
     def prefetch(self, blocks: Sequence[BlockSpec]) -> None:
         """Begins to read the weights of the next wave, and returns at once."""
@@ -107,7 +116,8 @@ class Stage:
 
     def close(self) -> None:
         """Ends the threads of the spool. Batches that were not flushed may be missing."""
-        self.spool.close()
+        for spool in (self.spool, *self.paths.values()):
+            spool.close()
 
     # -- fits: any worker may fit a group, the worker that holds the block publishes it
 
@@ -141,17 +151,35 @@ class Stage:
             return self.runs[job.run].recipe_for(job.block).settle(self.drafts.pop(job), granted)
 
     def publish(self, run: int, index: int, names: Sequence[str], *groups: QuantizedGroup) -> dict[str, Any]:
-        """Writes a block whose groups are settled, and returns its report. Drops its statistics after the last run."""
+        """Tunes a block whose groups are settled, if the run does, and writes it. Returns its report. Drops its
+        statistics after the last run."""
+        block, path = self.blocks[index], self.paths.get(run)
+        view, done, said = block.view(self.runs[run]), dict(zip(names, groups, strict=True)), {}
+        if path is not None:
+            with self._busy("tune"):
+                problems = block.problems(self.runs[run])
+                tuned = path.tune(block.module, view, done, problems, block.held_out_below, self._watch)
+                done, said = tuned.groups, {"tuning": asdict(tuned.report)}
         with self._busy("fit"):
-            block, store = self.blocks[index], self.stores[run]
-            view, done = block.view(self.runs[run]), dict(zip(names, groups, strict=True))
-            start = self.runs[run].start_of(index)
-            made = {"recipe_from": start, "device": self.run.device, "threads": self.run.threads}
+            store, start = self.stores[run], self.runs[run].start_of(index)
+            made = said | {"recipe_from": start, "device": self.run.device, "threads": self.run.threads}
             tensors = block_tensors(view, done, self.source)
             store.put_block(index, tensors, report_dict(view, done, tensors) | made)
+            if path is not None:
+                path.forget(index)
             if all(store.has_block(index) for store in self.stores):
                 block.stats.clear()
             return store.block_report(index)
+
+    def _watch(self, step: int, loss: float) -> None:
+        self.activity = f"tune, step {step}: {loss:.2f} of the loss"
+
+    def pass_on(self, run: int, index: int) -> None:
+        """Makes what enters the block behind a finished one, where the run is to tune that and nobody has it."""
+        if run in self.paths:
+            with self._busy("tune"):
+                block = self.blocks[index]
+                self.paths[run].catch_up(block.module, block.view(self.runs[run]))
 
     def fit(self, index: int) -> None:
         """Fits and publishes a block in this process, one group after the other."""
@@ -161,6 +189,8 @@ class Stage:
             granted = self.runs[run].recipe_for(index).grant(asks)
             if jobs:
                 self.publish(run, index, list(asks), *(self.settle(job, granted[job.group]) for job in jobs))
+            else:
+                self.pass_on(run, index)
 
     # -- reports
 
@@ -268,6 +298,10 @@ class _Block:
                 factors = unit((factor.to(x.device) for factor in rotation), torch.float32)
                 x = rotate_blocks(x.float(), factors).to(x.dtype)
             add(self.stats[group.name], x, rows[group.router_input], modality, keys)
+
+    def problems(self, run: RunConfig) -> dict[str, GroupProblem]:
+        """Returns the problem of every group, by name."""
+        return {group.name: self.problem(group, run) for group in self.view(run).groups}
 
     def problem(self, group: InputGroup, run: RunConfig) -> GroupProblem:
         scheme, seed = run.recipe_for(self.spec.index).scheme, run.seed + 1000 * self.spec.index

@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qe_dist.core.errors import CheckpointError, TemporaryFileError
 from qe_dist.core.layout import BlockLayout, GroupLayout, Layout, TensorSpec
 from qe_dist.core.manifest import FittedBlock, Manifest
-from qe_dist.core.quantized import QuantizedGroup, QuantizedLinear, input_tensors, repair_tensors
+from qe_dist.core.quantized import (
+    QuantizedGroup,
+    QuantizedLinear,
+    input_from_tensors,
+    input_tensors,
+    repair_from_tensors,
+    repair_tensors,
+)
 from qe_dist.core.scheme import ARITHMETICS
 from qe_dist.core.source import WeightSource
 from qe_dist.core.spec import BlockSpec, ModelSpec
@@ -24,7 +32,7 @@ from qe_dist.io.padded import PaddedSource
 from qe_dist.io.publish import json_bytes, publish, publish_json, read_json
 from qe_dist.io.run_dir import RunDir
 from qe_dist.io.weights import upper_bytes
-from qe_dist.numerics.packing import pack
+from qe_dist.numerics.packing import pack, unpack
 
 INDEX = "model.safetensors.index.json"
 PART_BYTES = 2**30
@@ -69,6 +77,29 @@ def block_tensors(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], source:
                 bias = f"{spec.prefix}{linear.name}.bias"
                 tensors[bias] = source.get(bias)
     return tensors
+
+
+def finished_groups(run: RunDir, spec: BlockSpec) -> dict[str, QuantizedGroup]:
+    """The groups of a finished block, as they were published. spec: with the groups that it was fitted in."""
+    name = run.block_name(spec.index)
+    tensors, said = load_file(run.place(name)), BlockLayout.from_json(run.block_report(spec.index)["layout"])
+
+    def of(module: str) -> dict[str, Tensor]:
+        prefix = f"{spec.prefix}{module}."
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    groups = {}
+    for group in spec.groups:
+        scheme = said.groups[group.name].scheme
+        linears = {x.name: _linear(of(x.name), scheme.weight_bits, x.in_features) for x in group.linears}
+        groups[group.name] = QuantizedGroup(scheme, input_from_tensors(of(group.module)), linears)
+    return groups
+
+
+def _linear(tensors: Mapping[str, Tensor], bits: int, columns: int) -> QuantizedLinear:
+    codes = unpack(tensors["weight_packed"], bits, columns)
+    repair = repair_from_tensors({n: t for n, t in tensors.items() if n != "bias"})
+    return QuantizedLinear(codes, tensors["weight_scale"], **repair)
 
 
 def layout(spec: BlockSpec, groups: Mapping[str, QuantizedGroup], tensors: Mapping[str, Tensor]) -> BlockLayout:

@@ -1,9 +1,9 @@
 """The run directory, in which finished work is kept.
 
-OUTPUT/.run/ holds run.json (identity), lock/ (the process that works here), activations/ (the input of each wave) and
-blocks/ (finished files: blocks, and parts of the passthrough). A report with its SHA-256 is published after each
-finished file. `assemble` moves the files up to OUTPUT itself and writes config.json last, so a directory with a config
-is complete.
+OUTPUT/.run/ holds run.json (identity), lock/ (the process that works here), activations/ (the input of each wave),
+quantized/ (that of the block that is tuned) and blocks/ (finished files: blocks, and parts of the passthrough). A
+report with its SHA-256 is published after each finished file. `assemble` moves the files up to OUTPUT itself and writes
+config.json last, so a directory with a config is complete.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -28,6 +28,10 @@ from qe_dist.io.publish import (
     refresh,
     sha256,
 )
+
+SpoolKind = Literal["activations", "quantized"]
+"""Hidden states as the full-precision blocks made them, or as the quantized ones of a run that tunes did."""
+KINDS: tuple[SpoolKind, ...] = get_args(SpoolKind)
 
 
 class RunDir:
@@ -106,8 +110,7 @@ class RunDir:
 
     def refresh(self) -> None:
         """Makes this host see what other hosts have finished or spooled (see `publish.refresh`)."""
-        spools = self.root / "activations"
-        for folder in (self.finished, spools, *spools.glob("block-*")):
+        for folder in (self.finished, *(self.root / kind for kind in KINDS), *self._spools()):
             refresh(folder)
 
     @property
@@ -117,23 +120,23 @@ class RunDir:
 
     # -- activations
 
-    def _spool(self, block: int) -> Path:
-        return self.root / "activations" / f"block-{block:05d}"
+    def _spools(self, kinds: Collection[SpoolKind] = KINDS) -> list[Path]:
+        return [folder for kind in kinds for folder in (self.root / kind).glob("block-*")]
 
-    def _batch_path(self, block: int, index: int) -> Path:
-        return self._spool(block) / f"batch-{index:05d}.safetensors"
+    def _batch_path(self, block: int, index: int, kind: SpoolKind) -> Path:
+        return self.root / kind / f"block-{block:05d}" / f"batch-{index:05d}.safetensors"
 
-    def has_batch(self, block: int, index: int) -> bool:
-        """Whether a batch is spooled as input of a block, which is done for the first block of a wave."""
-        return self._batch_path(block, index).exists()
+    def has_batch(self, block: int, index: int, kind: SpoolKind = "activations") -> bool:
+        """Whether a batch is spooled as input of a block: the first one of a wave, or one that is to be tuned."""
+        return self._batch_path(block, index, kind).exists()
 
-    def put_batch(self, block: int, batch: Batch) -> None:
-        publish_sealed(self._batch_path(block, batch.index), batch.tensors())
+    def put_batch(self, block: int, batch: Batch, kind: SpoolKind = "activations") -> None:
+        publish_sealed(self._batch_path(block, batch.index, kind), batch.tensors())
 
-    def get_batch(self, block: int, index: int) -> Batch:
+    def get_batch(self, block: int, index: int, kind: SpoolKind = "activations") -> Batch:
         """The batch as it was put. Raises TemporaryFileError for a damaged one, and removes it, so that a continued
         run makes it again."""
-        path = self._batch_path(block, index)
+        path = self._batch_path(block, index, kind)
         if not path.exists():  # or this host does not see it yet
             self.refresh()
         try:
@@ -144,12 +147,16 @@ class RunDir:
 
     def last_spooled(self, block: int, num_batches: int) -> int:
         """The last block up to `block` whose input is spooled completely; 0 if there is none."""
-        return next((b for b in range(block, 0, -1) if all(self.has_batch(b, i) for i in range(num_batches))), 0)
+        return next((b for b in range(block, 0, -1) if self.has_batches(b, num_batches)), 0)
 
-    def drop_batches_before(self, block: int) -> None:
-        """Removes the inputs of all blocks before this one."""
-        for folder in (self.root / "activations").glob("block-*"):
-            if _index(folder) < block:
+    def has_batches(self, block: int, num_batches: int, kind: SpoolKind = "activations") -> bool:
+        """Whether the input of a block is spooled completely."""
+        return all(self.has_batch(block, index, kind) for index in range(num_batches))
+
+    def drop_batches_before(self, block: int, kind: SpoolKind = "activations", after: int = -1) -> None:
+        """Removes the inputs of all blocks before this one, of those behind block `after` alone."""
+        for folder in self._spools((kind,)):
+            if after < _index(folder) < block:
                 shutil.rmtree(folder, ignore_errors=True)
 
     # -- finished files: a safetensors file, and a report that is published after it
@@ -233,7 +240,8 @@ class RunDir:
 
     def clean(self) -> None:
         """Removes what only a continued run would need."""
-        shutil.rmtree(self.root / "activations", ignore_errors=True)
+        for kind in KINDS:
+            shutil.rmtree(self.root / kind, ignore_errors=True)
         self._sweep()
 
     def _sweep(self) -> None:

@@ -4,7 +4,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from qe_dist.core.batch import Batch
-from qe_dist.io.run_dir import RunDir
+from qe_dist.io.run_dir import RunDir, SpoolKind
 
 MAX_UNWRITTEN = 2  # batches that may wait to be written
 
@@ -23,18 +23,18 @@ class Spool:
     A spool must be closed: when a failed run is continued in the same process, no thread may still write for it.
     """
 
-    def __init__(self, store: RunDir) -> None:
-        self.store = store
+    def __init__(self, store: RunDir, kind: SpoolKind = "activations") -> None:
+        self.store, self.kind = store, kind
         self.writer, self.reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.written: list[Future[None]] = []
         self.ahead: dict[Spooled, Future[Batch]] = {}
 
     def put(self, block: int, batch: Batch) -> None:
         """Has a batch written as input of a block, unless it is on disk. Waits while MAX_UNWRITTEN are unwritten."""
-        if self.store.has_batch(block, batch.index):
+        if self.store.has_batch(block, batch.index, self.kind):
             return
         self._wait(MAX_UNWRITTEN - 1)
-        self.written.append(self.writer.submit(self.store.put_batch, block, batch))
+        self.written.append(self.writer.submit(self.store.put_batch, block, batch, self.kind))
 
     def flush(self) -> None:
         """Returns when every batch is on disk."""
@@ -54,8 +54,9 @@ class Spool:
         """Returns a batch, and begins to read the next one."""
         found = self.ahead.pop(where, None) or self._read(where)
         following = Spooled(where.block, where.index + 1)
-        self.ahead = {following: self._read(following)} if self.store.has_batch(where.block, following.index) else {}
+        is_there = self.store.has_batch(where.block, following.index, self.kind)
+        self.ahead = {following: self._read(following)} if is_there else {}
         return found.result()
 
     def _read(self, where: Spooled) -> Future[Batch]:
-        return self.reader.submit(self.store.get_batch, where.block, where.index)
+        return self.reader.submit(self.store.get_batch, where.block, where.index, self.kind)

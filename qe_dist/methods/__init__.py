@@ -9,7 +9,7 @@ from qe_dist.core.suggest import suggestion
 
 AXES = {"transform": "transforms", "quantizer": "quantizers", "compensation": "compensation"}
 """What is chosen for every input group."""
-FOLDERS = AXES | {"channels": "channels", "rotation": "rotations"}
+FOLDERS = AXES | {"channels": "channels", "rotation": "rotations", "tuning": "tuning"}
 
 
 def names(axis: str) -> list[str]:

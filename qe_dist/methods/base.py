@@ -315,6 +315,8 @@ class Compensation(Protocol):
 
     by_modality: ClassVar[bool] = False
     """Whether it treats tokens of text and of images differently at run time."""
+    tunable: ClassVar[bool] = False
+    """Whether it stores one adapter for every token or nothing, which a tuner can go on learning."""
 
     @abstractmethod
     def needs(self) -> Needs:

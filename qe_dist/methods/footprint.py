@@ -7,6 +7,7 @@ streams and fits them one at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qe_dist.core.spec import BlockSpec, InputGroup
 from qe_dist.methods.base import Shares
@@ -19,6 +20,14 @@ ROTATING = 3
 """Copies of an input that exist at once while it is rotated: the original, what a factor reads, and what it makes."""
 FLOAT = 4
 """Bytes of a number in statistics and fits, which are float32."""
+
+
+class Sequences(NamedTuple):
+    """The calibration as tuning sees it."""
+
+    count: int
+    longest: int
+    """Tokens of the longest sequence."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Footprint:
     """Used while one batch passes: activations, and the work of the statistics on them."""
     fit: int
     """Used while the block is fitted: weights, errors and codes of all its groups, and the work on one of them."""
+    tune: int = 0
+    """Used while the block is tuned: its inputs and targets of the whole calibration, and the training."""
 
     @property
     def kept(self) -> int:
@@ -51,7 +62,7 @@ class Footprint:
     @property
     def passing(self) -> int:
         """Bytes that a step uses and frees again, at most."""
-        return max(self.forward, self.fit)
+        return max(self.forward, self.fit, self.tune)
 
     @property
     def peak(self) -> int:
@@ -60,13 +71,18 @@ class Footprint:
 
 
 def footprint(
-    block: BlockSpec, recipes: Sequence[Recipe], sample_tokens: int, batch_tokens: int, itemsize: int
+    block: BlockSpec,
+    recipes: Sequence[Recipe],
+    sample_tokens: int,
+    batch_tokens: int,
+    itemsize: int,
+    calibration: Sequences | None = None,
 ) -> Footprint:
     """Bytes that a block takes when one pass of the calibration serves these recipes.
 
     sample_tokens: tokens that a group's sample keeps, held-out ones included. batch_tokens: tokens of the largest
     batch, padding included. itemsize: bytes of a weight and of an activation in the forward pass, 2 on a GPU, 4 on a
-    CPU.
+    CPU. calibration: what runs that tune keep of it.
     """
     needs = Needs()
     for recipe in recipes:
@@ -86,7 +102,17 @@ def footprint(
         sample=FLOAT * sample,
         forward=_forward(block, needs, sample_tokens, batch_tokens, itemsize) + turning,
         fit=as_float + as_rotated + max(fits),
+        tune=max((_tune(block, recipe, itemsize, calibration) for recipe in recipes), default=0),
     )
+
+
+def _tune(block: BlockSpec, recipe: Recipe, itemsize: int, calibration: Sequences | None) -> int:
+    """Bytes of a tuning: inputs and targets, each twice while they are put together, and what the tuner holds."""
+    if recipe.tuning is None or calibration is None:
+        return 0
+    hidden = block.groups[0].in_features
+    kept = 4 * itemsize * calibration.count * calibration.longest * hidden
+    return kept + recipe.tuning.working_bytes(block, calibration.longest)
 
 
 def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, itemsize: int) -> int:

@@ -31,6 +31,7 @@ from qe_dist.methods.base import (
     Transform,
     energy,
 )
+from qe_dist.methods.block import BlockProblem, TunedBlock, Tuner
 from qe_dist.methods.report import with_report
 from qe_dist.methods.store import stored
 from qe_dist.numerics.allot import allot
@@ -58,9 +59,10 @@ class Recipe:
     granularity: Granularity = "group"
     rotation: Rotation | None = None
     channels: ChoosesChannels | None = None
+    tuning: Tuner | None = None
 
     def __post_init__(self) -> None:
-        for member in (self.transform, self.quantizer, self.compensation, self.channels, self.rotation):
+        for member in self._members().values():
             if isinstance(member, HasConstraints):
                 member.check(self)
         most = self.budget.extra_bits
@@ -194,12 +196,28 @@ class Recipe:
         group = stored(draft.repair.whole or draft.asked, draft.codes, correction, self.budget.factor_bits)
         return with_report(group, draft.asked, draft.seconds + _since(start), draft.fallbacks)
 
+    def tune(self, block: BlockProblem) -> TunedBlock:
+        """Tunes a block whose groups are settled, and measures what has changed."""
+        start = time.perf_counter()
+        tuned = self.tuning.tune(block)
+        if tuned.groups is block.groups:
+            return tuned
+        share = _since(start) / len(block.groups)
+
+        def reported(name: str, group: QuantizedGroup) -> QuantizedGroup:
+            before = block.groups[name].report
+            return with_report(group, block.problems[name], before.seconds + share, before.fallbacks)
+
+        return replace(tuned, groups={name: reported(name, group) for name, group in tuned.groups.items()})
+
+    def _members(self) -> dict[str, Any]:
+        """The choice on each axis that has one."""
+        axes = ("transform", "quantizer", "compensation", "channels", "rotation", "tuning")
+        return {axis: getattr(self, axis) for axis in axes if getattr(self, axis) is not None}
+
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data: what identifies a run, and what goes into the manifest."""
-        members = {a: getattr(self, a) for a in ("transform", "quantizer", "compensation", "channels", "rotation")}
-        axes = {
-            a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in members.items() if m is not None
-        }
+        axes = {a: {"name": type(m).__module__.rsplit(".", 1)[1], **vars(m)} for a, m in self._members().items()}
         return {
             "scheme": str(self.scheme),
             **axes,

@@ -96,7 +96,8 @@ def load_recipe(name_or_path: str) -> Recipe:
 
     A name is PARTS-FORMAT or PARTS-FORMAT@BITS: a recipe of METHODS, members of any axes, or both, joined by +; the
     number format; the bits per weight that the repair may take, in int8, or in another size (@0.5f4, @0.5f16).
-    `aser+gptq-w4a6@0.5` is ASER over GPTQ with half a bit.
+    `aser+gptq-w4a6@0.5` is ASER over GPTQ with half a bit. Under `+tune`, RTN's scales are signed (`full_range`), which
+    is where rounding is best learned from.
     """
     if not name_or_path.endswith(".toml"):
         return _named(name_or_path)
@@ -120,6 +121,8 @@ def _named(name: str) -> Recipe:
         first, *others = parts.split("+")
         recipe = METHODS["rtn" if first not in METHODS else first](SCHEMES.get(scheme, scheme))
         recipe = _with_members(recipe, others if first in METHODS else [first, *others])
+        if recipe.tuning is not None and recipe.quantizer == RoundToNearest():
+            recipe = replace(recipe, quantizer=RoundToNearest(full_range=True))
         if not at:
             return recipe
         extra, _, factor_bits = bits.partition("f")
@@ -149,9 +152,19 @@ def _with_members(recipe: Recipe, members: Sequence[str]) -> Recipe:
 
 
 def recipe_from(content: Mapping[str, Any]) -> Recipe:
-    """The inverse of `Recipe.describe`; members left out are `none`, `rtn` and `none`, without lists of channels and
-    rotation."""
-    known = {"scheme", "transform", "quantizer", "compensation", "channels", "budget", "granularity", "rotation"}
+    """The inverse of `Recipe.describe`; members left out are `none`, `rtn` and `none`, without lists of channels,
+    rotation and tuning."""
+    known = {
+        "scheme",
+        "transform",
+        "quantizer",
+        "compensation",
+        "channels",
+        "budget",
+        "granularity",
+        "rotation",
+        "tuning",
+    }
     _refuse_unknown("recipe", content, known)
     if "scheme" not in content:
         raise ConfigError('a recipe needs a scheme, such as scheme = "w4a6"')
@@ -160,7 +173,7 @@ def recipe_from(content: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"granularity must be group or linear, found {granularity!r}")
     defaults = {"transform": "none", "quantizer": "rtn", "compensation": "none"}
     members = {axis: _member(axis, content.get(axis, {}), name) for axis, name in defaults.items()}
-    for axis, name in (("channels", "lists"), ("rotation", "hadamard")):
+    for axis, name in (("channels", "lists"), ("rotation", "hadamard"), ("tuning", "tune")):
         if axis in content:
             members[axis] = _member(axis, content[axis], name)
     budget = _build(Budget, "budget", content.get("budget", vars(RANK_64)))

@@ -1,6 +1,7 @@
 """Rounding to symmetric integer grids.
 
-Weights use the grid of compressed-tensors: codes -2^(b-1) .. 2^(b-1)-1, scale = max|w| / ((2^b - 1) / 2).
+Weights use the grid of compressed-tensors: codes -2^(b-1) .. 2^(b-1)-1, scale = max|w| / ((2^b - 1) / 2), or a signed
+scale with which the largest |w| has the code -2^(b-1).
 Activations use the grid of integer tensor cores: codes -q .. q with q = 2^(b-1)-1, one scale per token.
 """
 
@@ -20,6 +21,15 @@ def weight_scale(weight: Float[Tensor, "O I"], bits: int, group_size: int | None
     scale = grouped.abs().amax(dim=-1) / ((2**bits - 1) / 2)
     scale = scale.to(torch.bfloat16)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def full_range_scale(weight: Float[Tensor, "O I"], bits: int, group_size: int | None) -> Float[Tensor, "O G"]:
+    """Signed scales: the weight of largest magnitude has the code -2^(b-1), where the grid has one point more. In bf16,
+    as stored. [O, groups]"""
+    grouped = _grouped(weight, group_size)
+    peak = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    scale = (peak / -(2 ** (bits - 1))).to(torch.bfloat16)
+    return torch.where(scale != 0, scale, torch.ones_like(scale))
 
 
 def round_to_grid(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O G"], bits: int) -> Int8[Tensor, "O I"]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qe_dist.core.batch import HELD_OUT, IMAGE, PADDING, TEXT, Batch, held_out_below
+from qe_dist.core.batch import HELD_OUT, IMAGE, PADDING, TEXT, Batch, held_out_below, joined
 
 
 def batch_of(ids: Sequence[int], length: int = 6) -> Batch:
@@ -100,3 +100,33 @@ def test_the_smallest_keys_come_from_everywhere() -> None:
     of_stretch = torch.bincount(order % 512 // 64, minlength=8)
     assert (of_sample - 16).abs().max() < 5 * 16**0.5
     assert (of_stretch - 128).abs().max() < 5 * 128**0.5
+
+
+@given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=st.integers(0, 99), own_tables=st.booleans())
+def test_samples_are_taken_from_joined_batches_as_they_were(sizes: list[int], seed: int, own_tables: bool) -> None:
+    """Each padded no further than it must be, with its own rows of the tables that the blocks need."""
+    draw, first, batches = torch.Generator().manual_seed(seed), 0, []
+    for size in sizes:
+        lengths = torch.randint(1, 7, (size,), generator=draw)
+        length = int(lengths.max())
+        modality = torch.where(torch.arange(length) < lengths[:, None], TEXT, PADDING).to(torch.int8)
+        ids = torch.arange(first, first + size)
+        positions = torch.arange(length).view(1, length, 1).float()
+        table = positions + 100 * ids[:, None, None] if own_tables else positions
+        hidden = torch.randn(size, length, 2, generator=draw)
+        batches.append(Batch(first, hidden, modality, ids, {"cos": table.expand(3, -1, -1, 4)}))
+        first += size
+    whole = joined(batches)
+    assert torch.equal(whole.sample_ids, torch.arange(first))
+    assert whole.num_tokens == sum(batch.num_tokens for batch in batches)
+    rows = torch.randperm(first, generator=draw)[: int(torch.randint(1, first + 1, (1,), generator=draw))]
+    taken = whole.take(rows)
+    assert torch.equal(taken.sample_ids, rows)
+    assert taken.modality.shape[1] == int((taken.modality != PADDING).sum(1).max())
+    for i, row in enumerate(rows.tolist()):
+        batch = next(b for b in reversed(batches) if b.index <= row)
+        own, count = row - batch.index, int((taken.modality[i] != PADDING).sum())
+        assert count == int((batch.modality[own] != PADDING).sum())
+        assert torch.equal(taken.hidden[i, :count], batch.hidden[own, :count])
+        table = batch.context["cos"][:, own if own_tables else 0]
+        assert torch.equal(taken.context["cos"][:, i, :count], table[:, :count])

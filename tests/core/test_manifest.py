@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qe_dist.core.errors import CheckpointError
-from qe_dist.core.manifest import FittedBlock, Manifest
+from qe_dist.core.manifest import FittedBlock, Manifest, TuningReport
 from qe_dist.core.quantized import FitReport
 
 GROUP = FitReport("int8", 0.25, {"text": 0.25}, None, {}, 0.5, 90, 80, {"a16": 1, "int8": 64}, 1.5, ("more damping",))
@@ -38,6 +38,14 @@ def test_it_is_read_as_it_was_written_but_for_seconds(padding: list[int] | None)
     assert "seconds" not in written["blocks"][0]["groups"]["fc"]
     block = replace(MADE.blocks[0], groups={"fc": replace(GROUP, seconds=0.0)})
     assert Manifest.from_json(written) == replace(made, blocks=(block,))
+
+
+@pytest.mark.parametrize("kept", ["tuned", "closed form"])
+def test_a_tuned_block_says_how_it_went_and_another_one_nothing(kept: str) -> None:
+    tuning = TuningReport(steps=50, step=45, loss=0.4, error=0.1, nonfinite=(3,), kept=kept)
+    block = replace(MADE.blocks[0], groups={"fc": replace(GROUP, seconds=0.0)}, tuning=tuning)
+    assert FittedBlock.from_json(json.loads(json.dumps(block.to_json()))) == block
+    assert "tuning" not in MADE.blocks[0].to_json()
 
 
 def test_a_block_is_read_from_its_report_which_has_more() -> None:

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_iter
 
 from qe_dist.core.spec import BlockSpec, InputGroup, LinearSpec
 from qe_dist.methods.base import GroupProblem
-from qe_dist.methods.footprint import Footprint, footprint
+from qe_dist.methods.block import BlockProblem, Forward
+from qe_dist.methods.footprint import Footprint, Sequences, footprint
 from qe_dist.methods.recipe import Recipe
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.numerics.hadamard import online_factors, rotate_blocks, unit
 from qe_dist.numerics.stats import GroupStats
+from qe_dist.numerics.tuned_linear import Group
 
 TOKENS = SAMPLE = 256
 HIDDEN = 256
@@ -141,3 +143,46 @@ def test_rotating_the_input_of_down_takes_its_copies_while_a_batch_passes(normal
 def test_a_worker_keeps_statistics_of_every_block_and_fits_one() -> None:
     found = footprint(block(512), [load_recipe("qe-w4a6")], SAMPLE, TOKENS, 2)
     assert found.peak == found.kept + max(found.forward, found.fit)
+
+
+def test_tuning_takes_what_is_counted_beside_the_sequences(normal: Callable[..., Tensor], no_cycles: None) -> None:
+    """With a block of linears alone; what attention and norms take is within what is counted for activations."""
+    spec, recipe, longest = block(512), load_recipe("qera+tune-w4a8g64@0.25f4"), 64
+    recipe = replace(recipe, tuning=replace(recipe.tuning, steps=2, batch=4))
+    weights = {
+        x.name: normal(i, x.out_features, x.in_features)
+        for i, x in enumerate(x for g in spec.groups for x in g.linears)
+    }
+    problems = {}
+    for g in spec.groups:
+        own = {x.name: weights[x.name] for x in g.linears}
+        stats = GroupStats.empty(own, spec.router_width(g), recipe.needs(), SAMPLE)
+        x = normal(9, TOKENS, g.in_features)
+        stats.update(x, x[:, : spec.router_width(g)], torch.zeros(TOKENS, dtype=torch.int8), torch.arange(TOKENS))
+        problems[g.name] = GroupProblem(g, own, stats, recipe.scheme)
+    inputs, targets = normal(20, 16, longest, HIDDEN), normal(21, 16, longest, HIDDEN)
+    groups = recipe.fit_block(problems)
+
+    def place(twins: Mapping[str, Group]) -> Forward:
+        def forward(rows: Tensor) -> Tensor:
+            x = inputs[rows].flatten(0, 1)
+            read = twins["qkv"].prepare(x)
+            attended = sum(twins["qkv"].linear(f"qkv.{i}", read).mean() for i in range(3)) * x
+            x = x + twins["o"].linear("o.0", twins["o"].prepare(attended))
+            read = twins["gate_up"].prepare(x)
+            wide = twins["gate_up"].linear("gate_up.0", read).relu() * twins["gate_up"].linear("gate_up.1", read)
+            return (x + twins["down"].linear("down.0", twins["down"].prepare(wide))).unflatten(0, (len(rows), longest))
+
+        return forward
+
+    problem = BlockProblem(
+        groups, problems, 4, place, targets, torch.ones(16, longest, dtype=torch.bool), torch.arange(16) < 2, seed=0
+    )
+    with Alive() as alive:
+        recipe.tuning.tune(problem)
+    said = recipe.tuning.working_bytes(spec, longest)
+    assert alive.most <= said <= 2 * alive.most
+    counted = footprint(spec, [recipe], SAMPLE, TOKENS, 4, Sequences(16, longest))
+    assert counted.tune == said + 4 * inputs.nbytes
+    assert counted.passing == max(counted.forward, counted.fit, counted.tune)
+    assert footprint(spec, [load_recipe("qera-w4a8g64@0.25f4")], SAMPLE, TOKENS, 4, Sequences(16, longest)).tune == 0

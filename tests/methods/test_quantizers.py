@@ -23,7 +23,7 @@ from qe_dist.methods.recipes import recipe_from
 from qe_dist.methods.transforms.none import NoTransform
 from qe_dist.numerics.clipping import clipped_scale
 from qe_dist.numerics.gptq import gptq
-from qe_dist.numerics.grid import round_to_grid
+from qe_dist.numerics.grid import full_range_scale, round_to_grid
 from qe_dist.numerics.obq import obq
 
 WIDTH = 96
@@ -157,3 +157,16 @@ def test_equal_problems_give_equal_bits_with_all_options(x: Tensor, problem_for:
     first, second = (recipe.fit(problem_for(recipe, x)).linears for _ in range(2))
     assert same(first, second)
     assert torch.isfinite(first["up"].scale).all()
+
+
+def test_the_full_range_is_of_signed_scales_and_not_for_a_search_of_positive_ones(
+    problem_for: Build, x: Tensor
+) -> None:
+    problem, scheme = problem_for(recipe_with(RoundToNearest(), "w3a16g32"), x), Scheme.parse("w3a16g32")
+    weight = torch.cat(list(problem.weights.values()))
+    found = RoundToNearest(full_range=True).fit(weight, problem.stats, scheme)
+    assert torch.equal(found.scale, full_range_scale(weight, 3, 32))
+    assert torch.equal(found.codes, round_to_grid(weight, found.scale, 3))
+    assert (found.scale < 0).any()
+    with pytest.raises(ConfigError, match="choose clip or full_range"):
+        RoundToNearest(clip=True, full_range=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qe_dist.core.errors import ConfigError
 from qe_dist.core.scheme import Scheme
-from qe_dist.numerics.grid import dequantize, round_activations, round_to_grid, weight_scale
+from qe_dist.numerics.grid import dequantize, full_range_scale, round_activations, round_to_grid, weight_scale
 
 Normal = Callable[..., Tensor]
 BITS = range(2, 9)
@@ -163,3 +163,25 @@ def test_dynamic_outlier_channels_leave_the_grid_to_the_others(normal: Normal, o
 def test_the_largest_channels_are_of_any_sign() -> None:
     x = torch.tensor([[-100.0, 1.0, 2.0, 3.0] + [0.5] * 44])
     assert round_activations(x, Scheme(4, 8, dynamic_outliers=32))[0, 0] == -100.0
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [None, 8, 32])
+def test_on_the_full_range_the_largest_weight_has_the_code_without_a_counterpart(
+    weight: Tensor, bits: int, group_size: int | None
+) -> None:
+    """Whatever its sign, so that it is met up to the bf16 of the scale; the others are met within half a step."""
+    scale = full_range_scale(weight, bits, group_size)
+    codes = round_to_grid(weight, scale, bits)
+    size = group_size or 64
+    groups, steps = weight.unflatten(1, (-1, size)).double(), scale.double()[..., None]
+    peak = groups.abs().argmax(-1, keepdim=True)
+    largest = groups.gather(-1, peak)
+    rows = largest != 0
+    assert scale.dtype == torch.bfloat16
+    assert (codes.unflatten(1, (-1, size)).gather(-1, peak)[rows] == -(2 ** (bits - 1))).all()
+    assert ((largest - steps * -(2 ** (bits - 1))).abs() <= BF16 * largest.abs())[rows].all()
+    error = (groups - dequantize(codes, scale, torch.float64).unflatten(1, (-1, size))).abs()
+    opposite = groups.sign() != largest.sign()  # on that side the grid ends a step earlier
+    assert (error[~opposite] <= ((0.5 + 2**bits * BF16) * steps.abs().expand_as(groups))[~opposite]).all()
+    assert (error <= (1 + 2**bits * BF16) * steps.abs()).all()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from qe_dist import archs
@@ -26,6 +27,7 @@ ENVIRONMENT = {
 RECORDED = Path(__file__).with_suffix(".json")
 FORMATS = ("w4a16", "w4a8", "w4a6")
 OTHERS = ("serq+gptq-w4a4", "qe-extract-w3a16", "obq-w4a6", "smoothquant+lists+gptq+qera-w4a6@0.5f4")
+TUNED = ("rtn+tune-w4a16g64", "lists+qera+tune-w3a8g64@1f4")
 WIDER = {"qe-w4a16": "qe-w4a16@0.5", "qe-w4a8": "qe-w4a8@0.5"}
 """Lists of channels and scales of rows use up a quarter of a bit on layers as narrow as these."""
 
@@ -59,6 +61,12 @@ def found(folder: Path) -> dict[str, dict[str, str]]:
     )
     quantize(narrow)
     runs["gptq-w4a8, padded for 2 ranks"] = narrow
+    more = calibration(folder / "more", 16)
+    for name in TUNED:
+        recipe = load_recipe(name)
+        recipe = replace(recipe, tuning=replace(recipe.tuning, steps=8))
+        runs[name] = RunConfig(source, recipe, more, folder / name, samples_per_batch=4, sample_tokens=256)
+        quantize(runs[name])
     return {name: hashes(one.output) for name, one in runs.items()}
 
 

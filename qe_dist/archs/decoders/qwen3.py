@@ -29,6 +29,8 @@ class Qwen3(Windowless):
 
 
 class Qwen3VL(SwiGLUDecoder):
+    reads_tables_alone = False
+
     def unsupported(self, text: Any) -> Iterator[str]:
         yield from super().unsupported(text)
         yield from _biases(text)

@@ -4,7 +4,6 @@ import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from qe_dist.archs.base import Decoder, Site
@@ -32,6 +31,7 @@ class SwiGLUDecoder(Decoder):
     """
 
     inner_width = "intermediate_size"
+    reads_tables_alone = True
     # A rotation cannot turn the inner dimension of the MLP (SwiGLU multiplies channel by channel), nor what q and k
     # write (RoPE turns pairs of channels).
     sites: ClassVar[Mapping[str, Site]] = {
@@ -108,7 +108,6 @@ class SwiGLUDecoder(Decoder):
         """Which positions [B, 1, L, L] a token sees; None for all before it."""
         return None
 
-    @torch.no_grad()
     def run(self, block: nn.Module, batch: Batch, index: int) -> Tensor:
         where = block.get_parameter(f"{_NORMS[0]}.weight")  # a quantized block begins with packed integers
         cos, sin = (batch.context[k].to(where) for k in ("cos", "sin"))

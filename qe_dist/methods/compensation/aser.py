@@ -6,6 +6,7 @@ none where exempting leaves more of the error (`Recipe`).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from qe_dist.numerics.stats import Needs
 @dataclass(frozen=True)
 class ASER(Compensation):
     """One adapter for every token that also carries the outlier columns."""
+
+    tunable: ClassVar[bool] = True
 
     k: int = 32
     """Number of outlier columns (the paper's: 32)."""

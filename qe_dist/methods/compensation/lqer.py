@@ -7,7 +7,7 @@ tokens [INF]. The paper divides a by sqrt(min a * max a); a common factor of S l
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -23,6 +23,8 @@ SMALLEST = 1e-4
 @dataclass(frozen=True)
 class LQER(Compensation):
     """One low-rank adapter for every token, weighted at most by channel sizes; needs no Gram matrix."""
+
+    tunable: ClassVar[bool] = True
 
     metric: Literal["identity", "mean_abs"] = "mean_abs"
     """identity: LQER, the plain SVD of the error. mean_abs: L2QER."""

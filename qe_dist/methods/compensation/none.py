@@ -1,6 +1,7 @@
 """No compensation."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qe_dist.methods.base import Budget, Compensation, Correction, ErrorProblem
 from qe_dist.numerics.stats import Needs
@@ -9,6 +10,8 @@ from qe_dist.numerics.stats import Needs
 @dataclass(frozen=True)
 class NoCompensation(Compensation):
     """The rounding error stays."""
+
+    tunable: ClassVar[bool] = True
 
     def needs(self) -> Needs:
         return Needs()

@@ -6,7 +6,7 @@ diagonal: L = [E S]_r S^-1 with S = diag(sqrt E[x^2]), QERA-approx: optimal if c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +20,8 @@ from qe_dist.numerics.stats import Needs
 @dataclass(frozen=True)
 class QERA(Compensation):
     """One whitened low-rank adapter for every token."""
+
+    tunable: ClassVar[bool] = True
 
     metric: Literal["exact", "diagonal"] = "exact"
     """exact: by the Gram matrix of the inputs. diagonal: by its diagonal alone (QERA-approx)."""

@@ -1,0 +1,1 @@
+"""Tuning of whole blocks, one file each."""

@@ -46,7 +46,7 @@ class StreamedModel:
                 run = load()
                 for i in range(len(read)):
                     batch = spool.get(Spooled(index, i))
-                    spool.put(index + 1, batch.with_hidden(run(batch).cpu()))
+                    spool.put(index + 1, self.arch.passed_on(batch.with_hidden(run(batch).cpu()), index))
                 spool.flush()
                 store.drop_batches_before(index + 1)
                 del run

@@ -1,5 +1,6 @@
 """What every family promises, each promise a function that raises where it is broken."""
 
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from qe_dist import archs
@@ -224,6 +226,16 @@ def padding_is_marked_and_images_are_told_from_text(subject: Subject) -> None:
     assert bool((subject.batch.modality == 1).any()) == subject.arch.has_vision(subject.source.config)
 
 
+def a_batch_is_the_same_where_it_is_sent_or_spooled(subject: Subject) -> None:
+    """By Ray, which pickles it, and as the named tensors of a file, in the type of a GPU and of a CPU."""
+    for dtype in (torch.bfloat16, torch.float32):
+        batch = subject.arch.prelude(subject.source, "cpu", dtype)(subject.examples, 3)
+        for other in (pickle.loads(pickle.dumps(batch)), Batch.from_tensors(load(save(batch.tensors())))):
+            found, expected = other.tensors(), batch.tensors()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in expected.items())
+
+
 def a_batch_carries_nothing_that_no_block_needs_any_more(subject: Subject) -> None:
     """Behind the last block only what all blocks read is left."""
     seen, last = [], len(subject.arch.spec(subject.source).blocks) - 1
@@ -260,8 +272,8 @@ def blocks_of_files_equal_the_loaded_model(arch: Family, folder: Path, shown: Se
     examples = [encoder(sample, load_images(sample)) for sample in shown]
     source, blocks = open_blocks(folder, arch, "cpu", torch.float32)
     batch = arch.prelude(source, "cpu", torch.float32)(examples, 0)
-    for load in blocks:
-        batch = batch.with_hidden(load()(batch))
+    for open_block in blocks:
+        batch = batch.with_hidden(open_block()(batch))
     hidden = arch.last_norm(source, "cpu", torch.float32)(batch.hidden)
     logits = model(**arch.model_inputs(examples, pad=0), use_cache=False).logits
     real = batch.modality != PADDING
@@ -282,6 +294,7 @@ CONTRACT = (
     feeders_absorb_a_scale_of_the_input,
     what_is_not_in_a_block_is_named_as_unquantized,
     padding_is_marked_and_images_are_told_from_text,
+    a_batch_is_the_same_where_it_is_sent_or_spooled,
     a_batch_carries_nothing_that_no_block_needs_any_more,
     a_rotated_model_is_the_same_function,
 )

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from qe_dist import archs
 from qe_dist.checkpoint import verify
+from qe_dist.checkpoint.evaluate import WholeModel
+from qe_dist.checkpoint.stream import StreamedModel
 from qe_dist.data.samples import load_images
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import quantize
 from qe_dist.io.checkpoint import MANIFEST
 from qe_dist.methods.recipes import load_recipe
+from qe_dist.serve.blocks import open_blocks
 from qe_dist.serve.loading import load_model
 from tests.archs.contract import blocks_of_files_equal_the_loaded_model, samples
 from tests.tiny import calibration, samples_for, stir, stories, tiny_model
@@ -81,6 +84,22 @@ def test_two_names_exchanged_in_one_block_are_seen(one: str, other: str, root: P
 @torch.no_grad()
 def logprobs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return torch.log_softmax(model(**inputs, use_cache=False).logits.flatten(0, 1), dim=-1)
+
+
+def test_it_is_measured_block_by_block_as_whole(root: Path, tmp_path: Path) -> None:
+    """What `eval --stream` computes, whose batches go through files between two blocks."""
+    arch, folder = archs.get(root.name), root.parent / ROUTED
+    examples = [arch.encoder(folder)(sample, load_images(sample)) for sample in samples(folder)]
+    source, blocks = open_blocks(folder, arch, "cpu", torch.float32)
+    models = (
+        StreamedModel(arch, source, blocks, tmp_path, "cpu", torch.float32),
+        WholeModel(load_model(folder), arch),
+    )
+    streamed, whole = ([row for part in model.states(examples, 200) for row in part] for model in models)
+    assert len(whole) == len(examples)
+    for (one, own), (other, expected) in zip(streamed, whole, strict=True):
+        assert one.index == other.index
+        assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("recipe", [NEAR, ROUTED])

@@ -158,10 +158,10 @@ def on_device(value: Any) -> Any:
 def random_weight(
     draw: torch.Generator, outputs: int, inputs: int, bits: int, group_size: int | None, order: Order, int8: bool
 ) -> tuple[Weight, Tensor]:
-    """With its dense float64 form."""
+    """With its dense float64 form. Scales have both signs, as those of tuned weights."""
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, inputs), generator=draw).to(torch.int8)
     groups = inputs // group_size if group_size else 1
-    scale = (torch.rand(outputs, groups, generator=draw) / 2**bits).to(torch.bfloat16)
+    scale = ((2 * torch.rand(outputs, groups, generator=draw) - 1) / 2**bits).to(torch.bfloat16)
     weight = pack_weight(pack(codes, bits), bits, scale, inputs, order, int8, group_size)
     return weight, codes.double() * scale.double().repeat_interleave(inputs // groups, dim=1)
 

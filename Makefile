@@ -34,7 +34,7 @@ nightly: $(REAL) $(PEERS) $(VLLM)
 	@$(BIN)/python -m pytest -q -m "($(NIGHTLY)) and not ray" --numprocesses 2 --dist loadfile
 	@$(BIN)/python -m pytest -q -m "($(NIGHTLY)) and ray"
 	@$(BIN)/python -m pytest -q --hypothesis-profile=nightly --numprocesses 2 $(FUZZED)
-	@$(BIN)/python benchmarks/transformers_versions.py
+	@$(BIN)/python benchmarks/versions.py
 	@$(MAKE) test-vllm
 
 # Checkpoints served by real vLLM on the CPU, in an environment of its own.

@@ -182,7 +182,7 @@ class Run:
             "--blocks-per-worker": self.trial.blocks_per_worker,
             "--samples-per-batch": self.config.samples_per_batch,
             "--sample-tokens": self.config.sample_tokens,
-            "--patience": 20,
+            "--worker-timeout": 20,
         }
         if self.nodes is not None:
             options["--ray-address"] = self.nodes.address

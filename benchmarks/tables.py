@@ -606,13 +606,13 @@ def agreement(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "agreement")
 
 
-def transformers_versions(result: dict[str, Any]) -> str:
+def versions(result: dict[str, Any]) -> str:
     rows = [
-        (version, str(case["passed"]), str(case["skipped"]), ", ".join(case["failed"]) or "none")
+        (version.replace("==", " "), str(case["passed"]), str(case["skipped"]), ", ".join(case["failed"]) or "none")
         for version, case in result["cases"].items()
     ]
-    header = ("transformers", "tests passed", "skipped", "failed")
-    return "\n" + markdown(header, rows) + source(result, "transformers_versions")
+    header = ("package", "tests passed", "skipped", "failed")
+    return "\n" + markdown(header, rows) + source(result, "versions")
 
 
 def families(result: dict[str, Any]) -> str:
@@ -674,7 +674,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "answers on a GPU": ("generate_cuda", answers_on_gpu, ()),
     "steps on a GPU": ("generate_cuda", steps_on_gpu, ()),
     "kernels aot": ("kernels_aot", kernels_aot, ()),
-    "transformers versions": ("transformers_versions", transformers_versions, ()),
+    "versions": ("versions", versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
     "agreement": ("agreement", agreement, ()),
     "serving load": ("serving_load", serving_load, ()),

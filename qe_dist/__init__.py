@@ -3,8 +3,9 @@
 Importing this package teaches transformers to load our checkpoints (as soon as transformers is imported).
 """
 
+from qe_dist.core.version import VERSION as __version__
 from qe_dist.serve.registration import register_on_import
 
-__version__ = "0.2.0"
+__all__ = ["__version__"]
 
 register_on_import()

@@ -174,14 +174,14 @@ def test_kernels_built_ahead_of_time(tables):
     ]  # fmt: skip
 
 
-def test_versions_of_transformers(tables):
+def test_versions(tables):
     cases = {
-        "5.16.1": {"passed": 3, "skipped": 1, "failed": [], "seconds": 2.0},
-        "5.18.0": {"passed": 2, "skipped": 0, "failed": ["test_it"], "seconds": 2.0},
+        "transformers==5.16.1": {"passed": 3, "skipped": 1, "failed": [], "seconds": 2.0},
+        "ray==2.59.0": {"passed": 2, "skipped": 0, "failed": ["test_it"], "seconds": 2.0},
     }
     result = {"environment": ENVIRONMENT, "cases": cases}
-    assert rows_of(tables.transformers_versions(result))[1:] == [
-        ["5.16.1", "3", "1", "none"], ["5.18.0", "2", "0", "test_it"],
+    assert rows_of(tables.versions(result))[1:] == [
+        ["transformers 5.16.1", "3", "1", "none"], ["ray 2.59.0", "2", "0", "test_it"],
     ]  # fmt: skip
 
 

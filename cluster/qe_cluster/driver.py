@@ -58,13 +58,13 @@ def quantize(
     address: str | None = None,
     listen: Listener = lambda *_: None,
     stop: threading.Event | None = None,
-    patience: float = 60.0,
+    worker_timeout: float = 60.0,
 ) -> Summary:
     """Quantizes on a Ray cluster, and continues where an earlier call ended (see `flow.local.quantize`).
 
     address: of a running cluster; None: that of RAY_ADDRESS, else one that is started here. listen: is called with
-    every event. stop: when it is set, the batches and blocks in flight are finished and Stopped is raised. patience:
-    seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
+    every event. stop: when it is set, the batches and blocks in flight are finished and Stopped is raised.
+    worker_timeout: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
 
     Raises QEError, whose message says what to do; finished blocks are kept.
     """
@@ -78,7 +78,7 @@ def quantize(
             passed_through = thread.submit(start, ready)
             if ready.next_block() is not None:
                 with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
-                    pool = WorkerPool(ready.configs, ready.model.arch, patience)
+                    pool = WorkerPool(ready.configs, ready.model.arch, worker_timeout)
                     monitor = Monitor(pool, lease, stop or threading.Event(), _all_of(listen, metrics))
                     _Waves(ready, pool, monitor).run(summary)
             passed_through.result()

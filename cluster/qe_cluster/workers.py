@@ -53,9 +53,9 @@ class Worker:
 class WorkerPool:
     """The workers of a run, in the order in which batches pass through them. Those without blocks help to fit."""
 
-    def __init__(self, runs: Sequence[RunConfig], arch: str, patience: float) -> None:
-        """patience: seconds to wait for the workers that were asked for."""
-        self.runs, self.run, self.arch, self.patience = runs, runs[0], arch, patience
+    def __init__(self, runs: Sequence[RunConfig], arch: str, worker_timeout: float) -> None:
+        """worker_timeout: seconds to wait for the workers that were asked for."""
+        self.runs, self.run, self.arch, self.worker_timeout = runs, runs[0], arch, worker_timeout
         self.workers: list[Worker] = []
         self.lost_places: list[Place] = []
         """Places of lost workers without a replacement. Ray moves them to another node when one has room."""
@@ -65,14 +65,14 @@ class WorkerPool:
     def acquire(self) -> None:
         """Adds the workers that the cluster has room for by now, up to the number that was asked for.
 
-        Only the first call waits `patience` seconds for all of them; later calls take what is there. Raises
+        Only the first call waits `worker_timeout` seconds for all of them; later calls take what is there. Raises
         ConfigError when there is no worker at all.
         """
         placed = [place for place in self.lost_places if _is_placed(*place)]
         self.lost_places = [place for place in self.lost_places if place not in placed]
         self.workers += self._start(placed)
         missing = (self.run.workers or max(1, self._slots())) - len(self.workers) - len(self.lost_places)
-        if self.groups or not self._add_workers(missing, self.patience):
+        if self.groups or not self._add_workers(missing, self.worker_timeout):
             self._add_workers(min(missing, self._free_slots()), PLACEMENT_SECONDS)
         if not self.workers:
             raise self._no_worker_error()
@@ -176,7 +176,7 @@ class WorkerPool:
         """
         count = min(max(1, self._slots()), self.run.workers or len(samples), len(samples))
         self.embedders = [EmbedActor.options(num_cpus=0, num_gpus=1).remote(self.run, self.arch) for _ in range(count)]
-        waiting = START_SECONDS if self._slots() else self.patience
+        waiting = START_SECONDS if self._slots() else self.worker_timeout
         try:
             ray.get([embedder.flush.remote() for embedder in self.embedders], timeout=waiting)
         except GetTimeoutError:

@@ -44,7 +44,7 @@ def quantize(
     from_block: Annotated[int, typer.Option(help="first block that --recipe is for; others stay as they are")] = 0,
     tensor_parallel_size: Annotated[int, typer.Option(help="ranks that shall serve it: pads or refuses for them")] = 1,
     mirror: Annotated[str | None, typer.Option(help="URL that gets a copy of all that is finished")] = None,
-    patience: Annotated[float, typer.Option(help="seconds to wait for workers; minutes where nodes start")] = 60.0,
+    worker_timeout: Annotated[float, typer.Option(help="seconds to wait for workers; minutes where nodes boot")] = 60.0,
     threads: Annotated[int, typer.Option(help="CPU threads per worker", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
     quiet: Annotated[bool, typer.Option(help="print errors only")] = False,
@@ -82,7 +82,7 @@ def quantize(
         reading=replace(reading, seed=seed),
     )
     with stopping() as stop, run_view(quiet) as view:
-        summary = driver.quantize(run, address=address, listen=view, stop=stop, patience=patience)
+        summary = driver.quantize(run, address=address, listen=view, stop=stop, worker_timeout=worker_timeout)
     _tell(summary_lines(summary, run), quiet)
 
 

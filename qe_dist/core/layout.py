@@ -11,6 +11,7 @@ from torch import Tensor
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.quantized import GroupInput, input_from_tensors
 from qe_dist.core.scheme import Scheme
+from qe_dist.core.version import FIRST, VERSION
 
 METHOD = "qe"
 FORMAT = "pack-quantized"
@@ -22,9 +23,10 @@ def check_version(found: Any) -> None:
     """CheckpointError where the checkpoint was written in another format version than those of VERSIONS."""
     if found not in VERSIONS:
         later = isinstance(found, int) and found > max(VERSIONS)
-        writer, advice = ("a later", "install that") if later else ("an earlier", "quantize the model again")
+        earlier = f"qe_dist {FIRST}", "quantize the model again"
+        writer, advice = ("a later qe_dist", "install that") if later else earlier
         raise CheckpointError(
-            f"this checkpoint has format version {found}, of {writer} qe_dist than this one, which reads "
+            f"this checkpoint has format version {found}, which {writer} wrote; qe_dist {VERSION} reads "
             f"{' and '.join(map(str, VERSIONS))}; {advice}"
         )
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.quantized import FitReport
+from qe_dist.core.version import FIRST, VERSION
 
 
 @dataclass(frozen=True)
@@ -94,18 +95,21 @@ class Manifest:
     """Bytes of all files, this one too."""
     left_out: Sequence[str] = ()
     """Calibration samples that were not used, each with the reason."""
+    written_by: str = VERSION
+    """The version of qe_dist."""
 
     @classmethod
     def from_json(cls, said: Any) -> "Manifest":
         """CheckpointError where something is missing or not of its kind."""
         try:
-            known = {"padding": None, "left_out": ()} | said
+            known = {"padding": None, "left_out": (), "written_by": FIRST} | said
             blocks = tuple(FittedBlock.from_json(block) for block in known["blocks"])
             return cls(**{one.name: known[one.name] for one in fields(cls)} | {"blocks": blocks})
         except (AttributeError, KeyError, TypeError) as error:
+            writer = said.get("written_by", FIRST) if isinstance(said, Mapping) else FIRST
+            other = "" if writer == VERSION else f", or qe_dist {writer} wrote it"
             raise CheckpointError(
-                f"it is damaged, or an earlier qe_dist wrote it ({type(error).__name__}: {error}); copy it again, or "
-                "quantize the model again"
+                f"it is damaged{other} ({type(error).__name__}: {error}); copy it again, or quantize the model again"
             ) from None
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.io.bucket import Bucket
 from qe_dist.io.publish import publish, read_json, sha256
-from qe_dist.io.run_dir import RunDir, differences
+from qe_dist.io.run_dir import RunDir, differences, without_writer
 from qe_dist.io.shards import Span
 
 MARKER = ".run/run.json"
@@ -72,7 +72,8 @@ class Mirror:
         marker = self._store.output / MARKER
         [content] = self._bucket.read([Span(MARKER, 0, listed["run.json"]["size"])])
         here = read_json(marker) if marker.exists() else json.loads(json.dumps(identity))
-        different = differences(_parsed(self._bucket.shown(MARKER), content), here)
+        there = _parsed(self._bucket.shown(MARKER), content)
+        different = differences(without_writer(there), without_writer(here))
         if different:
             raise ConfigError(
                 f"{url} belongs to another run, which differs in {'; '.join(different)}. Choose another --mirror, or "

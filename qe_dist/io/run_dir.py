@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qe_dist.core.batch import Batch
 from qe_dist.core.errors import CheckpointError, ConfigError, TemporaryFileError
+from qe_dist.core.version import FIRST, VERSION
 from qe_dist.io.lock import RunLock
 from qe_dist.io.publish import (
     digest,
@@ -32,6 +33,8 @@ from qe_dist.io.publish import (
 SpoolKind = Literal["activations", "quantized"]
 """Hidden states as the full-precision blocks made them, or as the quantized ones of a run that tunes did."""
 KINDS: tuple[SpoolKind, ...] = get_args(SpoolKind)
+WRITER = "written_by"
+"""Entry of run.json beside the identity: the version of qe_dist that began the run, or changed its recipe."""
 
 
 class RunDir:
@@ -64,11 +67,11 @@ class RunDir:
             if resume == "required":
                 raise ConfigError(f"{self.output} holds no run to continue (resume=required)")
             self._refuse_foreign()
-            publish_json(marker, identity)
+            publish_json(marker, {**identity, WRITER: VERSION})
             return False
         if resume == "never":
             raise ConfigError(f"{self.output} holds a run already (resume=never)")
-        self._check_same(identity, read_json(marker).keys())
+        self._check_same(identity, self.identity().keys())
         self._sweep()
         return True
 
@@ -76,7 +79,7 @@ class RunDir:
         """The identity of the run in this directory, as it was last. Raises ConfigError when there is none."""
         if not self._marker.exists():
             raise ConfigError(f"{self.output} holds no run; a recipe can be changed from a block on where there is one")
-        return read_json(self._marker)
+        return without_writer(read_json(self._marker))
 
     def change(self, identity: Mapping[str, Any], what: Collection[str], first: int) -> None:
         """Changes the entries `what` of the run's identity, and drops its finished blocks from `first` on.
@@ -88,15 +91,18 @@ class RunDir:
         now = json.loads(json.dumps(identity))
         if any(before[name] != now[name] for name in what):
             self.reset_blocks(first)  # before run.json: a crash in between must not leave blocks of another recipe
-            publish_json(self._marker, now)
+            publish_json(self._marker, {**now, WRITER: VERSION})
 
     def _check_same(self, identity: Mapping[str, Any], names: Collection[str]) -> None:
         before, now = read_json(self._marker), json.loads(json.dumps(identity))
         different = differences({k: before[k] for k in names}, {k: now.get(k) for k in names})
         if different:
+            writer = before.get(WRITER, FIRST)
+            other = "" if writer == VERSION else f" of qe_dist {writer} (this is {VERSION})"
             raise ConfigError(
-                f"{self.output} belongs to another run, which differs in {'; '.join(different)}. Choose another output "
-                "directory, or the same settings to continue it (--from-block changes the recipe from a block on)"
+                f"{self.output} belongs to another run{other}, which differs in {'; '.join(different)}. Choose another "
+                "output directory, or the same settings to continue it (--from-block changes the recipe from a block "
+                "on)"
             )
 
     def _refuse_foreign(self) -> None:
@@ -252,6 +258,11 @@ class RunDir:
 
 def _index(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
+
+
+def without_writer(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a run, from its run.json."""
+    return {name: value for name, value in said.items() if name != WRITER}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -32,7 +32,11 @@ def backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 class Group:
-    """Prepares the tensor that a group's linears read, and chooses experts where routers read it."""
+    """Prepares the tensor that a group's linears read, and chooses experts where routers read it.
+
+    What it chooses for another group waits there (`expert`) until that group runs, and is taken once. It cannot be
+    handed on as a value: engines call every linear with its input alone, and between two groups runs code of theirs.
+    """
 
     def __init__(self, input: Any) -> None:
         self.input = input

@@ -251,7 +251,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(sound, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "is damaged: "), ("{}", r"it is damaged, or an earlier qe_dist wrote it \(KeyError: 'blocks'\)")],
+    [("{", "is damaged: "), ("{}", r"it is damaged, or qe_dist 0.1 wrote it \(KeyError: 'blocks'\)")],
 )
 def test_a_damaged_manifest_is_named(folder, content, said):
     (folder / MANIFEST).write_text(content)

@@ -148,7 +148,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_call_with_the_reason(run, c
 def test_a_cluster_with_less_room_is_made_do_with_and_says_so(run, expected, cluster, tmp_path):
     events = []
     one = replace(run, output=tmp_path / "out", workers=5)
-    summary = driver.quantize(one, listen=lambda event, data: events.append((event, data)), patience=1.0)
+    summary = driver.quantize(one, listen=lambda event, data: events.append((event, data)), worker_timeout=1.0)
     assert len(summary.stages) == 2
     assert ("note", {"text": "5 workers were asked for, the cluster has room for 2 now"}) in events
     assert files(one.output) == expected
@@ -157,13 +157,13 @@ def test_a_cluster_with_less_room_is_made_do_with_and_says_so(run, expected, clu
 @pytest.mark.nightly
 def test_who_finds_no_room_at_all_is_told_what_a_worker_needs(run, cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"no worker can start: each needs \{'CPU': 64\}, the cluster has"):
-        driver.quantize(replace(run, output=tmp_path / "out", threads=64), patience=1.0)
+        driver.quantize(replace(run, output=tmp_path / "out", threads=64), worker_timeout=1.0)
 
 
 @pytest.mark.nightly
 def test_a_gpu_is_not_waited_for_where_there_is_none(run, cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"each needs \{'CPU': 1, 'GPU': 1\}.* 0 of 0 GPUs free.* never shared"):
-        driver.quantize(replace(run, output=tmp_path / "out", device="cuda"), patience=1.0)
+        driver.quantize(replace(run, output=tmp_path / "out", device="cuda"), worker_timeout=1.0)
 
 
 @pytest.mark.nightly

@@ -44,10 +44,10 @@ def test_it_is_read_as_it_was_written_and_equal_blocks_are_written_once(other: G
         (
             {"version": 1},
             CheckpointError,
-            "version 1, of an earlier qe_dist .* reads 2 and 3; quantize the model",
+            "version 1, which qe_dist 0.1 wrote; qe_dist .* reads 2 and 3; quantize the model",
         ),
-        ({"version": None}, CheckpointError, "version None, of an earlier qe_dist"),
-        ({"version": 4}, CheckpointError, "version 4, of a later qe_dist .* reads 2 and 3; install that"),
+        ({"version": None}, CheckpointError, "version None, which qe_dist 0.1 wrote"),
+        ({"version": 4}, CheckpointError, "version 4, which a later qe_dist wrote; .* reads 2 and 3; install that"),
         ({"quant_method": "awq"}, ConfigError, "was quantized by awq: config.json has no quantization_config of qe"),
         ({"quant_method": None}, ConfigError, "is not quantized: config.json"),
         ({"block_layouts": [1]}, CheckpointError, "quantization_config in config.json is damaged: IndexError"),

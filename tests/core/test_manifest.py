@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qe_dist import __version__
 from qe_dist.core.errors import CheckpointError
 from qe_dist.core.manifest import FittedBlock, Manifest, TuningReport
 from qe_dist.core.quantized import FitReport
@@ -63,5 +64,15 @@ def test_a_block_is_read_from_its_report_which_has_more() -> None:
     ],
 )
 def test_what_is_missing_is_said_and_what_to_do(said: Any, told: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"an earlier qe_dist wrote it \({told}.*quantize the model again"):
+    """Without a version it is of the first one, and so one of the two is the reason; with this one it is damaged."""
+    if isinstance(said, dict):
+        said = {name: value for name, value in said.items() if name != "written_by"}
+        with pytest.raises(CheckpointError, match=rf"it is damaged \({told}.*quantize the model again"):
+            Manifest.from_json(said | {"written_by": __version__})
+    with pytest.raises(CheckpointError, match=rf"or qe_dist 0.1 wrote it \({told}.*quantize the model again"):
         Manifest.from_json(said)
+
+
+def test_a_manifest_of_the_first_version_is_read_where_it_has_all_that_is_needed() -> None:
+    said = {name: value for name, value in MADE.to_json().items() if name != "written_by"}
+    assert Manifest.from_json(said).written_by == "0.1"

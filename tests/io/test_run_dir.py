@@ -144,3 +144,17 @@ def test_what_an_earlier_call_could_not_finish_writing_is_no_foreign_directory(s
     assert not store.open({"a": 1}, "auto")
     with pytest.raises(ConfigError, match=r"differs in a \(1 then, 2 now\)"):
         store.open({"a": 2}, "auto")
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_nothing_differs_and_else_is_named_by_its_version(store):
+    store.open({"recipe": "a"}, "auto")
+    (store.root / "run.json").write_text('{"recipe": "a"}')  # as 0.1 wrote it
+    assert store.open({"recipe": "a"}, "auto")
+    with pytest.raises(ConfigError, match=r"another run of qe_dist 0\.1 \(this is .*\), which differs in recipe"):
+        store.open({"recipe": "b"}, "auto")
+
+
+def test_a_run_of_this_version_differs_by_its_settings_alone(store):
+    store.open({"recipe": "a"}, "auto")
+    with pytest.raises(ConfigError, match="belongs to another run, which differs in recipe"):
+        store.open({"recipe": "b"}, "auto")

@@ -34,7 +34,7 @@ def test_registering_twice_is_harmless():
 def test_another_format_is_refused():
     from qe_dist.serve.transformers_plugin import QEConfig
 
-    with pytest.raises(CheckpointError, match=r"format version 1, of an earlier qe_dist .* reads 2 and 3; quantize"):
+    with pytest.raises(CheckpointError, match=r"format version 1, which qe_dist 0.1 wrote; .* reads 2 and 3; quantize"):
         QEConfig([], [], version=1)
 
 

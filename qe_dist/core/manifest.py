@@ -30,7 +30,7 @@ class TuningReport:
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "TuningReport":
         """Reads what `asdict` wrote, as JSON has it."""
-        return cls(**said | {"nonfinite": tuple(said["nonfinite"])})
+        return cls(**{**said, "nonfinite": tuple(said["nonfinite"])})
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FittedBlock:
         """said: a block of a manifest, or a block's report with its prefix; what else that has is left out."""
         groups = {name: FitReport.from_json(group) for name, group in said["groups"].items()}
         tuning = TuningReport.from_json(said["tuning"]) if "tuning" in said else None
-        known = said | {"groups": groups, "tuning": tuning}
+        known = {**said, "groups": groups, "tuning": tuning}
         return cls(**{one.name: known[one.name] for one in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:

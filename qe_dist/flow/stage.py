@@ -116,8 +116,9 @@ class Stage:
 
     def close(self) -> None:
         """Ends the threads of the spool. Batches that were not flushed may be missing."""
-        for spool in (self.spool, *self.paths.values()):
-            spool.close()
+        self.spool.close()
+        for path in self.paths.values():
+            path.close()
 
     # -- fits: any worker may fit a group, the worker that holds the block publishes it
 
@@ -154,7 +155,8 @@ class Stage:
         """Tunes a block whose groups are settled, if the run does, and writes it. Returns its report. Drops its
         statistics after the last run."""
         block, path = self.blocks[index], self.paths.get(run)
-        view, done, said = block.view(self.runs[run]), dict(zip(names, groups, strict=True)), {}
+        view, said = block.view(self.runs[run]), {}
+        done: Mapping[str, QuantizedGroup] = dict(zip(names, groups, strict=True))
         if path is not None:
             with self._busy("tune"):
                 problems = block.problems(self.runs[run])

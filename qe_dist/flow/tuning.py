@@ -7,6 +7,7 @@ the next block is spooled before a block is published: a finished block is never
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -166,6 +167,6 @@ def _with_groups(module: nn.Module, view: BlockSpec, groups: Mapping[str, Group]
     for group in view.groups:
         shared = SharedInput(groups[group.name], len(group.linears))
         for linear in group.linears:
-            bias = module.get_submodule(linear.name).bias
+            bias: Any = module.get_submodule(linear.name).bias  # a tensor, or None
             block.set_submodule(linear.name, GroupLinear(linear.name, bias, shared))
     return block

@@ -7,7 +7,6 @@ streams and fits them one at a time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from qe_dist.core.spec import BlockSpec, InputGroup
 from qe_dist.methods.base import Shares
@@ -22,7 +21,8 @@ FLOAT = 4
 """Bytes of a number in statistics and fits, which are float32."""
 
 
-class Sequences(NamedTuple):
+@dataclass(frozen=True)
+class Sequences:
     """The calibration as tuning sees it."""
 
     count: int

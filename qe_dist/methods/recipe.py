@@ -199,6 +199,7 @@ class Recipe:
     def tune(self, block: BlockProblem) -> TunedBlock:
         """Tunes a block whose groups are settled, and measures what has changed."""
         start = time.perf_counter()
+        assert self.tuning is not None, "this recipe tunes nothing"
         tuned = self.tuning.tune(block)
         if tuned.groups is block.groups:
             return tuned
@@ -206,6 +207,7 @@ class Recipe:
 
         def reported(name: str, group: QuantizedGroup) -> QuantizedGroup:
             before = block.groups[name].report
+            assert before is not None, "settled groups have a report"
             return with_report(group, block.problems[name], before.seconds + share, before.fallbacks)
 
         return replace(tuned, groups={name: reported(name, group) for name, group in tuned.groups.items()})

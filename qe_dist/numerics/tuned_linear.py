@@ -61,8 +61,15 @@ class _Through(torch.autograd.Function):
         return grad, None
 
 
+def _through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, whose gradient goes to `exact` as it is."""
+    passed: Tensor = _Through.apply(exact, rounded)  # type: ignore[no-untyped-call]
+    return passed
+
+
 def _by_group(matrix: Float[Tensor, "O I"], scale: Float[Tensor, "O G"]) -> Float[Tensor, "O G S"]:
-    return matrix.unflatten(1, (scale.shape[1], -1))
+    grouped: Tensor = matrix.unflatten(1, (scale.shape[1], -1))
+    return grouped
 
 
 def _stored_scale(scale: Tensor, clip: Tensor) -> Tensor:
@@ -86,7 +93,8 @@ class TunedLinear:
 
     def dequantized(self) -> Float[Tensor, "O I"]:
         """The weight as it runs, with gradients."""
-        return _Weight.apply(self.offset, self.clip, self.weight, self.scale, self.bits)
+        weight: Tensor = _Weight.apply(self.offset, self.clip, self.weight, self.scale, self.bits)  # type: ignore[no-untyped-call]
+        return weight
 
     @torch.no_grad()
     def codes(self) -> tuple[Int8[Tensor, "O I"], Float[Tensor, "O G"]]:
@@ -138,7 +146,7 @@ class TunedGroup:
                 yield Learned(factor, factor_rate * factor.detach().abs().amax(dim=1, keepdim=True) / 7)
 
     def _stored(self, factor: nn.Parameter) -> Tensor:
-        return _Through.apply(factor, store_factor(factor.detach(), self.factor_bits).dense)
+        return _through(factor, store_factor(factor.detach(), self.factor_bits).dense)
 
     def prepare(self, x: Float[Tensor, "T I"]) -> TunedInput:
         """What the linears read, of a group's input."""
@@ -151,7 +159,7 @@ class TunedGroup:
         if self.channels is not None:
             columns, base = x[:, self.channels], x.index_fill(1, self.channels, 0.0)
         if self.scheme.act_bits is not None:
-            base = _Through.apply(base, round_activations(base.detach(), self.scheme))
+            base = _through(base, round_activations(base.detach(), self.scheme))
         return TunedInput(base, shared, columns)
 
     def linear(self, name: str, x: TunedInput) -> Float[Tensor, "T O"]:
@@ -188,7 +196,7 @@ class TunedGroup:
         columns = self.weights[name][:, self.channels]
         if up is not None and self.down is not None:
             columns = columns - up @ self._stored(self.down)[:, self.channels]
-        return _Through.apply(columns, columns.detach().bfloat16().float())
+        return _through(columns, columns.detach().bfloat16().float())
 
 
 @runtime_checkable
@@ -230,7 +238,7 @@ class GroupLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the outputs [.., O] of inputs [.., I], in their dtype."""
-        y = self.input.group.linear(self.name, self.input.prepared(x)).unflatten(0, x.shape[:-1])
+        y: Tensor = self.input.group.linear(self.name, self.input.prepared(x)).unflatten(0, x.shape[:-1])
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 

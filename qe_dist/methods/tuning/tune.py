@@ -6,7 +6,7 @@ SignRound (arXiv 2309.05516) learns the first two of them for one block after th
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -112,12 +112,13 @@ class _Loss:
     def __call__(self, rows: Int[Tensor, " R"]) -> Float[Tensor, ""]:
         """Mean over tokens, with gradients."""
         total, count = self._sums(rows)
-        return total / count
+        mean: Tensor = total / count
+        return mean
 
     @torch.no_grad()
     def over(self, rows: Int[Tensor, " R"], batch: int) -> float:
         """Mean over tokens, without gradients, so many sequences at a time."""
-        total, count = sum(self._sums(part).double() for part in rows.split(batch))
+        total, count = reduce(torch.add, [self._sums(part).double() for part in rows.split(batch)])
         return float(total / count)
 
 

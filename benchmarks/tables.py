@@ -566,6 +566,50 @@ def linear_aot(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "kernels_aot")
 
 
+def hazards(result: dict[str, Any]) -> str:
+    """Products for Hopper, without and with the wait behind each of them."""
+
+    def places(numbers: dict[str, Any]) -> str:
+        return f"{numbers['hazards']['main loop']} + {numbers['hazards']['elsewhere']}"
+
+    def weight(numbers: dict[str, Any]) -> str:
+        return "" if numbers["per_weight"] is None else f"{numbers['per_weight']:.2f}"
+
+    rows = []
+    for n in result["builds"]:
+        if b := n["unfinished"]:
+            rows.append(
+                (
+                    f"{n['kernel']} {n['case']}",
+                    f"{places(b)} → {places(n)}",
+                    *(f"{b[key]} → {n[key]}" for key in ("registers", "spills", "instructions")),
+                    f"{weight(b)} → {weight(n)}" if weight(n) else "",
+                    f"{b['shared'] / 1024:.0f} → {n['shared'] / 1024:.0f}",
+                )
+            )
+    header = (
+        "build", "hazards: main loop + elsewhere", "registers", "spills", "instructions of the main loop",
+        "per weight", "shared KiB",
+    )  # fmt: skip
+    every = result.get("every")
+    said = f"\nTriton {result['triton']}, ptxas {result['ptxas']}."
+    if every:
+        said += (
+            f" All {every['builds']} tiles that can be chosen for Hopper: {every['with hazards']} with hazards, "
+            f"{every['with spills']} with spills."
+        )
+    return f"{said}\n\n{markdown(header, rows)}" + source(result, "kernels_aot")
+
+
+def python_per_group(result: dict[str, Any]) -> str:
+    rows = [
+        (row["group"], f"{row['before']:.0f}", f"{row['microseconds']:.0f}", f"{row['ratio']:.1f}")
+        for row in result["rows"]
+    ]
+    header = ("group of one stacked linear", "before, μs", "now, μs", "ratio")
+    return "\n" + markdown(header, rows) + source(result, "python_per_group")
+
+
 def serving_load(result: dict[str, Any]) -> str:
     rounds = result["rounds"]
     rows = [
@@ -676,6 +720,9 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "kernels aot": ("kernels_aot", kernels_aot, ()),
     "versions": ("versions", versions, ()),
     "linear aot": ("kernels_aot", linear_aot, ()),
+    "hazards": ("kernels_aot", hazards, ()),
+    "hazards triton 3.6": ("kernels_aot_36", hazards, ()),
+    "python per group": ("python_per_group", python_per_group, ()),
     "agreement": ("agreement", agreement, ()),
     "serving load": ("serving_load", serving_load, ()),
     "exports": ("exports", exports, ()),

@@ -7,12 +7,14 @@ one more product.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qe_kernels.branches import Branch
 from qe_kernels.dispatch import depths
+from qe_kernels.launch import Launch
 from qe_kernels.layout import TILE_ROWS, Order, Weight, code_factor, unpack_weight
 from qe_kernels.scales import load_scales, scale_weights, scaled
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
@@ -45,18 +47,29 @@ def linear_on_dense_weight(
     return y if bias is None else y.add_(bias)
 
 
+def compile_dense(weight: Weight, branches: Sequence[Branch], dtype: torch.dtype) -> None:
+    """All that `linear_on_dense_weight` may launch."""
+    ups = [branch.up for branch in branches if isinstance(branch.up, Weight)]
+    for part in (*(slab for _, slab in _slabs(weight)), *ups):
+        launch, arguments = _dequantizer(part, torch.empty(1, dtype=dtype, device=part.scale.device))
+        launch.compile(arguments)
+
+
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """codes * scale, [N, K] in `dtype` (bf16 or fp16), for products so large that cuBLAS wins."""
     out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
-    block_k = max(depths(weight))
-    grid = (triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, block_k))
-    _dequantize[grid](
-        weight.three_planes, weight.scale, out, weight.rows, weight.columns, weight.row_tiles, weight.column_tiles,
-        BITS=weight.bits, WGMMA=weight.order is Order.WGMMA, INT8=weight.int8,
-        FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size or 128 * weight.column_tiles,
-        BN=64, BK=block_k, num_warps=4,
-    )  # fmt: skip
+    launch, arguments = _dequantizer(weight, out)
+    launch((triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, max(depths(weight))), 1), arguments)
     return out
+
+
+def _dequantizer(weight: Weight, out: Tensor) -> tuple[Launch, tuple[Any, ...]]:
+    constants = (
+        weight.bits, weight.order is Order.WGMMA, weight.int8, code_factor(weight.bits, weight.int8),
+        weight.group_size or 128 * weight.column_tiles, 64, max(depths(weight)),
+    )  # fmt: skip
+    sizes = (weight.rows, weight.columns, weight.row_tiles, weight.column_tiles)
+    return Launch(_dequantize, constants, 4), (weight.three_planes, weight.scale, out, *sizes)
 
 
 def dequantize_reference(weight: Weight, dtype: torch.dtype) -> Tensor:

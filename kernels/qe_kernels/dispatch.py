@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from qe_kernels.down import DownConfig, down_config
 from qe_kernels.layout import Order, Weight, field_widths
 from qe_kernels.linear import Config
 
@@ -72,6 +73,17 @@ def bucket_of(tokens: int) -> int:
     return BUCKETS[min(bisect_left(BUCKETS, tokens), len(BUCKETS) - 1)]
 
 
+def place_of(tokens: int) -> int:
+    """The index of the bucket of so many tokens; behind the last one for more than it holds."""
+    return bisect_left(BUCKETS, tokens)
+
+
+def bucket_config(tokens: int, rows: int, columns: int, processors: int) -> DownConfig:
+    """See `down_config`: the same for all tokens of a bucket. Above the largest, tiles alone fill a GPU."""
+    config = down_config(bucket_of(tokens), rows, columns, processors)
+    return replace(config, split_k=1) if tokens > BUCKETS[-1] else config
+
+
 def choose(device: Device, weight: Weight, tokens: int) -> Config | None:
     """The tiles of the fused kernel, or None where dequantizing once and cuBLAS is expected to be faster."""
     measured = table_of(device.name).get(key_of(weight), {})
@@ -106,9 +118,10 @@ def written_table(table: Table) -> dict[str, Any]:
     }
 
 
-DENSE_FROM = 1024
-"""Tokens from which a 16-bit product is expected to be faster on weights that are dequantized once: that costs about a
-sixth of the product at 4096 tokens, and less than it gains from half as many instructions in the inner loop."""
+DENSE_FROM = 1025
+"""Tokens from which a 16-bit product is expected to be faster on weights that are dequantized once, the first behind
+the bucket of 1024: that costs about a sixth of the product at 4096 tokens, and less than it gains from half as many
+instructions in the inner loop."""
 WARPS = 16
 """Warps that are wanted on each multiprocessor, so that enough loads are in flight; K is split to get them."""
 STEPS = 4

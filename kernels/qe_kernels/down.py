@@ -9,11 +9,13 @@ run together read the same x, from the L2 cache but for the first.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qe_kernels.factors import Factor, dense
+from qe_kernels.launch import Launch
 from qe_kernels.products import finished
 from qe_kernels.split_k import Workspace, reduce_splits
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
@@ -53,14 +55,77 @@ _BY_TOKENS = (
 
 
 def down_config(tokens: int, rows: int, columns: int, processors: int) -> DownConfig:
-    """K is split until each of the GPU's `processors` has two programs. Estimated, not yet timed.
+    """K is split until each of the GPU's `processors` has two programs, into a power of two. Estimated, not yet timed.
 
     rows: of all factors together, or of all routers where there is no factor.
     """
     tile = next(tile for most, tile in _BY_TOKENS if most is None or tokens <= most)
     tiles = triton.cdiv(max(rows, 1), tile.rows) * triton.cdiv(max(tokens, 1), tile.tokens)
     deepest = triton.cdiv(columns, tile.columns) // 4  # shorter loops never fill the pipeline
-    return replace(tile, split_k=max(1, min(tile.split_k, deepest, 2 * processors // tiles)))
+    split = max(1, min(tile.split_k, deepest, 2 * processors // tiles))
+    return replace(tile, split_k=1 << split.bit_length() - 1)
+
+
+class Projection:
+    """A prologue with its factors, routers and tiles: what is the same for every call with such inputs."""
+
+    def __init__(
+        self, shared: Factor | None, experts: Factor | None, router: Tensor | None, columns: int, config: DownConfig
+    ) -> None:
+        """columns: of x. ValueError where the shared factor and the experts' are not stored alike."""
+        self.shared, self.experts, self.router, self.config = shared, experts, router, config
+        if shared is not None and experts is not None and shared[0].dtype != experts[0].dtype:
+            raise ValueError(f"experts: expected {shared[0].dtype} as shared, found {experts[0].dtype}")
+        self.shared_rows = 0 if shared is None else len(shared[0])
+        self.num_experts: int
+        self.rank: int
+        self.num_experts, self.rank = (0, 1) if experts is None else experts[0].shape[:2]
+        self.routers, choices, router_columns = (0, 0, 0) if router is None else router.shape
+        expert_rows = self.num_experts * self.rank
+        padded_choices = max(16, triton.next_power_of_2(choices))
+        self.row_tiles = (
+            triton.cdiv(self.shared_rows, config.rows) + triton.cdiv(expert_rows, config.rows) + self.routers
+        )
+        self.tile_size = max(config.rows, padded_choices) * config.tokens
+        stored = next((factor[0].shape[-1] for factor in (shared, experts) if factor is not None), 0)
+        self.sizes = (columns, stored)
+        self.of_shared = (*(shared or (None, None)), self.shared_rows)
+        self.of_experts = (*(experts or (None, None)), expert_rows)
+        self.of_router = (router, router_columns, choices)
+        constants = (config.rows, config.tokens, config.columns, padded_choices, self.tile_size, config.split_k)
+        self.launch = Launch(_down, constants, config.warps, config.stages)
+
+    def __call__(self, x: Tensor, router_x: Tensor | None, expert: Tensor | None, workspace: Workspace) -> Down:
+        """See `down`. ValueError where the workspace is too small."""
+        tokens, config = x.shape[0], self.config
+        result = self._empty(x)
+        token_tiles = -(-tokens // config.tokens)
+        workspace.check(self.row_tiles * token_tiles, config.split_k, self.tile_size)
+        if self.row_tiles * token_tiles:
+            given = self._given(x, router_x, expert, workspace, result)
+            self.launch((self.row_tiles, token_tiles, config.split_k), given)
+        return result
+
+    def compile(self, x: Tensor, router_x: Tensor | None, expert: Tensor | None, workspace: Workspace) -> None:
+        """For inputs like these, of any number of tokens."""
+        self.launch.compile(self._given(x, router_x, expert, workspace, self._empty(x)))
+
+    def _empty(self, x: Tensor) -> Down:
+        tokens = x.shape[0]
+        return Down(
+            None if self.shared is None else x.new_empty((tokens, self.shared_rows)),
+            None if self.experts is None else x.new_empty((tokens, self.num_experts, self.rank)),
+            None if self.router is None else x.new_empty((self.routers, tokens), dtype=torch.int32),
+        )
+
+    def _given(
+        self, x: Tensor, router_x: Tensor | None, expert: Tensor | None, workspace: Workspace, result: Down
+    ) -> tuple[Any, ...]:
+        return (
+            x, x.stride(0), x.shape[0], *self.sizes, *self.of_shared, result.shared_z, *self.of_experts,
+            result.expert_z, self.rank, expert, *self.of_router, router_x,
+            0 if router_x is None else router_x.stride(0), result.expert, workspace.partials, workspace.counters,
+        )  # fmt: skip
 
 
 def down(
@@ -81,60 +146,7 @@ def down(
     none); the factors of experts that no token of a tile has are then not read. ValueError where the shared factor and
     the experts' are not stored alike, or the workspace is too small; the shapes are not checked.
     """
-    tokens, columns = x.shape
-    shared_values, shared_scale = shared or (None, None)
-    expert_values, expert_scale = experts or (None, None)
-    if shared is not None and experts is not None and shared[0].dtype != experts[0].dtype:
-        raise ValueError(f"experts: expected {shared[0].dtype} as shared, found {experts[0].dtype}")
-    shared_rows = 0 if shared is None else len(shared[0])
-    num_experts, rank = (0, 1) if experts is None else experts[0].shape[:2]
-    routers, choices, router_columns = (0, 0, 0) if router is None else router.shape
-    result = Down(
-        None if shared is None else x.new_empty(tokens, shared_rows),
-        None if experts is None else x.new_empty(tokens, num_experts, rank),
-        None if router is None else x.new_empty(routers, tokens, dtype=torch.int32),
-    )
-    padded_choices = max(16, triton.next_power_of_2(choices))
-    row_tiles = triton.cdiv(shared_rows, config.rows) + triton.cdiv(num_experts * rank, config.rows) + routers
-    token_tiles = triton.cdiv(tokens, config.tokens)
-    tile_size = max(config.rows, padded_choices) * config.tokens
-    workspace.check(row_tiles * token_tiles, config.split_k, tile_size)
-    if row_tiles * token_tiles == 0:
-        return result
-    _down[row_tiles, token_tiles, config.split_k](
-        x=x,
-        x_stride=x.stride(0),
-        tokens=tokens,
-        columns=columns,
-        stored=next((values.shape[-1] for values in (shared_values, expert_values) if values is not None), 0),
-        shared=shared_values,
-        shared_scale=shared_scale,
-        shared_rows=shared_rows,
-        shared_z=result.shared_z,
-        experts=expert_values,
-        expert_scale=expert_scale,
-        expert_rows=num_experts * rank,
-        expert_z=result.expert_z,
-        rank=rank,
-        expert=expert,
-        router=router,
-        router_columns=router_columns,
-        choices=choices,
-        router_x=router_x,
-        router_stride=0 if router_x is None else router_x.stride(0),
-        chosen=result.expert,
-        partials=workspace.partials,
-        counters=workspace.counters,
-        BR=config.rows,
-        BM=config.tokens,
-        BK=config.columns,
-        BE=padded_choices,
-        TILE=tile_size,
-        SPLIT_K=config.split_k,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return result
+    return Projection(shared, experts, router, x.shape[1], config)(x, router_x, expert, workspace)
 
 
 def down_reference(
@@ -162,7 +174,8 @@ def down_reference(
     )
 
 
-@triton.jit(do_not_specialize=["tokens"])  # a serving engine meets every number of tokens
+# A serving engine meets every number of tokens, and the experts may be a row of several.
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["expert"])
 def _down(
     x,
     x_stride,

@@ -14,11 +14,13 @@ Letters: M tokens, K inputs, N outputs, G scale groups, R rank (or columns) of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qe_kernels.branches import Branch, add_branch, argument
+from qe_kernels.branches import Argument, Branch, add_branch, argument
+from qe_kernels.launch import Launch
 from qe_kernels.layout import Order, Weight, code_factor, unpack_weight
 from qe_kernels.products import dot
 from qe_kernels.scales import load_scales, scale_weights, scaled
@@ -48,6 +50,61 @@ class Config:
     """Group scales multiply the weights in registers, not the accumulators: cheaper from about 128 tokens on."""
 
 
+class Linear:
+    """A linear with its weight, branches and tiles: what is the same for every call with such inputs."""
+
+    def __init__(self, weight: Weight, branches: Sequence[Branch], config: Config, out_dtype: torch.dtype) -> None:
+        """branches: with any z of the right dtype and width."""
+        self.weight, self.config, self.out_dtype = weight, config, out_dtype
+        self.kept = [i for i, branch in enumerate(branches) if branch.rank]
+        self.arguments = [argument(branches[i])[1:] for i in self.kept]
+        self.sizes = (weight.rows, weight.columns, weight.row_tiles, weight.column_tiles)
+        self.tiles_n = triton.cdiv(weight.rows, config.BN)
+        constants = (
+            len(self.kept), weight.bits, weight.order is Order.WGMMA, code_factor(weight.bits, weight.int8),
+            weight.group_size, _scaling(weight, config), config.BN, config.BM, config.BK, config.split_k,
+            config.group_m, weight.columns % config.BK == 0,
+        )  # fmt: skip
+        self.launch = Launch(_linear, constants, config.warps, config.stages)
+
+    def __call__(
+        self,
+        base: Tensor,
+        token_scale: Tensor | None,
+        zs: Sequence[Tensor],
+        expert: Tensor | None,
+        bias: Tensor | None,
+        workspace: Workspace,
+    ) -> Tensor:
+        """y [M, N]. Equal inputs give equal bits. Nothing is checked beyond what would write wrong memory."""
+        tokens, config = base.shape[0], self.config
+        y = base.new_empty((tokens, self.weight.rows), dtype=self.out_dtype)
+        if tokens:
+            tiles = self.tiles_n * -(-tokens // config.BM)
+            workspace.check(tiles, config.split_k, config.BN * config.BM)
+            given = self._given(base, token_scale, zs, expert, bias, y, workspace)
+            self.launch((tiles * config.split_k, 1, 1), given)
+        return y
+
+    def compile(
+        self, base: Tensor, token_scale: Tensor | None, zs: Sequence[Tensor], expert: Tensor | None,
+        bias: Tensor | None, workspace: Workspace,
+    ) -> None:  # fmt: skip
+        """For inputs like these, of any number of tokens."""
+        y = base.new_empty((1, self.weight.rows), dtype=self.out_dtype)
+        self.launch.compile(self._given(base, token_scale, zs, expert, bias, y, workspace))
+
+    def _given(
+        self, base: Tensor, token_scale: Tensor | None, zs: Sequence[Tensor], expert: Tensor | None,
+        bias: Tensor | None, y: Tensor, workspace: Workspace,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        branches = tuple(Argument(zs[i], *rest) for i, rest in zip(self.kept, self.arguments, strict=True))
+        return (
+            base, token_scale, self.weight.three_planes, self.weight.scale, branches, expert, bias, y,
+            workspace.partials, workspace.counters, base.shape[0], *self.sizes, base.stride(0),
+        )  # fmt: skip
+
+
 def linear(
     base: Tensor,
     token_scale: Tensor | None,
@@ -60,28 +117,9 @@ def linear(
     config: Config,
     workspace: Workspace,
 ) -> Tensor:
-    """y [M, N] in `out_dtype`; arguments as `linear_reference` takes them, but on a GPU.
-
-    Equal inputs give equal bits. Nothing is checked here beyond what would read wrong memory: `checks` does it.
-    """
-    tokens, columns = base.shape
-    y = torch.empty(tokens, weight.rows, dtype=out_dtype, device=base.device)
-    if not tokens:
-        return y
-    arguments = tuple(argument(branch) for branch in branches if branch.z.numel())
-    tiles = triton.cdiv(weight.rows, config.BN) * triton.cdiv(tokens, config.BM)
-    workspace.check(tiles, config.split_k, config.BN * config.BM)
-    _linear[(tiles * config.split_k,)](
-        base, token_scale, weight.three_planes, weight.scale, arguments, expert, bias, y,
-        workspace.partials, workspace.counters,
-        tokens, weight.rows, columns, weight.row_tiles, weight.column_tiles, base.stride(0),
-        BRANCHES=len(arguments), BITS=weight.bits, WGMMA=weight.order is Order.WGMMA,
-        FACTOR=code_factor(weight.bits, weight.int8), GROUP=weight.group_size, SCALING=_scaling(weight, config),
-        BN=config.BN, BM=config.BM, BK=config.BK, SPLIT_K=config.split_k,
-        GROUP_M=config.group_m, EVEN_K=columns % config.BK == 0,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    return y
+    """y [M, N] in `out_dtype`; arguments as `linear_reference` takes them, but on a GPU. `checks` checks them."""
+    made = Linear(weight, branches, config, out_dtype)
+    return made(base, token_scale, [branch.z for branch in branches], expert, bias, workspace)
 
 
 def linear_reference(
@@ -127,7 +165,8 @@ def _scaling(weight: Weight, config: Config) -> str:
     return "weight"
 
 
-@triton.jit
+# A serving engine meets every number of tokens, and the experts may be a row of several.
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["expert"])
 def _linear(
     base, token_scale, planes, scale, branches, expert, bias, y, partials, counters,
     M, N, K, row_tiles, column_tiles, base_token,

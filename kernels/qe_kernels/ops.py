@@ -10,7 +10,6 @@ together; torch.compile traces both. Where the kernels know the GPU they run; on
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,15 +18,18 @@ from torch import Tensor
 from qe_kernels import checks
 from qe_kernels.branches import Branch, Up
 from qe_kernels.dense import linear_on_dense_weight
-from qe_kernels.dispatch import choose, device_of
-from qe_kernels.down import Down, down_config, down_reference
+from qe_kernels.dispatch import bucket_config, choose, device_of, key_of
+from qe_kernels.down import Down, down_reference
 from qe_kernels.down import down as down_kernel
 from qe_kernels.factors import Factor, padded_columns
+from qe_kernels.launch import on
 from qe_kernels.layout import Order, Weight, order_for
 from qe_kernels.linear import linear as linear_kernel
 from qe_kernels.linear import linear_reference
-from qe_kernels.quantize import Activations, new_tensors, quantize_reference
+from qe_kernels.plans import DownPlan, LinearPlan, compile_once
+from qe_kernels.quantize import Activations, new_tensors
 from qe_kernels.quantize import quantize as quantize_kernel
+from qe_kernels.quantize_reference import quantize_reference
 from qe_kernels.rotate import rotate as rotate_by_products
 from qe_kernels.workspaces import workspace_of
 
@@ -163,8 +165,9 @@ def _quantize(
     if device_of(x.device) is None:
         made = quantize_reference(x, **how, **given, eps=eps, with_x=with_x)
     else:
-        checks.expect_aligned({"x": x, **given})
-        with _on(x.device):
+        of_tokens = ("expert", "modality")  # perhaps a part of a longer list
+        checks.expect_aligned({"x": x} | {name: t for name, t in given.items() if name not in of_tokens})
+        with on(x.device):
             made = quantize_kernel(x, **how, **given, eps=eps, with_x=with_x)
     new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
     prepared = made.base if made.x is None else made.x
@@ -230,11 +233,15 @@ def _down(
     if device is None:
         made = down_reference(x, one, many, router, router_x, expert)
     else:
-        checks.expect_aligned(given)
+        checks.expect_aligned({name: tensor for name, tensor in given.items() if name != "expert"})
         sizes = [values.shape[:-1].numel() for values in (shared, experts) if values is not None]
         rows = sum(sizes) if sizes or router is None else router.shape[:2].numel()
-        config = down_config(x.shape[0], rows, x.shape[1], device.processors)
-        with _on(x.device):
+        config = bucket_config(x.shape[0], rows, x.shape[1], device.processors)
+        compile_once(
+            "down", (*given.values(), shared_scale, experts_scale), rows,
+            lambda: DownPlan(device, x.shape[1], one, many, router).compile(x, router_x, expert),
+        )  # fmt: skip
+        with on(x.device):
             workspace = workspace_of(x.device)
             made = down_kernel(x, one, many, router, router_x, expert, config=config, workspace=workspace)
     return [tensor for tensor in (made.shared_z, made.expert_z, made.expert) if tensor is not None]
@@ -287,7 +294,12 @@ def _linear(
         return linear_reference(*arguments, out_dtype=out_dtype)
     checks.expect_aligned(dict(_named(base, weight, branches)))
     config = choose(device, weight, base.shape[0])
-    with _on(base.device):
+    compile_once(
+        "linear", (base, token_scale, expert, bias, *z, *up, *up_scale),
+        (key_of(weight), weight.scale.dtype, out_dtype, *up_bits, *experts),
+        lambda: LinearPlan(device, weight, branches, out_dtype).compile(base, token_scale, z, expert, bias),
+    )  # fmt: skip
+    with on(base.device):
         if config is None:
             return linear_on_dense_weight(*arguments, out_dtype=out_dtype)
         return linear_kernel(*arguments, out_dtype=out_dtype, config=config, workspace=workspace_of(base.device))
@@ -316,11 +328,6 @@ def _branches(
             up = Weight((values,), scale, weight.rows, columns, width, group, weight.order, int8=False)
         made.append(Branch(z, up, count or None))
     return made
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, whatever the tensors lie on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _named(base: Tensor, weight: Weight, branches: Sequence[Branch]) -> Iterator[tuple[str, Tensor]]:

@@ -14,12 +14,12 @@ move 11K. Not timed on a GPU.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
 
+from qe_kernels.launch import Launch
 from qe_kernels.triton_if_any import INTERPRET, tl, triton
 
 _TINY = tl.constexpr(2.0**-126)
@@ -76,24 +76,76 @@ def new_tensors(
     return New(changed and (with_x or not base), base, bits is not None and not outliers)
 
 
-def quantize(
-    x: Tensor,
-    *,
-    bits: int | None,
-    outliers: int = 0,
-    int8: bool,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    gated: bool = False,
-    input_scale: Tensor | None = None,
-    modality: Tensor | None = None,
-    shared_channels: Tensor | None = None,
-    expert_channels: Tensor | None = None,
-    expert: Tensor | None = None,
-    extracted: Tensor | None = None,
-    salient_channels: Tensor | None = None,
-    with_x: bool = True,
-) -> Activations:
+class Quantizer:
+    """What is the same for every call of `quantize` on tokens of one width."""
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        bits: int | None,
+        outliers: int = 0,
+        int8: bool,
+        norm_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        gated: bool = False,
+        input_scale: Tensor | None = None,
+        shared_channels: Tensor | None = None,
+        expert_channels: Tensor | None = None,
+        extracted: Tensor | None = None,
+        salient_channels: Tensor | None = None,
+        with_x: bool = True,
+    ) -> None:
+        """columns: K; the others as `quantize` takes them."""
+        self.columns, self.int8, self.with_x = columns, int8, with_x
+        self.norm, self.input_scale = (norm_weight, eps), input_scale
+        self.by_modality = input_scale is not None and len(input_scale) > 1
+        self.by_expert = expert_channels is not None
+        extracts = shared_channels is not None or self.by_expert
+        self.extracted = extracted if extracts else None
+        self.new = new_tensors(bits, outliers, norm_weight, gated, input_scale, self.extracted, with_x)
+        self.lists = (shared_channels, expert_channels, salient_channels)
+        self.lengths = tuple(0 if channels is None else channels.shape[-1] for channels in self.lists)
+        block = triton.next_power_of_2(columns)
+        constants = (*self.lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, outliers, block)
+        self.launch = Launch(_quantize, constants, warps(block))
+
+    def __call__(self, x: Tensor, modality: Tensor | None = None, expert: Tensor | None = None) -> Activations:
+        made = self._empty(x)
+        if len(x) and (self.new.x or self.new.base or any(self.lengths)):
+            self.launch((len(x), 1, 1), self._given(x, modality, expert, made))
+        prepared = x if made[0] is None else made[0]
+        return Activations(prepared if self.with_x else None, prepared if made[1] is None else made[1], *made[2:])
+
+    def compile(self, x: Tensor, modality: Tensor | None = None, expert: Tensor | None = None) -> None:
+        """For inputs like these, of any number of tokens."""
+        if self.new.x or self.new.base or any(self.lengths):
+            self.launch.compile(self._given(x, modality, expert, self._empty(x)))
+
+    def _empty(self, x: Tensor) -> list[Tensor | None]:
+        """x~, base, token scale, and the channels of the lists."""
+        tokens, columns = x.shape[0], self.columns
+        return [
+            x.new_empty((tokens, columns)) if self.new.x else None,
+            x.new_empty((tokens, columns), dtype=torch.int8 if self.int8 else x.dtype) if self.new.base else None,
+            x.new_empty((tokens,), dtype=torch.float32) if self.new.token_scale else None,
+            *(
+                None if channels is None else x.new_empty((tokens, length))
+                for channels, length in zip(self.lists, self.lengths, strict=True)
+            ),
+        ]
+
+    def _given(
+        self, x: Tensor, modality: Tensor | None, expert: Tensor | None, made: list[Tensor | None]
+    ) -> tuple[Any, ...]:
+        return (
+            x, x.stride(0), self.columns, *made[:3], *self.norm, self.input_scale,
+            modality if self.by_modality else None, self.extracted, expert if self.by_expert else None,
+            *self.lists, *made[3:],
+        )  # fmt: skip
+
+
+def quantize(x: Tensor, *, modality: Tensor | None = None, expert: Tensor | None = None, **how: Any) -> Activations:
     """Prepare x [M, K] of bf16 or fp16, rows contiguous, or [M, 2K] = [gate | up] if `gated`; K <= 32768.
 
     bits: of the grid -q .. q, q = 2^(bits-1) - 1, that reaches each token's largest magnitude; None: no rounding.
@@ -108,27 +160,8 @@ def quantize(
 
     `ops.quantize` checks all but the values of indices, for which the device would have to be waited for.
     """
-    tokens, columns = len(x), x.shape[1] // 2 if gated else x.shape[1]
-    by_modality = input_scale is not None and len(input_scale) > 1
-    extracts = shared_channels is not None or expert_channels is not None
-    extracted = extracted if extracts else None
-    new = new_tensors(bits, outliers, norm_weight, gated, input_scale, extracted, with_x)
-    made = x.new_empty(tokens, columns) if new.x else None
-    base = x.new_empty(tokens, columns, dtype=torch.int8 if int8 else x.dtype) if new.base else None
-    token_scale = x.new_empty(tokens, dtype=torch.float32) if new.token_scale else None
-    lists = (shared_channels, expert_channels, salient_channels)
-    lengths = [0 if channels is None else channels.shape[-1] for channels in lists]
-    z = [None if channels is None else x.new_empty(tokens, channels.shape[-1]) for channels in lists]
-    if tokens and (new.x or new.base or any(lengths)):
-        block = triton.next_power_of_2(columns)
-        _quantize[(tokens,)](
-            x, x.stride(0), columns, made, base, token_scale,
-            norm_weight, eps, input_scale, modality if by_modality else None,
-            extracted, expert if expert_channels is not None else None, *lists, *z,
-            *lengths, gated, 0 if bits is None else 2 ** (bits - 1) - 1, outliers, block, num_warps=warps(block),
-        )  # fmt: skip
-    prepared = x if made is None else made
-    return Activations(prepared if with_x else None, prepared if base is None else base, token_scale, *z)
+    columns = x.shape[1] // 2 if how.get("gated") else x.shape[1]
+    return Quantizer(columns, **how)(x, modality, expert)
 
 
 def warps(block: int) -> int:
@@ -136,7 +169,7 @@ def warps(block: int) -> int:
     return min(max(block // 512, 1), 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["modality", "expert"])  # they may be parts of longer lists
 def _quantize(
     x, x_stride, columns, prepared, base, token_scale,
     norm_weight, eps, input_scale, modality,
@@ -328,72 +361,3 @@ def _largest_rounded(magnitude, columns, OUTLIERS: tl.constexpr, BLOCK: tl.const
         low = tl.where(reaching > OUTLIERS, middle, low)
         high = tl.where(reaching > OUTLIERS, high, middle)
     return low
-
-
-def quantize_reference(
-    x: Tensor,
-    *,
-    bits: int | None,
-    outliers: int = 0,
-    int8: bool,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    gated: bool = False,
-    input_scale: Tensor | None = None,
-    modality: Tensor | None = None,
-    shared_channels: Tensor | None = None,
-    expert_channels: Tensor | None = None,
-    expert: Tensor | None = None,
-    extracted: Tensor | None = None,
-    salient_channels: Tensor | None = None,
-    with_x: bool = True,
-) -> Activations:
-    """`quantize` in torch, of any float dtype and width; fp64 is computed in fp64."""
-    prepared = base = _prepared_reference(x, norm_weight, eps, gated, input_scale, modality)
-    here = pad(prepared, (0, 1))  # and zeros for channels of other ranks
-    shared_z = None if shared_channels is None else here[:, shared_channels.long()]
-    expert_z = token_scale = salient_z = None
-    row = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    if expert_channels is not None:
-        assert expert is not None, "expert_channels need the expert of every token"
-        row = expert.long() + 1
-        expert_z = here.gather(1, expert_channels.long()[expert.long().clamp_min(0)])
-        expert_z = expert_z.masked_fill(expert[:, None] < 0, 0.0)
-    if shared_channels is not None or expert_channels is not None:
-        assert extracted is not None, "channels that are taken out need the table of them"
-        base = prepared.masked_fill(extracted[row].bool(), 0.0)
-    if bits is not None:
-        base, token_scale = _rounded_reference(base, 2 ** (bits - 1) - 1, outliers, int8)
-    if salient_channels is not None:
-        salient_z = pad(base, (0, 1))[:, salient_channels.long()]
-        if token_scale is not None:
-            salient_z = (salient_z.to(token_scale.dtype) * token_scale[:, None]).to(prepared.dtype)
-    return Activations(prepared if with_x else None, base, token_scale, shared_z, expert_z, salient_z)
-
-
-def _prepared_reference(
-    x: Tensor, norm_weight: Tensor | None, eps: float, gated: bool, input_scale: Tensor | None, modality: Tensor | None
-) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if gated:
-        gate, up = x.to(wide).chunk(2, dim=1)
-        x = (silu(gate).to(x.dtype) * up).to(x.dtype)
-    if norm_weight is not None:
-        value = x.to(wide)
-        normed = (value * torch.rsqrt(value.square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
-        x = (normed * norm_weight.to(wide)).to(x.dtype)
-    if input_scale is not None:
-        rows = input_scale if len(input_scale) == 1 or modality is None else input_scale[modality.long()]
-        x = (x / rows.to(wide)).to(x.dtype)
-    return x
-
-
-def _rounded_reference(x: Tensor, top: int, outliers: int, int8: bool) -> tuple[Tensor, Tensor | None]:
-    """Activations.base and token_scale."""
-    value = x.to(torch.promote_types(x.dtype, torch.float32))
-    reach = value.abs().topk(outliers + 1, dim=1).values[:, -1:]
-    scale = (reach / top).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = torch.round(value / scale)
-    if outliers:
-        return torch.where(value.abs() <= reach, codes * scale, value).to(x.dtype), None
-    return codes.to(torch.int8 if int8 else x.dtype), scale[:, 0]

@@ -103,17 +103,17 @@ def _elsewhere(jobs: list[Job], unfinished: bool) -> list[Build]:
 def serve(unfinished: bool) -> None:
     """The process of its own: jobs on standard input, builds on standard output."""
     if unfinished:
-        _leave_products_unfinished()
+        leave_products_unfinished()
     jobs = pickle.load(sys.stdin.buffer)
     pickle.dump([compile_job(job) for job in jobs], sys.stdout.buffer)
 
 
-def _leave_products_unfinished() -> None:
+def leave_products_unfinished() -> None:
     """For all kernels of this process: Triton looks functions up when a kernel is compiled for the first time."""
     import triton
-    from qe_kernels import down, linear
+    from qe_kernels import down, products
 
-    linear.finished = down.finished = triton.jit(_as_it_is)
+    products.finished = down.finished = triton.jit(_as_it_is)
 
 
 def _as_it_is(product):

@@ -96,7 +96,8 @@ def test_few_tokens_split_k_until_the_gpu_is_full(of: Weight, split: int) -> Non
 
 def test_many_tokens_are_multiplied_by_cublas_unless_integers_are_faster() -> None:
     assert heuristic(H100, QKV, 512) is not None
-    assert heuristic(H100, QKV, 1024) is None
+    assert heuristic(H100, QKV, 1024) is not None
+    assert heuristic(H100, QKV, 1025) is None
     assert heuristic(H100, weight(10240, 8192, int8=True), 4096) is not None
 
 
@@ -117,7 +118,7 @@ def test_the_rule_gives_tiles_that_the_kernel_can_run(capability, rows, groups, 
         return
     config = heuristic(device, of, tokens)
     if config is None:
-        assert (tokens >= 1024 and not int8) or (int8 and group_size is not None)
+        assert (tokens > 1024 and not int8) or (int8 and group_size is not None)
         return
     assert config.BM >= 16
     assert config.BK * field_widths(bits)[-1] >= 128 or of.order is Order.NATURAL

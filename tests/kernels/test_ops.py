@@ -13,7 +13,8 @@ from qe_kernels.dispatch import Device
 from qe_kernels.down import down_reference
 from qe_kernels.factors import Factor
 from qe_kernels.linear import linear_reference
-from qe_kernels.quantize import Activations, quantize_reference
+from qe_kernels.quantize import Activations
+from qe_kernels.quantize_reference import quantize_reference
 from qe_kernels.split_k import Workspace
 from torch import Tensor
 
@@ -271,6 +272,17 @@ def test_memory_that_is_not_aligned_is_refused() -> None:
     memory = torch.zeros(M * K + 1, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="base: expected memory aligned to 16 bytes"):
         ops.linear(**LINEAR[0] | {"base": memory[1:].view(M, K)})
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_experts_may_be_a_row_of_several_routers_choices() -> None:
+    """Which begins anywhere."""
+    rows = torch.stack((EXPERT, EXPERT.flip(0)))
+    assert rows[1].data_ptr() % 16
+    found = ops.down(X, **DOWN[1] | {"expert": rows[1]}).expert_z
+    assert torch.equal(found[0, 2], ops.down(X, **DOWN[1] | {"expert": EXPERT.flip(0)}).expert_z[0, 2])
+    how = QUANTIZE[5] | {"expert": rows[1]}
+    assert torch.equal(ops.quantize(X, **how).expert_z, ops.quantize(X, **how | {"expert": rows[1].clone()}).expert_z)
 
 
 class Stream:

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qe_kernels.extraction import extracted_columns
-from qe_kernels.quantize import Activations, quantize, quantize_reference
+from qe_kernels.quantize import Activations, quantize
+from qe_kernels.quantize_reference import quantize_reference
 from torch import Tensor
 from triton import language as tl
 from triton.runtime import interpreter

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from qe_kernels import layout, ops
+from qe_kernels import layout, ops, plans
 from qe_kernels.dispatch import Device
 from torch import Tensor
 
@@ -26,13 +26,14 @@ def executed(normal: Normal, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) ->
     """The one operand type of a linear that runs through the kernels, in Triton's interpreter."""
     monkeypatch.setattr(ops, "device_of", lambda device: GPU)
     monkeypatch.setattr(on_kernels, "order_for", lambda device: layout.order_for(GPU.capability))
-    multiplied, kernel = [], ops.linear_kernel
+    multiplied = []
 
-    def watched(base: Tensor, token_scale: Tensor | None, weight: layout.Weight, *others, **how):
-        multiplied.append((base.dtype, weight.int8))
-        return kernel(base, token_scale, weight, *others, **how)
+    class Watched(plans.Linear):
+        def __call__(self, base: Tensor, *others) -> Tensor:
+            multiplied.append((base.dtype, self.weight.int8))
+            return super().__call__(base, *others)
 
-    monkeypatch.setattr(ops, "linear_kernel", watched)
+    monkeypatch.setattr(plans, "Linear", Watched)
     top = 2 ** (scheme.weight_bits - 1)
     codes = (top / 2 * normal(0, OUTPUTS, INPUTS)).round().clamp(-top, top - 1).to(torch.int8)
     scale = (normal(1, OUTPUTS, INPUTS // (scheme.group_size or INPUTS)).abs() / top).bfloat16()

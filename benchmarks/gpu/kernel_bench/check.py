@@ -19,7 +19,8 @@ from qe_kernels.dense import dequantize, dequantize_reference, linear_on_dense_w
 from qe_kernels.dispatch import Device, choose, device_of
 from qe_kernels.down import Down, down, down_config, down_reference
 from qe_kernels.linear import Config, linear, linear_reference
-from qe_kernels.quantize import quantize, quantize_reference
+from qe_kernels.quantize import quantize
+from qe_kernels.quantize_reference import quantize_reference
 from qe_kernels.workspaces import workspace_of
 from torch import Tensor
 

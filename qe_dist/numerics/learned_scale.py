@@ -35,13 +35,14 @@ def learn_scale(
 ) -> Float[Tensor, " I"]:
     """The scale after training, or the start where training did not lower the error of all these tokens."""
     exact = x @ weight.T
-    log = start.to(x).log().requires_grad_()
+    # float64: processors differ in the last bits of float32 logarithms, powers and roots, and a scale decides codes.
+    log = start.double().log().requires_grad_()
     optimizer = torch.optim.AdamW([log], lr=training.lr, weight_decay=0.0)
     draw = torch.Generator().manual_seed(training.seed)
     with torch.enable_grad():
         for _ in range(training.steps):
             rows = torch.randint(len(x), (min(training.batch, len(x)),), generator=draw).to(x.device)
-            loss = (_trainable_output(x[rows], weight, log.exp(), scheme) - exact[rows]).abs().mean()
+            loss = (_trainable_output(x[rows], weight, log.exp().to(x), scheme) - exact[rows]).abs().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -64,7 +64,8 @@ class MASQuant:
         # A channel that this modality does not use keeps the other's scale, so that nothing is left to repair there.
         peak = torch.where(peaks[modality] > 0, peaks[modality], peaks.amax(dim=0))
         heaviest = weight.abs().amax(dim=0).to(peak)
-        start = torch.where((peak > 0) & (heaviest > 0), (peak / heaviest.clamp_min(1e-5)).sqrt(), 1.0)
+        ratio = (peak / heaviest.clamp_min(1e-5)).double().sqrt().to(peak)
+        start = torch.where((peak > 0) & (heaviest > 0), ratio, 1.0)
         x = _tokens(problem, modality, self.tokens)
         return learn_scale(x, weight, start, problem.scheme, ScaleTraining(self.steps, lr=self.lr, seed=problem.seed))
 

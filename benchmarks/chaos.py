@@ -1,6 +1,9 @@
 """Kills whatever takes part in a run, at random moments, and types the same command again where it ended.
 
-    python benchmarks/chaos.py [--kills 60] [--seed 0]    writes benchmarks/results/chaos.json
+    python benchmarks/chaos.py [--kills 60] [--seed 0] [--load 2] [--minutes 8]    writes benchmarks/results/chaos.json
+
+Results of one clean commit add up: what earlier calls with the same seed and load have done is not done again. Each
+run is told in a line: who was killed, when, how long it took until work went on, and whether the bytes are the same.
 
 Victims get SIGKILL: the command itself, a stage worker, the embed worker, a whole Ray node (its raylet and all workers
 at once), everybody who writes while a file is half written, or the command twice in a row. The cluster is the one that
@@ -10,27 +13,24 @@ again.
 """
 
 import argparse
+import json
 import os
 import random
-import secrets
+import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-from qe_pipelines.results import write_result
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from qe_pipelines.results import environment, write_result
 
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
@@ -40,7 +40,8 @@ from qe_dist.methods.recipes import load_recipe
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.hosts import HEALTH, PATIENCE, STORE_BYTES, files, wait  # noqa: E402
+from benchmarks.hosts import files  # noqa: E402
+from benchmarks.ray_nodes import Nodes, below, clusters, kill, kill_process  # noqa: E402
 from tests.tiny import calibration, tiny_model, with_blocks  # noqa: E402
 
 VICTIMS = ("node", "writer", "command twice", "command", "worker", "embedder")
@@ -48,8 +49,11 @@ RESULT = ROOT / "benchmarks" / "results" / "chaos.json"
 BLOCKS, SAMPLES = 6, 24
 STAGES, EMBEDDERS = ("ray::StageActor",), ("ray::Embed",)
 """What their processes are called."""
-JOINING = 10.0
-"""Seconds that a node takes to be in the cluster."""
+HANGS = 900.0
+"""Seconds after which a command that has not ended counts as hanging."""
+NOTICED, WENT_ON = re.compile(rb'"event": "(lost|again|start)"'), re.compile(rb'"event": "(batch|block|done)"')
+CONTINUED = (-signal.SIGKILL, os.EX_TEMPFAIL)
+"""Exit codes after which the same command is typed again."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,28 @@ class Trial:
 
 
 @dataclass
+class Kill:
+    """Who was killed, when, and how long it took until work went on."""
+
+    killed: list[str]
+    second: float
+    """Since the command was typed."""
+    done: int
+    """Batches and blocks that this command had done."""
+    recovery: float | None = None
+    """Seconds until the next batch or block after the loss was noticed; None where nobody missed the victim."""
+
+    def __str__(self) -> str:
+        took = "nobody missed it" if self.recovery is None else f"work went on after {self.recovery:.1f} s"
+        return f"{', '.join(self.killed)} at {self.second:.1f} s after {self.done} batches and blocks; {took}"
+
+
+@dataclass
 class Outcome:
     trial: Trial
+    load: int = 0
+    """Other processes that compute all the time."""
+    struck: list[Kill] = field(default_factory=list)
     kills: int = 0
     calls: list[int] = field(default_factory=list)
     """Exit codes of the command."""
@@ -86,6 +110,13 @@ class Outcome:
     def good(self) -> bool:
         return self.kills > 0 and self.equal and not self.written_again
 
+    def __str__(self) -> str:
+        where = f"{self.trial.nodes} nodes, {self.trial.workers} workers"
+        told = "; then ".join(map(str, self.struck)) or "nobody was killed"
+        end = self.fault or ("the same bytes" if self.equal else "OTHER BYTES")
+        again = f", MADE AGAIN: {self.written_again}" if self.written_again else ""
+        return f"{self.trial.victim} ({where}): {told}; exit codes {self.calls}, {end}{again}, {self.seconds:.0f} s"
+
 
 def draw(dice: random.Random, victim: str) -> Trial:
     nodes = dice.choice((2, 3)) if victim == "node" else dice.choice((1, 1, 2, 3))
@@ -99,69 +130,6 @@ def draw(dice: random.Random, victim: str) -> Trial:
         moment=moment,
         delay=dice.uniform(0.0, 0.3),
     )
-
-
-class Nodes:
-    """Ray nodes on this machine, each of which can be killed; the first is the head."""
-
-    def __init__(self, count: int, folder: Path) -> None:
-        self.folder, self.address = folder, f"127.0.0.1:{_free_port()}"
-        self.env = dict(os.environ) | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        }
-        self.processes = [self._start(head=i == 0) for i in range(count)]
-        time.sleep(JOINING)
-
-    def _start(self, head: bool) -> subprocess.Popen[bytes]:
-        role = [f"--address={self.address}"]
-        env = self.env
-        if head:
-            role = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-            role += [f"--ray-client-server-port={_free_port()}", f"--temp-dir={self.folder}"]
-            env = env | {f"RAY_health_check_{key}": str(value) for key, value in HEALTH.items()}
-        size = ["--num-cpus=1", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--block"]
-        size += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, *size]
-        with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
-            process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
-        if head:
-            wait(lambda: _listens(self.address) or process.poll() is not None, "the head listens")
-        if process.poll() is not None:
-            raise RuntimeError(f"ray start ended with {process.returncode}, see {log.name}")
-        return process
-
-    def mend(self) -> None:
-        """Starts those anew that were killed."""
-        dead = [p for p in self.processes if p.poll() is not None]
-        self.processes = [self._start(head=False) if p in dead else p for p in self.processes]
-        time.sleep(JOINING if dead else 0.0)
-
-    def kill_one(self, dice: random.Random) -> None:
-        kill(dice.choice(self.processes[1:]))
-
-    def close(self) -> None:
-        for process in reversed(self.processes):
-            kill(process)
-
-
-def kill(process: subprocess.Popen[Any]) -> None:
-    """A process and all below it, at once, if it still is."""
-    if process.poll() is not None:
-        return
-    for victim in (*_below(process.pid), psutil.Process(process.pid)):
-        _kill(victim)
-    process.wait()
-
-
-def _below(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []
-
-
-def _kill(victim: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        victim.kill()
 
 
 class Run:
@@ -182,7 +150,6 @@ class Run:
             "--blocks-per-worker": self.trial.blocks_per_worker,
             "--samples-per-batch": self.config.samples_per_batch,
             "--sample-tokens": self.config.sample_tokens,
-            "--worker-timeout": 20,
         }
         if self.nodes is not None:
             options["--ray-address"] = self.nodes.address
@@ -190,6 +157,7 @@ class Run:
         env = (self.nodes.env if self.nodes else dict(os.environ)) | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
         }
+        self.typed = time.monotonic()
         self.log = (self.config.output.parent / f"{self.config.output.name}.log").open("ab")
         return subprocess.Popen([*words, *map(str, _flat(options))], env=env, stdout=self.log, stderr=self.log)
 
@@ -201,7 +169,7 @@ class Run:
                 self._strike(process, dice)
             self._end(process)
         while self.outcome.calls[-1] != 0:
-            if time.monotonic() - start > PATIENCE or self.outcome.calls[-1] not in (-signal.SIGKILL, 2):
+            if time.monotonic() - start > HANGS or self.outcome.calls[-1] not in CONTINUED:
                 said = Path(self.log.name).read_text()[-1000:]
                 raise RuntimeError(f"the command ended with {self.outcome.calls}: {said}")
             self._end(self.type(self.trial.workers_after))
@@ -212,24 +180,44 @@ class Run:
         self.outcome.seconds = time.monotonic() - start
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        self.outcome.calls.append(process.wait(PATIENCE))
+        """Waits for the end of a call. Raises TimeoutExpired, and ends it, when it hangs."""
+        while process.poll() is None:
+            if time.monotonic() - self.typed > HANGS:
+                kill(process)
+                raise subprocess.TimeoutExpired(process.args, HANGS)
+            self._watch_recovery()
+            time.sleep(0.02)
+        self._watch_recovery()
+        self.outcome.calls.append(process.returncode)
         self.log.close()
+
+    def _watch_recovery(self) -> None:
+        """Notes when work went on after the last kill."""
+        if not self.outcome.struck or self.outcome.struck[-1].recovery is not None:
+            return
+        since = self._journal()[self.journal_before :]
+        noticed = NOTICED.search(since)
+        if noticed and WENT_ON.search(since, noticed.end()):
+            self.outcome.struck[-1].recovery = round(time.monotonic() - self.killed_at, 2)
 
     def _reach(self, process: subprocess.Popen[bytes], moment: float) -> bool:
         """Waits for the moment; False where the command was done before it."""
         waves = -(-BLOCKS // (self.trial.workers * self.trial.blocks_per_worker))
         wanted = moment * (waves * SAMPLES + BLOCKS)
-        before = self._progress()
-        while process.poll() is None and (self._progress() - before < wanted or not self._victims(process)):
+        self.before = self._progress()
+        while process.poll() is None and (self._progress() - self.before < wanted or not self._victims(process)):
             time.sleep(0.005)
         time.sleep(self.trial.delay if self.trial.victim != "writer" else 0.0)
         while self.trial.victim == "writer" and process.poll() is None and not self._half_written():
             pass
         return process.poll() is None
 
-    def _progress(self) -> int:
+    def _journal(self) -> bytes:
         journal = self.config.output / ".run" / JOURNAL
-        content = journal.read_bytes() if journal.exists() else b""
+        return journal.read_bytes() if journal.exists() else b""
+
+    def _progress(self) -> int:
+        content = self._journal()
         return content.count(b'"event": "batch"') + content.count(b'"event": "block"')
 
     def _half_written(self) -> bool:
@@ -241,7 +229,7 @@ class Run:
         if titles is None:
             return [psutil.Process(process.pid)]
         roots = [process.pid, *(p.pid for p in self.nodes.processes)] if self.nodes else [process.pid]
-        return [p for root in roots for p in _below(root) if _title(p).startswith(titles)]
+        return [p for root in roots for p in below(root) if _title(p).startswith(titles)]
 
     def _strike(self, process: subprocess.Popen[bytes], dice: random.Random) -> None:
         for report in (self.config.output / ".run" / "blocks").glob("block-*.json"):
@@ -250,13 +238,24 @@ class Run:
                 self.finished.setdefault(tensors.name, tensors.stat().st_mtime_ns)
         self.outcome.finished_before = len(self.finished)
         victims = self._victims(process)
+        struck = Kill([], round(time.monotonic() - self.typed, 2), self._progress() - self.before)
+        self.journal_before, self.killed_at = len(self._journal()), time.monotonic()
         if self.trial.victim == "node":
-            self.nodes.kill_one(dice)
+            node = dice.choice(self.nodes.processes[1:])
+            struck.killed = [f"node {self.nodes.processes.index(node)}", *map(_title, below(node.pid))]
+            kill(node)
         elif self.trial.victim in ("worker", "embedder") and victims:
-            _kill(dice.choice(victims))
+            victims = [dice.choice(victims)]
         else:
-            for victim in (*victims, psutil.Process(process.pid)):
-                _kill(victim)
+            victims = [*victims, psutil.Process(process.pid)]
+        if self.trial.victim != "node":
+            struck.killed = list(map(_title, victims))
+            for victim in victims:
+                kill_process(victim)
+        struck.killed = [
+            _short(title) for title in struck.killed if title.startswith(("node", "ray::")) or "qe_" in title
+        ]
+        self.outcome.struck.append(struck)
         self.outcome.kills += 1
 
 
@@ -267,55 +266,32 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _short(title: str) -> str:
+    """A process as the report names it."""
+    return "command" if "qe_pipelines" in title else title.partition(" ")[0].partition("::")[2] or title
+
+
 def _flat(options: Mapping[str, Any]) -> Iterator[Any]:
     for pair in options.items():
         yield from pair
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def clusters(folder: Path) -> Iterator[dict[int, Nodes]]:
-    """By number of nodes, started when asked for."""
-
-    class Lazy(dict[int, Nodes]):
-        def __missing__(self, count: int) -> Nodes:
-            self[count] = Nodes(count, folder / f"ray{count}")
-            return self[count]
-
-    with ExitStack() as stack:
-        found = Lazy()
-        stack.callback(lambda: [nodes.close() for nodes in found.values()])
-        yield found
-
-
-def benchmark(folder: Path, kills: int, seed: int) -> Iterator[Outcome]:
-    """The outcome of every run, as it ends."""
+def benchmark(folder: Path, kills: int, seed: int, load: int = 0, first: int = 0) -> Iterator[Outcome]:
+    """The outcome of every run from number `first` on, as it ends, beside `load` busy processes."""
     model = tiny_model(folder / "model", config=with_blocks(BLOCKS))
     data = calibration(folder / "data", SAMPLES)
     run = RunConfig(model, load_recipe("qe-w4a6"), data, folder / "undisturbed", samples_per_batch=1, sample_tokens=512)
     local.quantize(run)
     expected = files(run.output)
-    dice = random.Random(seed)
-    with clusters(folder) as found:
-        for number in track(range(kills), description="kills"):
+    with clusters(folder) as found, busy(load):
+        for number in range(first, kills):
+            dice = random.Random(f"{seed} {number}")
             trial = draw(dice, VICTIMS[number % len(VICTIMS)])
             nodes = None if trial.nodes == 1 else found[trial.nodes]
             if nodes is not None:
                 nodes.mend()
             disturbed = Run(replace(run, output=folder / f"run-{number}"), trial, nodes)
+            disturbed.outcome.load = load
             try:
                 disturbed.go(dice, expected)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -323,39 +299,50 @@ def benchmark(folder: Path, kills: int, seed: int) -> Iterator[Outcome]:
             yield disturbed.outcome
 
 
-def report(outcomes: list[Outcome]) -> Table:
-    table = Table("victim", "runs", "same bytes", "killed", "written again", "calls", "seconds")
-    for victim in VICTIMS:
-        mine = [o for o in outcomes if o.trial.victim == victim]
-        if mine:
-            calls = Counter(len(o.calls) for o in mine)
-            table.add_row(
-                victim,
-                str(len(mine)),
-                str(sum(o.equal for o in mine)),
-                str(sum(o.kills for o in mine)),
-                str(sum(len(o.written_again) for o in mine)),
-                ", ".join(f"{n} x {count}" for count, n in sorted(calls.items())),
-                f"{sum(o.seconds for o in mine) / len(mine):.0f}",
-            )
-    return table
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that compute all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            kill(other)
+
+
+def earlier(seed: int) -> list[dict[str, Any]]:
+    """The runs that this commit has done with this seed, where it is a clean one."""
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
+    commit = environment()["commit"]
+    same = commit and "dirty" not in commit and commit == found.get("environment", {}).get("commit")
+    return found["runs"] if same and found["seed"] == seed else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kills parts of runs at random moments, and continues them.")
-    parser.add_argument("--kills", type=int, default=60, help="runs, of which each is disturbed")
+    parser.add_argument("--kills", type=int, default=60, help="runs with this load, of which each is disturbed")
     parser.add_argument("--seed", type=int, default=0, help="who is killed, when, on how many nodes")
+    parser.add_argument("--load", type=int, default=0, help="processes that compute all the time meanwhile")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     args = parser.parse_args()
-    outcomes: list[Outcome] = []
+    begin, runs = time.monotonic(), earlier(args.seed)
+    first = sum(run["load"] == args.load for run in runs)
+    bad = 0
     with tempfile.TemporaryDirectory(prefix="qe-", dir="/tmp") as folder:  # paths of sockets must be short
-        for outcome in benchmark(Path(folder), args.kills, args.seed):
-            outcomes.append(outcome)
-            good = sum(outcome.good for outcome in outcomes)
-            content = {"seed": args.seed, "kills": sum(o.kills for o in outcomes), "good": good}
-            write_result(RESULT, content | {"runs": [asdict(o) for o in outcomes]})
-    Console().print(report(outcomes))
-    print(f"{good} of {len(outcomes)} runs were hit and have the bytes of an undisturbed one")
-    return good != len(outcomes)
+        for outcome in benchmark(Path(folder), args.kills, args.seed, args.load, first):
+            runs.append(asdict(outcome) | {"good": outcome.good})
+            bad += not outcome.good
+            print(f"{sum(run['load'] == args.load for run in runs)}: {outcome}", flush=True)
+            good = sum(run["good"] for run in runs)
+            content = {"seed": args.seed, "kills": sum(run["kills"] for run in runs), "good": good}
+            write_result(RESULT, content | {"runs": runs})
+            if time.monotonic() - begin > 60 * args.minutes:
+                break
+    counted = Counter((run["load"], run["good"]) for run in runs)
+    for load in sorted({run["load"] for run in runs}):
+        done = counted[load, True] + counted[load, False]
+        print(f"load {load}: {counted[load, True]} of {done} runs were hit and have the bytes of an undisturbed one")
+    return bool(bad)
 
 
 if __name__ == "__main__":

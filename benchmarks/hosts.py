@@ -41,8 +41,8 @@ HOSTS = ("head", "north", "south")
 RECIPE = "qe-w4a6"
 HEALTH = {"initial_delay_ms": 1000, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
 """Of the head, so that it misses a node after 4 s. With Ray's own (5 s, 3 s, 10 s, 5) that takes a minute."""
-CONTINUED = (2, 75)
-"""Exit codes after which the command may be typed again: an error that says so, and a stop."""
+CONTINUED = (os.EX_TEMPFAIL,)
+"""Exit codes after which the command may be typed again."""
 STORE_BYTES = 100 * 2**20
 AWAY = 5.0
 """Seconds for which a host stays away after it was declared dead."""

@@ -1,9 +1,12 @@
 """The stages and the embedder of `qe_dist.flow` as Ray actors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
+from qe_dist.core.batch import Batch
+from qe_dist.core.sample import Sample
 from qe_dist.flow.calibrate import Embedder
 from qe_dist.flow.stage import Stage
 
@@ -21,4 +24,20 @@ class StageActor(Stage):
         return super().survey() | where
 
 
-EmbedActor = ray.remote(Embedder)
+@ray.remote(num_cpus=0, concurrency_groups={"watch": 1})  # type: ignore[call-overload]  # not in its hints
+class EmbedActor(Embedder):
+    """An embedder that answers heartbeats while it works."""
+
+    activity = "idle"
+
+    def embed(self, index: int, samples: Sequence[Sample]) -> Batch:
+        self.activity = "embed"
+        try:
+            return super().embed(index, samples)
+        finally:
+            self.activity = "idle"
+
+    @ray.method(concurrency_group="watch")
+    def usage(self) -> dict[str, Any]:
+        """What it does at the moment."""
+        return {"activity": self.activity}

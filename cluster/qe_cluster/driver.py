@@ -27,9 +27,9 @@ from qe_cluster.launch import cluster_address, ray_cluster
 from qe_cluster.metrics import Metrics
 from qe_cluster.streaming import Streamer
 from qe_cluster.watching import Listener, Monitor
-from qe_cluster.workers import WorkerPool, loss_reason
+from qe_cluster.workers import WorkerPool, loss_reason, out_of_memory
 from qe_dist import __version__
-from qe_dist.core.errors import QEError
+from qe_dist.core.errors import TemporaryError
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import Prepared, finish, opened, prepare_run, start
 from qe_dist.flow.plan import Wave, local_capacities, plan_wave
@@ -37,6 +37,7 @@ from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.journal import JOURNAL, Journal
 
 MAX_LOSSES = 5  # in a row without a block finished; more are no accident
+MAX_KILLED = 1  # of them since memory ran out, which the same blocks would do again
 
 
 @dataclass
@@ -66,7 +67,8 @@ def quantize(
     every event. stop: when it is set, the batches and blocks in flight are finished and Stopped is raised.
     worker_timeout: seconds to wait for the workers that were asked for; a cluster that grows on demand needs minutes.
 
-    Raises QEError, whose message says what to do; finished blocks are kept.
+    Raises QEError, whose message says what to do; finished blocks are kept. It is a TemporaryError when workers were
+    lost.
     """
     begin, address = time.perf_counter(), cluster_address(address)
     ready = prepare_run(*runs, capacities=local_capacities(runs[0]) if address is None else ())
@@ -78,7 +80,7 @@ def quantize(
             passed_through = thread.submit(start, ready)
             if ready.next_block() is not None:
                 with ray_cluster(address, (runs[0].workers or 1) * runs[0].threads), Metrics() as metrics:
-                    pool = WorkerPool(ready.configs, ready.model.arch, worker_timeout)
+                    pool = WorkerPool(ready.task, worker_timeout)
                     monitor = Monitor(pool, lease, stop or threading.Event(), _all_of(listen, metrics))
                     _Waves(ready, pool, monitor).run(summary)
             passed_through.result()
@@ -94,12 +96,16 @@ class _Waves:
 
     def __init__(self, ready: Prepared, pool: WorkerPool, monitor: Monitor) -> None:
         self.ready, self.pool, self.listen = ready, pool, monitor.listen
+        pool.heartbeats.listen = monitor.report
         self.streamer, self.fitter = Streamer(ready, pool, monitor), Fitter(ready, pool, monitor)
         self.number = 0
         """Number of the current wave, from 1 on."""
+        self.losses, self.killed, self.done = 0, 0, 0
+        """Losses since the last block was finished, those for want of memory, and the blocks that were finished."""
 
     def run(self, summary: Summary) -> None:
-        """Runs waves until every block is finished, and completes the summary. Raises QEError for what Ray raises."""
+        """Runs waves until every block is finished, and completes the summary. Raises TemporaryError for a loss that
+        nothing here replaces."""
         ready = self.ready
         counts = {"batches": len(ready.samples), "blocks": len(ready.model.blocks), "done": summary.continued}
         counts["in_order"] = any(run.recipe.tuning is not None for run in ready.configs)
@@ -111,7 +117,9 @@ class _Waves:
                 ready.store.drop_batches_before(first)
             summary.tokens, summary.stages = self.streamer.tokens, self.pool.usage()
         except RayError as error:
-            raise QEError(f"{loss_reason(error)}; finished blocks are safe, type the same command again") from None
+            raise TemporaryError(
+                f"{loss_reason(error)}; finished blocks are safe, type the same command again"
+            ) from None
         finally:
             self.pool.close()
 
@@ -143,35 +151,42 @@ class _Waves:
         """Streams the batches through a wave and fits its blocks, and does so again when a worker was lost.
 
         Returns early when a lost worker could not be replaced: what is left is then planned for the other workers.
-        Raises QEError when more than MAX_LOSSES are lost without a finished block in between.
+        Raises TemporaryError as `_count_loss` does.
         """
-        losses = 0
+        again = False
         to_load: list[int] | None = list(range(len(self.pool.workers)))
         while to_load is not None:
-            done = _num_finished(self.ready)
             try:
                 self.pool.load(wave, to_load)
-                self.streamer.stream(self.number, wave, again=losses > 0)
+                self.streamer.stream(self.number, wave, again)
                 asyncio.run(self.fitter.fit(wave))
                 return
             except RayError as error:
                 reason = loss_reason(error)
-            losses = 1 if _num_finished(self.ready) > done else losses + 1
-            if losses > MAX_LOSSES:
-                raise QEError(
-                    f"a worker was lost {losses} times while no block was finished, lastly: {reason}. Finished blocks "
-                    "are safe; if memory ran out, give fewer --blocks-per-worker or --samples-per-batch, and continue"
-                )
-            to_load = self._replace_lost(wave, reason)
+                self._count_loss(reason, out_of_memory(error) is not None)
+            to_load, again = self._replace_lost(wave, reason), True
+
+    def _count_loss(self, reason: str, memory: bool) -> None:
+        """Raises TemporaryError when more than MAX_LOSSES were lost, or more than MAX_KILLED for want of memory, while
+        no block was finished."""
+        if (done := _num_finished(self.ready)) > self.done:
+            self.losses, self.killed, self.done = 0, 0, done
+        self.losses, self.killed = self.losses + 1, self.killed + memory
+        if self.losses > MAX_LOSSES or self.killed > MAX_KILLED:
+            raise TemporaryError(
+                f"a worker was lost {self.losses} times while no block was finished, lastly: {reason}. Finished blocks "
+                "are safe; if memory ran out, give fewer --blocks-per-worker, --samples-per-batch or --workers, and "
+                "continue"
+            )
 
     def _replace_lost(self, wave: Wave, reason: str) -> list[int] | None:
         """Starts workers in the place of lost ones, and returns their numbers; None when there is no room for all."""
-        self.pool.check_embedder()
         lost = self.pool.lost()
         numbers = [self.pool.workers.index(worker) for worker in lost]
         blocks = {part.worker: [block.index for block in part.blocks] for part in wave}
-        for number in numbers:
-            self.listen("lost", self.pool.label(number) | {"reason": reason, "blocks": blocks.get(number, [])})
+        for number, worker in zip(numbers, lost, strict=True):
+            why = self.pool.heartbeats.ended.get(worker.actor, reason)
+            self.listen("lost", self.pool.label(number) | {"reason": why, "blocks": blocks.get(number, [])})
         replaced = [self.pool.replace(worker) for worker in lost]
         return numbers if all(replaced) else None
 

@@ -30,11 +30,11 @@ class Fitter:
         """
         workers = self.pool.workers
         self._prefetch_after(wave)
-        lists = await asyncio.gather(*(_result(workers[part.worker].actor.jobs.remote()) for part in wave))
+        lists = self.monitor.wait([workers[part.worker].actor.jobs.remote() for part in wave])
         owners = {job: part.worker for part, jobs in zip(wave, lists, strict=True) for job in jobs}
         places = self._places(owners)
         order = _Order(wave)
-        async with self.monitor.reporting():
+        async with self.monitor.beating():
             stages = (self._fit_stage(part, jobs, places, order) for part, jobs in zip(wave, lists, strict=True))
             ends = await asyncio.gather(*stages, return_exceptions=True)
         for end in ends:

@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import ray
-
 from qe_cluster.watching import Monitor
 from qe_cluster.workers import WorkerPool, transfer_bytes
 from qe_dist.data.samples import carried
@@ -54,7 +52,7 @@ class Streamer:
             flight.append((index, actors[-1].finish.remote(batch, after)))
         while flight:
             tokens += self._await_batch(number, flight)[0]
-        ray.get([writer.flush.remote() for writer in (embedder, *actors[-1:]) if writer is not None])
+        self.monitor.wait([writer.flush.remote() for writer in (embedder, *actors[-1:]) if writer is not None])
         self.monitor.check_stop()
         self.pool.dismiss_embedders()
         if begin == 0 and depth:
@@ -63,7 +61,7 @@ class Streamer:
     def _lacking(self, actors: Sequence[Any], after: int | None) -> tuple[int, int]:
         """The first batch that a stage or the spool lacks, and the number of stages that batches must pass through."""
         batches = range(len(self.ready.samples))
-        counted = ray.get([actor.counted.remote() for actor in actors])
+        counted = self.monitor.wait([actor.counted.remote() for actor in actors])
         lacking = {j: count for j, count in enumerate(counted) if count is not None and count < len(batches)}
         unspooled = [i for i in batches if after is not None and not self.ready.store.has_batch(after, i)]
         depth = len(actors) if unspooled else max(lacking, default=-1) + 1
@@ -72,7 +70,7 @@ class Streamer:
     def _await_batch(self, number: int, flight: deque[tuple[int, Any]]) -> tuple[int, int]:
         """Waits until the oldest batch in flight has passed its last stage. Returns its tokens and bytes."""
         index, result = flight.popleft()
-        tokens, size = ray.get(result)
+        [(tokens, size)] = self.monitor.wait([result])
         self.monitor.listen("batch", {"wave": number, "index": index, "tokens": tokens})
         self.monitor.check()
         return tokens, size

@@ -24,8 +24,14 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import qe_dist
 from qe_cluster.launch import TOKEN_HELP
-from qe_dist.core.errors import ConfigError, QEError
+from qe_dist.core.errors import ConfigError, QEError, TemporaryError
 
+BUILD_SECONDS = 600
+"""To build a wheel of a checkout, which takes a few."""
+SILENT_SECONDS = 60.0
+"""A job may say nothing for so long before its cluster is asked for an answer, which may take as long."""
+LOST = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+"""What Ray calls the end of a job by what happened around it."""
 PACKAGES = ("qe_dist", "qe_kernels", "qe_cluster", "qe_pipelines")
 
 
@@ -82,7 +88,11 @@ def _wheel(source: Path, folder: Path) -> Path:
     config = folder / "build.cfg"
     config.write_text(f"[build]\nbuild_base = {folder / 'build'}\n[egg_info]\negg_base = {folder}\n")
     command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    built = subprocess.run(command, env=os.environ | {"DIST_EXTRA_CONFIG": str(config)}, capture_output=True, text=True)
+    environment = os.environ | {"DIST_EXTRA_CONFIG": str(config)}
+    try:
+        built = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise TemporaryError(f"pip did not build a wheel from {source} within {BUILD_SECONDS} s") from None
     if built.returncode != 0:
         output = f"{built.stdout}\n{built.stderr}".strip()
         raise QEError(f"no wheel could be built from {source}; that needs pip, setuptools >= 80 and wheel. {output}")
@@ -92,28 +102,38 @@ def _wheel(source: Path, folder: Path) -> Path:
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
     """Passes the job's log to `write` until the job ends, and returns the exit code of its command.
 
-    Ray has no exit code of a job that was stopped (then 75 is returned, since the command can be continued) or that
-    never ran (1). An interrupt ends this function and leaves the job running. Raises ConfigError when there is no such
-    job, and QEError when the connection is lost.
+    Ray has no exit code of a job that was stopped or whose node was lost (then 75 is returned, since the command can be
+    continued) or that never ran (1). An interrupt ends this function and leaves the job running. Raises ConfigError
+    when there is no such job, and TemporaryError when the connection is lost.
     """
-
-    async def tail() -> None:
-        async for text in client.tail_job_logs(job):
-            write(text)
-
     try:
         client.get_job_info(job)
     except RuntimeError:
         known = ", ".join(str(one.submission_id) for one in client.list_jobs() if one.submission_id) or "none"
         raise ConfigError(f"the cluster has no job {job}; its jobs: {known}") from None
     try:
-        asyncio.run(tail())
+        asyncio.run(_tail(client, job, write))
         end = client.get_job_info(job)
     except (ClientError, OSError, RuntimeError) as error:
-        raise QEError(
+        raise TemporaryError(
             f"the log of job {job} broke off: {error}. The job may go on: qe-dist submit --attach {job}"
         ) from None
     if end.driver_exit_code is not None:
         return end.driver_exit_code
     write(f"job {job}: {end.message}\n")
-    return os.EX_TEMPFAIL if end.status == JobStatus.STOPPED else 1
+    return os.EX_TEMPFAIL if end.status == JobStatus.STOPPED or end.error_type in LOST else 1
+
+
+async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> None:
+    """Passes the log on until the job ends. While it says nothing, asks again and again whether the cluster is there:
+    a head that lost its network closes no connection. Raises OSError when it does not answer within SILENT_SECONDS."""
+    log = aiter(client.tail_job_logs(job))
+    while True:
+        following = asyncio.ensure_future(anext(log))
+        while not (await asyncio.wait({following}, timeout=SILENT_SECONDS))[0]:
+            # as `client.get_version`, which waits without end
+            await asyncio.to_thread(client._do_request, "GET", "/api/version", timeout=SILENT_SECONDS)
+        try:
+            write(following.result())
+        except StopAsyncIteration:
+            return

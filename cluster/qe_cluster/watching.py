@@ -2,19 +2,15 @@
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
+from qe_cluster.heartbeats import BEAT_SECONDS, Usage
 from qe_cluster.workers import WorkerPool
 from qe_dist.core.errors import Stopped
 from qe_dist.flow.local import RunLease
 
-USAGE_PERIOD_SECONDS = 2.0  # between two requests for the usage of all workers
 Listener = Callable[[str, dict[str, Any]], None]
 """Is called with the name and the data of each event (`qe_dist/flow/progress.py` lists them)."""
 
@@ -24,9 +20,6 @@ class Monitor:
 
     def __init__(self, pool: WorkerPool, lease: RunLease, stop: threading.Event, listen: Listener) -> None:
         self.pool, self.lease, self.stop, self.listen = pool, lease, stop, listen
-        self.requests: dict[Any, int] = {}
-        """Requests for usage that have no answer yet, each with the number of its worker."""
-        self.last_request = time.monotonic()
 
     @property
     def stopping(self) -> bool:
@@ -38,35 +31,33 @@ class Monitor:
         if self.stopping:
             raise Stopped("stopped as asked; what is done is published, type the same command again to continue")
 
+    def wait(self, refs: Sequence[Any]) -> list[Any]:
+        """Like `ray.get`, with heartbeats meanwhile. Raises RayError for a call whose worker is lost, and QEError when
+        another command took the directory over."""
+        return self.pool.heartbeats.wait(refs, self.lease.check)
+
     def check(self) -> None:
-        """Reports the usage of workers, without waiting. Raises QEError when another command took the directory
-        over."""
+        """Asks for heartbeats, without waiting. Raises QEError when another command took the directory over."""
         self.lease.check()
-        self._report_usage()
+        self.pool.heartbeats.beat()
 
     @asynccontextmanager
-    async def reporting(self) -> AsyncIterator[None]:
-        """Reports the usage of workers in the background."""
-        task = asyncio.create_task(self._keep_reporting())
+    async def beating(self) -> AsyncIterator[None]:
+        """Asks for heartbeats in the background."""
+        self.pool.heartbeats.idle = 0
+        task = asyncio.create_task(self._keep_beating())
         try:
             yield
         finally:
             task.cancel()
 
-    async def _keep_reporting(self) -> None:
+    async def _keep_beating(self) -> None:
         while True:
-            self._report_usage()
-            await asyncio.sleep(USAGE_PERIOD_SECONDS / 4)
+            self.pool.heartbeats.beat()
+            await asyncio.sleep(BEAT_SECONDS / 4)
 
-    def _report_usage(self) -> None:
-        refs = list(self.requests)
-        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-        for ref in answered:
-            number = self.requests.pop(ref)
-            try:
-                self.listen("worker", self.pool.label(number) | ray.get(ref))
-            except (RayError, IndexError):
-                continue  # the worker is lost; the calls that wait for its work raise that
-        if time.monotonic() - self.last_request > USAGE_PERIOD_SECONDS:
-            self.last_request = time.monotonic()
-            self.requests = {w.actor.usage.remote(): i for i, w in enumerate(self.pool.workers)}
+    def report(self, actor: Any, usage: Usage) -> None:
+        """Passes on what a worker said in a heartbeat; an embedder says nothing of interest."""
+        number = self.pool.number(actor)
+        if number is not None:
+            self.listen("worker", self.pool.label(number) | dict(usage))

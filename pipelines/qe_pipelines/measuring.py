@@ -38,7 +38,7 @@ def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: st
     process is killed, and ConfigError when no node has enough memory.
     """
     import ray
-    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
     from qe_dist.core.errors import TemporaryError
 
@@ -59,6 +59,11 @@ def finished(tasks: Sequence[tuple[Any, tuple[Any, ...], Path, int]], device: st
                 f"the process that evaluates {folder} was killed; it counted on {size / GIB:.1f} GiB, and most likely "
                 "the machine had no memory left. End what else runs there, give fewer --workers, or evaluate block by "
                 "block: qe-dist eval --stream"
+            ) from None
+        except RayError as error:
+            said = " ".join(str(error).split())
+            raise TemporaryError(
+                f"the process that evaluates {folder} was lost with its node: {said}; type the same command again"
             ) from None
     return results
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from qe_dist.core.errors import ConfigError, QEError
+from qe_dist.core.errors import ConfigError, TemporaryError
 from qe_dist.io.publish import cannot_write, make_folder
 
 HEARTBEAT_SECONDS = 5.0
@@ -97,9 +97,9 @@ class RunLock:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Raises QEError when the lock is lost. To be called before anything is published."""
+        """Raises TemporaryError when the lock is lost. To be called before anything is published."""
         if self.lost:
-            raise QEError(
+            raise TemporaryError(
                 f"{self.folder} was taken over by {self._read(self._last()) or 'another run'} while this run gave no "
                 "heartbeat; this one ends, and finished blocks are safe"
             )

@@ -1,6 +1,7 @@
 """Ray gives the bytes that one process gives, whatever the number of workers, the waves, and who dies when."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from qe_cluster import driver
+from qe_cluster import driver, heartbeats
 from qe_cluster.launch import ray_cluster
 
 from qe_dist.core.errors import CheckpointError, ConfigError, QEError
@@ -116,6 +117,34 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_finished_is_done_again(
     assert sorted(fitted) == list(range(BLOCKS)), "a finished block was fitted again"
     lost = [data for event, data in events if event == "lost"]
     assert [data["reason"].startswith("a worker died") for data in lost] == [True]
+
+
+@pytest.mark.nightly
+def test_a_worker_that_hangs_is_ended_and_replaced(run, expected, cluster, tmp_path, monkeypatch):
+    """Nothing would tell: its process, its node and its connections are there."""
+    monkeypatch.setattr(heartbeats, "SILENT_BEATS", 5)
+    one, events, stopped = replace(run, output=tmp_path / "out", workers=2, blocks_per_worker=1), [], []
+
+    def listen(event, data):
+        events.append((event, data))
+        if event == "batch" and not stopped:
+            stopped.append(actors()[0])
+            stopped[0].suspend()
+
+    driver.quantize(one, listen=listen)
+    assert stopped
+    assert files(one.output) == expected
+    assert [event for event, _ in events].count("lost") == 1
+
+
+@pytest.mark.nightly
+def test_a_node_without_memory_ends_the_command_with_75_and_says_who_had_how_much(run, tmp_path):
+    words, environment = command(run, tmp_path / "out"), os.environ | {"RAY_memory_usage_threshold": "0.01"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 75, done.stderr
+    assert re.search(r"error: Ray killed process \d+, which had [\d.]+ GB, when node .* GB in use", done.stderr)
+    assert "fewer --workers" in done.stderr
+    assert done.stderr.count("error:") == 1
 
 
 @pytest.mark.nightly

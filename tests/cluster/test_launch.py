@@ -49,7 +49,20 @@ from qe_cluster.launch import ray_cluster
 with ray_cluster(None, 3, object_store_memory=100 * 2**20):
     servers = [p for p in psutil.Process().children(recursive=True) if p.name() == "gcs_server"]
     modes = [p.environ().get("RAY_AUTH_MODE") for p in servers]
-    print(json.dumps([ray.cluster_resources(), modes]))
+    nice = ray.get(ray.remote(lambda: os.nice(0)).remote())
+    print(json.dumps([ray.cluster_resources(), modes, nice]))
+"""
+LATE = """
+import os, signal, sys, threading, time
+import psutil, ray
+from qe_cluster.launch import ray_cluster
+port = int(sys.argv[1].rpartition(":")[2])
+head = next(c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN")
+os.kill(head, signal.SIGSTOP)
+threading.Timer(float(sys.argv[2]), os.kill, (head, signal.SIGCONT)).start()
+begin = time.monotonic()
+with ray_cluster(sys.argv[1], 1):
+    print("joined after", time.monotonic() - begin)
 """
 
 
@@ -82,6 +95,11 @@ def test_nobody_at_the_address(started) -> None:
     assert f"ConfigError: no Ray cluster answers at 127.0.0.1:{port}" in done.stderr
 
 
+def test_a_head_that_is_too_busy_to_answer_at_once_is_asked_again(started) -> None:
+    done = started.run("-c", LATE, started.address, "12")
+    assert float(done.stdout.split()[-1]) >= 12, done.stderr
+
+
 def test_the_address_of_a_dashboard_leads_to_submit(started) -> None:
     done = started.run("-c", JOIN, started.dashboard)
     assert "ConfigError" in done.stderr
@@ -108,8 +126,9 @@ def alone(script: str, **changes: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_cluster_that_is_started_here_wants_a_token_and_has_the_store_it_is_given() -> None:
     done = alone(START)
-    have, modes = json.loads(done.stdout)
+    have, modes, nice = json.loads(done.stdout)
     assert modes == ["token"]
+    assert nice == os.nice(0), "workers must have their share of a busy machine"
     assert have["CPU"] >= 3
     assert have["object_store_memory"] == 100 * 2**20
 

@@ -109,6 +109,35 @@ def test_what_cannot_be_followed_is_named(started, words, change, said) -> None:
     assert said in done.stderr
 
 
+HANGS = """
+import os, signal, sys
+import psutil
+from qe_cluster import submit
+from qe_dist.core.errors import TemporaryError
+submit.SILENT_SECONDS = 2.0
+client = submit.connect(sys.argv[1])
+job = client.submit_job(entrypoint="echo begun; sleep 300")
+port = int(sys.argv[1].rpartition(":")[2])
+dashboard = next(c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN")
+def write(text):
+    os.kill(dashboard, signal.SIGSTOP)
+try:
+    submit.follow(client, job, write)
+except TemporaryError as error:
+    print("ended:", error)
+finally:
+    os.kill(dashboard, signal.SIGCONT)
+    client.stop_job(job)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_cluster_that_answers_no_more_ends_the_log(started) -> None:
+    done = started.run("-c", HANGS, started.dashboard)
+    assert "ended: the log of job" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_checkout_travels_as_its_wheel_and_stays_clean() -> None:
     before = set(ROOT.iterdir())
     with packages() as folder:

@@ -22,6 +22,6 @@ def get(axis: str, name: str) -> type[Any]:
     """The class of a method. ConfigError, which lists the methods of the axis, where there is none of this name."""
     if name not in names(axis):
         meant = suggestion(name, names(axis))
-        raise ConfigError(f"there is no {axis} {name!r}{meant}; there are: {', '.join(names(axis))}")
+        raise ConfigError(f"there is no {axis} {name!r}{meant or ';'} there are: {', '.join(names(axis))}")
     method: type[Any] = importlib.import_module(f"{__name__}.{FOLDERS[axis]}.{name}").METHOD
     return method

@@ -101,12 +101,10 @@ def test_faults_in_an_array_are_named_by_their_own_lines(tmp_path: Path) -> None
     assert [s.text for s in read_samples(path)] == ['],[ " {', "b"]
 
 
+CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.text(CHARACTERS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(CHARACTERS, max_size=3), inner, max_size=3),
     max_leaves=8,
 )
 
@@ -124,7 +122,7 @@ def test_arrays_are_cut_where_json_cuts_them(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
     lines = list(enumerate(text.encode().splitlines(), start=1))
     found = [parse(row, Path("a"), number) for number, row in rows_of_array(Path("a"), lines)]
-    assert found == [json.loads(json.dumps(row).replace("\\u0000", "")) for row in rows]
+    assert found == rows
 
 
 @given(st.binary(max_size=60))

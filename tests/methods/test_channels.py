@@ -166,7 +166,7 @@ def test_a_part_of_a_name_and_a_table_of_a_file() -> None:
         ({"channels": {"name": "lists", "share": 0.021}}, r"channels.share must be .* at most 0.02, found 0.021"),
         ({"channels": {"name": "lists", "share": 0}}, r"channels.share must be more than 0"),
         ({"channels": {"name": "lists", "k": 3}}, r"channels has no 'k'; known are: share"),
-        ({"channels": {"name": "list"}}, r"no channels 'list'; there are: lists"),
+        ({"channels": {"name": "list"}}, r"no channels 'list', did you mean 'lists'\? there are: lists"),
         ({"channels": {"name": "lists"}, "budget": {"extra_bits": 0.1}}, r"channels take 0.16 bits .* than the 0.1"),
         (
             {"transform": {"name": "masquant"}, "compensation": {"name": "cross_modal"}, "channels": {}},

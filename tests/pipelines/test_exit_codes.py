@@ -55,7 +55,7 @@ def test_a_folder_that_may_not_be_written_ends_with_2(tmp_path, monkeypatch):
 
 
 def test_a_damaged_batch_that_is_made_anew_ends_with_75(tmp_path, monkeypatch):
-    batch = RunDir(tmp_path)._batch_path(2, 0)
+    batch = RunDir(tmp_path)._batch_path(2, 0, "activations")
     batch.parent.mkdir(parents=True)
     batch.write_bytes(b"damaged")
     assert code_of(lambda: RunDir(tmp_path).get_batch(2, 0), monkeypatch) == 75

@@ -74,6 +74,8 @@ class Nodes:
             said = subprocess.run(words, env=self.env, capture_output=True, text=True).stdout
             if f"alive: {len(self.processes)}" in said:
                 return
+            # Ray gives up a node that is not there after 30 s, which a busy machine needs.
+            self.processes = [self._start(head=False) if p.poll() is not None else p for p in self.processes]
         raise TimeoutError(f"not all nodes are alive after {STARTING:.0f} s, see {self.folder}.log")
 
     def mend(self) -> None:

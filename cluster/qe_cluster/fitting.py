@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from qe_cluster.balance import balance, fit_cost, travel_bytes
 from qe_cluster.watching import Monitor
@@ -120,7 +120,11 @@ class Fitter:
         groups = [at[job].settle.remote(job, granted[job.group]) for job in jobs]
         if recipe.tuning is not None:
             await order.reached(index)
-        await home.publish.remote(run, index, names, *groups)
+        try:
+            await home.publish.remote(run, index, names, *groups)
+        except RayActorError:
+            if not self.ready.runs[run].store.has_block(index):  # else only its answer was lost with the worker
+                raise
 
 
 class _NotReached(Exception):

@@ -86,7 +86,7 @@ def _why(content: Path | bytes, error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says; as it is where EXIF is damaged, as viewers do."""
+    """Returns the picture as EXIF rotates and mirrors it, or as it is where EXIF is damaged, as viewers do."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # PIL reads EXIF without checks

@@ -38,7 +38,7 @@ Note = Callable[[str, str], None]
 
 class CalibrationSource(Protocol):
     """Samples of one kind of place. What they say is read in one place for all of them (`data/shapes.py`), and so are
-    their fingerprint and their number of tokens, which are exact (`data/reading.py`)."""
+    their fingerprint and their number of tokens, which are exact (`data/samples.py`)."""
 
     def records(self, note: Note) -> Iterator[Record | Fault]:
         """In their order. note: is told of all that is left out.

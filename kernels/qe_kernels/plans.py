@@ -36,11 +36,18 @@ def expect_aligned(name: str, tensor: Tensor) -> None:
         checks.expect_aligned({name: tensor})
 
 
+def expect_dtype(name: str, tensor: Tensor, compiled: torch.dtype | None) -> None:
+    """ValueError where a tensor from outside is of another type than the one that kernels were compiled for."""
+    if tensor.dtype != compiled:
+        raise ValueError(f"{name}: expected {compiled}, which its kernels were compiled for, found {tensor.dtype}")
+
+
 class QuantizePlan:
     def __init__(self, columns: int, **how: Any) -> None:
         """The arguments are those of `Quantizer`."""
         self.quantizer, self.how = Quantizer(columns, **how), how
-        self.ready = False
+        self.dtype: torch.dtype | None = None
+        """Of x, once the kernels are compiled."""
 
     def __call__(self, x: Tensor, modality: Tensor | None = None, expert: Tensor | None = None) -> Activations:
         """See `ops.quantize`."""
@@ -48,14 +55,15 @@ class QuantizePlan:
         if CHECK:
             given = {name: value for name, value in self.how.items() if name not in ("eps", "with_x")}
             checks.check_quantize(x, **{**NOTHING, **given}, modality=modality, expert=expert)
-        if not self.ready:
+        if self.dtype is None:
             self.compile(x, modality, expert)
+        expect_dtype("x", x, self.dtype)
         with on(x.device):
             return self.quantizer(x, modality, expert)
 
     def compile(self, x: Tensor, modality: Tensor | None, expert: Tensor | None) -> None:
         compile_all("quantize", x.device, [partial(self.quantizer.compile, x, modality, expert)])
-        self.ready = True
+        self.dtype = x.dtype
 
 
 NOTHING: dict[str, Any] = {
@@ -76,7 +84,8 @@ class DownPlan:
         configs = [bucket_config(tokens, rows, columns, device.processors) for tokens in buckets]
         made = {config: Projection(shared, experts, router, columns, config) for config in configs}
         self.projections = [made[config] for config in configs]
-        self.ready = False
+        self.dtype: torch.dtype | None = None
+        """Of x, once the kernels are compiled."""
 
     def __call__(self, x: Tensor, router_x: Tensor | None = None, expert: Tensor | None = None) -> Down:
         """See `ops.down`."""
@@ -87,8 +96,9 @@ class DownPlan:
             names = ("shared", "shared_scale", "experts", "experts_scale")
             named = dict(zip(names, factors, strict=True))
             checks.check_down(x, **named, router=router, router_x=router_x, expert=expert)
-        if not self.ready:
+        if self.dtype is None:
             self.compile(x, router_x, expert)
+        expect_dtype("x", x, self.dtype)
         with on(x.device):
             return self.projections[place_of(len(x))](x, router_x, expert, workspace_of(x.device))
 
@@ -96,7 +106,7 @@ class DownPlan:
         given = (x, router_x, expert, workspace_of(x.device))
         jobs = [partial(one.compile, *given) for one in dict.fromkeys(self.projections)]
         compile_all("down", x.device, jobs)
-        self.ready = True
+        self.dtype = x.dtype
 
 
 class LinearPlan:

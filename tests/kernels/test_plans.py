@@ -83,6 +83,19 @@ def unaligned(tokens: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
+    "plan",
+    [QuantizePlan(K, bits=8, int8=True), DownPlan(GPU, K, (normal(0, 32, K), None), None)],
+    ids=["quantize", "down"],
+)
+def test_inputs_of_another_type_than_the_first_are_refused(plan: Callable[[Tensor], object]) -> None:
+    x = normal(1, 4, K)
+    plan(x)
+    other = torch.float16 if x.dtype == torch.bfloat16 else torch.bfloat16
+    with pytest.raises(ValueError, match=r"x: expected .* which its kernels were compiled for, found"):
+        plan(x.to(other))
+
+
+@pytest.mark.parametrize(
     ("call", "name"),
     [
         (lambda x: QuantizePlan(K, bits=8, int8=True)(x), "x"),

@@ -1,4 +1,4 @@
-"""A Ray cluster as a person starts it: `ray start` with a token, its dashboard on localhost."""
+"""Ray clusters: one inside of the tests' process, and one as a person starts it, by `ray start` with a token."""
 
 import os
 import secrets
@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from qe_cluster.launch import ray_cluster
+
+from qe_dist.flow import local
+from qe_dist.flow.config import RunConfig
 
 START_SECONDS = 180
 
@@ -41,6 +45,23 @@ def free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with ray_cluster(None, 2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(run: RunConfig) -> dict[str, bytes]:
+    """What one process writes of a module's fixture `run`."""
+    local.quantize(run)
+    return files(run.output)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 from qe_cluster import driver, heartbeats
-from qe_cluster.launch import ray_cluster
 
 from qe_dist.core.errors import CheckpointError, ConfigError, QEError
 from qe_dist.flow import local
@@ -20,6 +19,7 @@ from qe_dist.flow.config import RunConfig
 from qe_dist.io.checkpoint import read_manifest
 from qe_dist.io.run_dir import RunDir
 from qe_dist.methods.recipes import load_recipe
+from tests.cluster.conftest import files
 from tests.gate import in_gate
 from tests.tiny import calibration, tiny_model, with_blocks
 
@@ -34,22 +34,6 @@ def run(tmp_path_factory):
     model, data = tiny_model(root / "model", config=with_blocks(BLOCKS)), calibration(root / "data", 16)
     recipe = load_recipe("qe-w4a6")
     return RunConfig(model, recipe, data, root / "local", samples_per_batch=2, sample_tokens=512)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with ray_cluster(None, 2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def expected(run):
-    local.quantize(run)
-    return files(run.output)
-
-
-def files(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 @pytest.mark.parametrize(("workers", "blocks"), in_gate([(2, 1)], [(1, None), (2, None), (1, 1), (2, 1)]))

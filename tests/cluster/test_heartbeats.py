@@ -8,18 +8,11 @@ import pytest
 import ray
 from qe_cluster import heartbeats
 from qe_cluster.heartbeats import Heartbeats
-from qe_cluster.launch import ray_cluster
 from ray.exceptions import ActorDiedError
 
 pytestmark = pytest.mark.ray
 BEAT = 0.1
 """Seconds; the limits of the module are in beats."""
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with ray_cluster(None, 2):
-        yield
 
 
 @pytest.fixture(autouse=True)

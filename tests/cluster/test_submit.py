@@ -12,6 +12,7 @@ import qe_dist
 from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.methods.recipes import load_recipe
+from tests.cluster.conftest import files
 from tests.tiny import calibration, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +39,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def quantize(run: RunConfig, output: Path) -> list[str]:
     words = ("quantize", run.model, "--recipe", "qe-w4a6", "--calibration", run.calibration, "--output", output)
     return [*map(str, words), "--samples-per-batch", "2", "--sample-tokens", "512", "--workers", "1"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 @pytest.mark.ray

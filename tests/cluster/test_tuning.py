@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import pytest
 from qe_cluster import driver
-from qe_cluster.launch import ray_cluster
 
 from qe_dist.core.errors import Stopped
-from qe_dist.flow import local
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.progress import read_state
 from qe_dist.io.journal import JOURNAL, read_journal
 from qe_dist.io.run_dir import RunDir
 from qe_dist.methods.recipes import load_recipe
 from qe_dist.methods.tuning.tune import Tune
-from tests.cluster.test_driver import actors, files
+from tests.cluster.conftest import files
+from tests.cluster.test_driver import actors
 from tests.gate import in_gate
 from tests.tiny import calibration, tiny_model, with_blocks
 
@@ -29,18 +28,6 @@ def run(tmp_path_factory):
     model, data = tiny_model(root / "model", config=with_blocks(BLOCKS)), calibration(root / "data", 16)
     recipe = replace(load_recipe("qera+tune-w2a16g16@1f4"), tuning=Tune(steps=8, batch=4, rate=0.5))
     return RunConfig(model, recipe, data, root / "local", samples_per_batch=2, sample_tokens=128)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with ray_cluster(None, 2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def expected(run):
-    local.quantize(run)
-    return files(run.output)
 
 
 @pytest.mark.parametrize(("workers", "blocks"), in_gate([(2, None)], [(1, None), (2, None), (1, 1), (2, 1)]))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qe_dist import __version__
-from qe_dist.core.errors import CheckFailed, QEError, Stopped, TemporaryError
+from qe_dist.core.errors import NO_ROOM, CheckFailed, QEError, Stopped, TemporaryError
 from qe_pipelines.compare import compare
 from qe_pipelines.console import EXTRA_OF
 from qe_pipelines.data import data
@@ -24,7 +24,6 @@ from qe_pipelines.serve import serve
 from qe_pipelines.status import status
 from qe_pipelines.submit import submit
 from qe_pipelines.terminal import (
-    FULL,
     OutputError,
     flush_output,
     give_up_output,
@@ -124,7 +123,7 @@ def _told(error: BaseException) -> int:
         return 1 if isinstance(error, CheckFailed) else 2
     if isinstance(error, OSError) and error.filename is not None:
         said = f"{error.filename}: {error.strerror}"
-        code = os.EX_TEMPFAIL if error.errno in FULL else 2
+        code = os.EX_TEMPFAIL if error.errno in NO_ROOM else 2
     elif isinstance(error, MemoryError):
         said, code = "this machine has no memory left; end what else runs here", os.EX_TEMPFAIL
     else:

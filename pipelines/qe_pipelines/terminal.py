@@ -1,7 +1,6 @@
 """What a command says, wherever its output goes: full devices, closed pipes, terminals without Unicode, and faults of
 our own, of which a terminal shows one line and a file the traceback."""
 
-import errno
 import os
 import sys
 import tempfile
@@ -11,8 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from qe_dist.core.errors import TemporaryError
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutputError(TemporaryError):

@@ -1,5 +1,10 @@
 """Errors for the user. Each takes one string, so that it survives the trip out of a Ray worker."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk or a quota that is full."""
+
 
 class QEError(Exception):
     """Anything that the user can act on. The command line prints it as one paragraph and exits with 2."""

@@ -5,7 +5,7 @@ import os
 import tempfile
 from functools import cache
 
-from qe_dist.core.errors import ConfigError
+from qe_dist.core.errors import NO_ROOM, ConfigError, NoRoomError
 
 
 class Scratch:
@@ -13,19 +13,21 @@ class Scratch:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="qe-dist-images-", buffering=0)  # noqa: SIM115 (for the whole process)
-        atexit.register(self._file.close)
+        self.close = self._file.close
+        atexit.register(self.close)
         self._end = 0
 
     def put(self, content: bytes) -> tuple[int, int]:
-        """Begin and length of the content in the file. ConfigError where the disk is full."""
+        """Begin and length of the content in the file. NoRoomError where the disk is full, ConfigError where it
+        cannot be written."""
         begin = self._end
         try:
             written = 0
             while written < len(content):
                 written += os.pwrite(self._file.fileno(), content[written:], begin + written)
         except OSError as error:
-            raise ConfigError(
-                f"{tempfile.gettempdir()}: no room for the images of the samples ({error.strerror}); "
+            raise (NoRoomError if error.errno in NO_ROOM else ConfigError)(
+                f"{tempfile.gettempdir()}: the images of the samples cannot be kept there ({error.strerror}); "
                 "TMPDIR can name another folder"
             ) from None
         self._end = begin + len(content)

@@ -7,7 +7,6 @@ writing, so that the file is not read again.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qe_dist.core.errors import CheckpointError, TemporaryFileError
+from qe_dist.core.errors import NO_ROOM, CheckpointError, TemporaryFileError
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -50,7 +49,7 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
     """The error to raise for a path that cannot be written: TemporaryFileError where there is no room."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in NO_ROOM
     return (TemporaryFileError if full else CheckpointError)(
         f"{path} could not be written: {error.strerror or error}; free some space (or mend the permissions) and "
         "type the same command again, nothing finished is lost"

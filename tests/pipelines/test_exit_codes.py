@@ -1,6 +1,7 @@
 """Exit codes of the command line: 2 for input, 75 for what the same command continues."""
 
 import subprocess
+import tempfile
 
 import pytest
 from qe_pipelines import main
@@ -14,6 +15,7 @@ from qe_dist.core.errors import (
     TemporaryError,
     TemporaryFileError,
 )
+from qe_dist.data.scratch import Scratch
 from qe_dist.io.publish import publish_json
 from qe_dist.io.run_dir import RunDir
 from tests.io.test_faults import mounted
@@ -46,6 +48,14 @@ def test_input_ends_with_2_and_a_loss_with_75(kind, code, monkeypatch, capsys):
 def test_a_disk_that_fills_up_ends_with_75(tmp_path, monkeypatch):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16k", "tmpfs"):
         assert code_of(lambda: publish_json(tmp_path / "disk" / "a.json", "x" * 2**16), monkeypatch) == 75
+
+
+def test_a_disk_without_room_for_images_of_a_table_ends_with_75(tmp_path, monkeypatch):
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16k", "tmpfs"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+        scratch = Scratch()
+        assert code_of(lambda: scratch.put(bytes(2**16)), monkeypatch) == 75
+        scratch.close()
 
 
 def test_a_folder_that_may_not_be_written_ends_with_2(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -12,16 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+pytestmark = pytest.mark.usefixtures("gpu_scripts")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder() -> Iterator[None]:
-    pytest.importorskip("triton")
-    sys.path.insert(0, str(GPU))
-    yield
-    sys.path.remove(str(GPU))
 
 
 def module(name: str) -> ModuleType:

@@ -6,21 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+from tests.benchmarks.conftest import GPU
 
-
-@pytest.fixture(scope="module", autouse=True)
-def folder() -> Iterator[None]:
-    pytest.importorskip("triton")
-    sys.path.insert(0, str(GPU))
-    yield
-    sys.path.remove(str(GPU))
+pytestmark = pytest.mark.usefixtures("gpu_scripts")
 
 
 @pytest.fixture

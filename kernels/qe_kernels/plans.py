@@ -47,7 +47,7 @@ class QuantizePlan:
         """The arguments are those of `Quantizer`."""
         self.quantizer, self.how = Quantizer(columns, **how), how
         self.dtype: torch.dtype | None = None
-        """Of x, once the kernels are compiled."""
+        """The type of x, once the kernels are compiled."""
 
     def __call__(self, x: Tensor, modality: Tensor | None = None, expert: Tensor | None = None) -> Activations:
         """See `ops.quantize`."""
@@ -85,7 +85,7 @@ class DownPlan:
         made = {config: Projection(shared, experts, router, columns, config) for config in configs}
         self.projections = [made[config] for config in configs]
         self.dtype: torch.dtype | None = None
-        """Of x, once the kernels are compiled."""
+        """The type of x, once the kernels are compiled."""
 
     def __call__(self, x: Tensor, router_x: Tensor | None = None, expert: Tensor | None = None) -> Down:
         """See `ops.down`."""

@@ -63,9 +63,9 @@ def _opened(content: Path | bytes, named: str) -> Image.Image:
     except Exception as error:  # as above
         raise ConfigError(f"{named} is not an image{_why(content, error)}") from None
     width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
+    if width * height > MAX_PIXELS:
         image.close()
-        raise ConfigError(f"{named} has {width}x{height} pixels, more than {MAX_PIXELS} or none; scale it")
+        raise ConfigError(f"{named} has {width} x {height} pixels, more than {MAX_PIXELS:,}: scale it down")
     return image
 
 

@@ -110,4 +110,4 @@ def too_few(samples: int) -> str | None:
     """What is to be said where there are no intervals."""
     if samples >= FEWEST:
         return None
-    return f"{samples} samples are too few for an interval ({FEWEST} or more are needed); differences may be noise"
+    return f"too few samples for an interval: {samples}, where {FEWEST} are needed; differences may be noise"

@@ -55,6 +55,6 @@ def test_a_difference_is_paired(quality):
 
 def test_too_few_samples_are_said():
     assert too_few(10) is None
-    assert "9 samples are too few" in too_few(9)
+    assert "too few samples for an interval: 9," in too_few(9)
     few = Quality([SampleScore(i, "text", "text", 3, True, 1.0, 0.1, 3) for i in range(9)])
     assert few.summary()["intervals"]["kl"] is None

@@ -83,7 +83,7 @@ def test_a_checkpoint_against_its_model_with_the_numbers_of_every_sample(
 def test_too_few_samples_for_an_interval_are_said(
     call: Callable[..., tuple[int, str, str]], given_files: dict[str, Path]
 ) -> None:
-    assert "4 samples are too few for an interval" in call(given_files["model"])[1]
+    assert "too few samples for an interval: 4, where 10 are needed" in call(given_files["model"])[1]
 
 
 @pytest.mark.parametrize(("name", "value"), [("vocab_size", 600), ("hidden_size", 32), ("num_hidden_layers", 3)])

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_user_reads_no_more_than_that() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_readme_names_the_versions_that_are_taken() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {re.split(r"[<>=]", need)[0]: need for need in project["dependencies"]}
+    oldest, below = re.fullmatch(r"transformers>=([\d.]+),<5\.(\d+)", needs["transformers"]).groups()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"transformers {oldest} to 5.{int(below) - 1}." in readme
+    assert f"torch {needs['torch'].removeprefix('torch>=')} or newer" in readme
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer, Linux" in readme
 
 
 def test_the_guide_shows_a_method() -> None:

@@ -212,7 +212,7 @@ def png(width: int, height: int, data: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("side", "says"), [(9000, "more than 64000000"), (100_000, "is too large")])
+@pytest.mark.parametrize(("side", "says"), [(9000, "more than 64,000,000"), (100_000, "is too large")])
 def test_image_bombs_are_refused_before_they_are_decoded(quantize, lines, tmp_path, side, says):
     path = lines({"image": "bomb.png", "prompt": "What?", "answer": "x"})
     (path.parent / "bomb.png").write_bytes(png(side, side, zlib.compress(b"\0" * 1000)))

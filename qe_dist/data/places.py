@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
@@ -29,6 +30,7 @@ class Finder:
     options: ReadOptions
     known: dict[str, ImageRef] = field(default_factory=dict)
     """Those that were fetched, by address."""
+    fetching: Lock = field(default_factory=Lock)
 
     def find(self, said: Any, origin: str, folder: Path, bounds: PixelBounds) -> ImageRef:
         """Where an image is. said: what a sample has in place of it. folder: where relative paths begin.
@@ -66,8 +68,9 @@ class Finder:
     def _fetched(self, url: str, origin: str, bounds: PixelBounds) -> ImageRef:
         if not self.options.allow_remote:
             raise ConfigError(f"{origin}: {url[:200]} is remote; download it first, or give --allow-remote")
-        if url not in self.known:
-            self.known[url] = _held(fetch(url, origin), url, bounds)
+        with self.fetching:  # several threads may want the same one
+            if url not in self.known:
+                self.known[url] = _held(fetch(url, origin), url, bounds)
         found = self.known[url]
         return ImageRef(url, begin=found.begin, length=found.length, bounds=bounds)
 

@@ -3,10 +3,15 @@ before the work begins."""
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+import os
+import sys
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,10 @@ from qe_dist.data.shapes import check_columns, renamed, understand
 from qe_dist.data.sources import Fault, Record, open_source
 
 Encode = Callable[[Sample, Sequence[Image.Image]], Example]
+THREADS = min(8, len(os.sched_getaffinity(0)))
+"""Samples that are decoded and encoded at once; libraries of images and tokens let go of Python's lock meanwhile."""
+AHEAD = 2 * THREADS
+"""Records that are read ahead."""
 SHOWN = 3
 """Samples that a line names; it counts the others."""
 CUT = "samples longer than the model's context, which are cut at their end"
@@ -40,8 +49,11 @@ class Notes:
     def add(self, what: str, where: str) -> None:
         self.places.setdefault(what, []).append(where)
 
-    def unused(self, key: str) -> None:
-        self.keys[key] += 1
+    def of(self, found: "_Read") -> None:
+        """What is to be said of a sample."""
+        self.keys.update(found.keys)
+        for what, where in found.notes:
+            self.add(what, where)
 
     def lines(self) -> list[str]:
         """One for each thing that is to be said."""
@@ -98,19 +110,47 @@ def survey(
 ) -> Reading:
     """The same, with all faulty samples left out. stop: raises ConfigError for the first of them."""
     check_columns(options.columns)
-    reader = _Reader(options, encode)
-    for record in open_source(str(source), options).records(reader.notes.add):
-        try:
-            reader.take(record)
-        except ConfigError as error:
-            if stop:
-                raise
-            reader.left_out.append(str(error))
-        if options.limit is not None and len(reader.samples) >= options.limit:
-            break
-    notes = [f"{source}: {line}" for line in reader.notes.lines()]
-    notes += [f"left out: {fault}" for fault in reader.left_out]
-    return Reading(reader.samples, reader.lengths, reader.vision, notes, reader.left_out)
+    reader, notes = _Reader(options, encode), Notes()
+    samples: list[Sample] = []
+    lengths: list[int] = []
+    vision: list[int] = []
+    left_out: list[str] = []
+    most = sys.maxsize if options.limit is None else options.limit
+    records = iter(open_source(str(source), options).records(notes.add))
+    # `decode` turns warnings off for itself, which threads would turn on again for each other.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(THREADS) as pool:
+        for future in _ahead(pool, reader.read, records, lambda: most - len(samples)):
+            try:
+                found = future.result()
+            except ConfigError as error:
+                if stop:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                left_out.append(str(error))
+                continue
+            samples.append(replace(found.sample, index=len(samples)))
+            lengths += [] if encode is None else [found.length]
+            vision += [] if encode is None else [found.vision]
+            notes.of(found)
+    lines = [f"{source}: {line}" for line in notes.lines()]
+    lines += [f"left out: {fault}" for fault in left_out]
+    return Reading(samples, lengths, vision, lines, left_out)
+
+
+def _ahead(
+    pool: Executor,
+    work: "Callable[[Record | Fault], _Read]",
+    records: Iterator[Record | Fault],
+    wanted: Callable[[], int],
+) -> "Iterator[Future[_Read]]":
+    """What becomes of the records, in their order; no more of them are begun than are still wanted."""
+    waiting: deque[Future[_Read]] = deque()
+    while True:
+        room = min(AHEAD, wanted()) - len(waiting)
+        waiting.extend(pool.submit(work, record) for record in islice(records, room))
+        if not waiting:
+            return
+        yield waiting.popleft()
 
 
 def read_samples(source: Path | str, options: ReadOptions = PLAIN) -> list[Sample]:
@@ -118,16 +158,27 @@ def read_samples(source: Path | str, options: ReadOptions = PLAIN) -> list[Sampl
     return read(source, options).samples
 
 
-class _Reader:
-    def __init__(self, options: ReadOptions, encode: Encode | None) -> None:
-        self.options, self.encode, self.notes, self.finder = options, encode, Notes(), Finder(options)
-        self.samples: list[Sample] = []
-        self.lengths: list[int] = []
-        self.vision: list[int] = []
-        self.left_out: list[str] = []
+@dataclass(frozen=True)
+class _Read:
+    """A sample, and what is to be said of it."""
 
-    def take(self, record: Record | Fault) -> None:
-        """Adds a sample. ConfigError where something is wrong with it."""
+    sample: Sample
+    """Its index is not known yet."""
+    length: int
+    vision: int
+    keys: list[str]
+    """Keys of the record that are not used."""
+    notes: list[tuple[str, str]]
+
+
+class _Reader:
+    """Reads records, several at once in as many threads."""
+
+    def __init__(self, options: ReadOptions, encode: Encode | None) -> None:
+        self.options, self.encode, self.finder = options, encode, Finder(options)
+
+    def read(self, record: Record | Fault) -> _Read:
+        """ConfigError where something is wrong with it."""
         if isinstance(record, Fault):
             raise ConfigError(record.message)
         keys: list[str] = []
@@ -139,18 +190,14 @@ class _Reader:
         ]
         images = tuple(replace(ref, size=picture.size) for ref, picture in zip(refs, pictures, strict=True))
         digest = _digest(said.text, said.messages, images, pictures)
-        sample = Sample(len(self.samples), record.origin, said.kind, said.messages, said.text, images, digest)
-        if self.encode is not None:
-            example = self.encode(sample, pictures)
-            self.lengths.append(example.input_ids.numel())
-            self.vision.append(int((example.modality == IMAGE).sum()))
-            if example.cut:
-                notes.append((CUT, f"{sample.origin} ({example.cut} of {self.lengths[-1] + example.cut} tokens)"))
-        self.samples.append(sample)
-        for key in keys:
-            self.notes.unused(key)
-        for what, where in notes:
-            self.notes.add(what, where)
+        sample = Sample(0, record.origin, said.kind, said.messages, said.text, images, digest)
+        if self.encode is None:
+            return _Read(sample, 0, 0, keys, notes)
+        example = self.encode(sample, pictures)
+        length, vision = example.input_ids.numel(), int((example.modality == IMAGE).sum())
+        if example.cut:
+            notes.append((CUT, f"{sample.origin} ({example.cut} of {length + example.cut} tokens)"))
+        return _Read(sample, length, vision, keys, notes)
 
 
 def _noted(notes: list[tuple[str, str]], where: str, what: str) -> None:

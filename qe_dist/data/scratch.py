@@ -4,6 +4,7 @@ import atexit
 import os
 import tempfile
 from functools import cache
+from threading import Lock
 
 from qe_dist.core.errors import NO_ROOM, ConfigError, NoRoomError
 
@@ -15,12 +16,13 @@ class Scratch:
         self._file = tempfile.TemporaryFile(prefix="qe-dist-images-", buffering=0)  # noqa: SIM115 (for the whole process)
         self.close = self._file.close
         atexit.register(self.close)
-        self._end = 0
+        self._end, self._lock = 0, Lock()
 
     def put(self, content: bytes) -> tuple[int, int]:
         """Begin and length of the content in the file. NoRoomError where the disk is full, ConfigError where it
         cannot be written."""
-        begin = self._end
+        with self._lock:
+            begin, self._end = self._end, self._end + len(content)
         try:
             written = 0
             while written < len(content):
@@ -30,7 +32,6 @@ class Scratch:
                 f"{tempfile.gettempdir()}: the images of the samples cannot be kept there ({error.strerror}); "
                 "TMPDIR can name another folder"
             ) from None
-        self._end = begin + len(content)
         return begin, len(content)
 
     def get(self, begin: int, length: int) -> bytes:
@@ -41,7 +42,10 @@ class Scratch:
         return content
 
 
-@cache
+_made, _first = cache(Scratch), Lock()
+
+
 def scratch() -> Scratch:
-    """The scratch file of this process."""
-    return Scratch()
+    """The scratch file of this process, one for all of its threads."""
+    with _first:
+        return _made()

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from qe_dist.core.errors import CheckpointError
@@ -56,7 +57,7 @@ class TypedTokens:
     """
 
     def __init__(self, tokenizer: Any, placeholders: Collection[int]) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lock = tokenizer, Lock()
         added = tokenizer.added_tokens_decoder.items()
         pictures = {token.content for index, token in added if index in placeholders}
         self._special = _any_of(pictures | {token.content for _, token in added if token.special})
@@ -83,7 +84,8 @@ class TypedTokens:
         return [index for i, piece in enumerate(pieces) if piece for index in self._piece(piece, typed=i % 2 == 1)]
 
     def _piece(self, piece: str, typed: bool) -> Iterator[int]:
-        ids = self._tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=typed)
+        with self._lock:  # the tokenizer remembers `typed`, so threads would change it for each other
+            ids = self._tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=typed)
         if typed and self._tokenizer.convert_tokens_to_ids(piece) in ids:
             raise ValueError(f"the tokenizer cannot read {piece!r} as plain text; write it in another way")
         yield from ids

@@ -32,12 +32,13 @@ def tiny_model(
     config = config or archs.get(arch).tiny
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
+    offset = archs.get(arch).decoder.gain_offset
     model = archs.get(arch).auto_class().from_config(AutoConfig.from_pretrained(folder))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-                parameter[3] = 20.0  # an outlier channel
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter) - offset)
+                parameter[3] = 20.0 - offset  # an outlier channel
             elif parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder)
@@ -51,7 +52,8 @@ def tiny_model(
 
 
 def stir(folder: Path) -> Path:
-    """Gives every bias, and every gain that is 1 in all channels, random numbers, so that none can be left out."""
+    """Gives every bias, and every gain that is 1 in all channels, stored as 1 or as 0, random numbers, so that none can
+    be left out."""
     weights = load_file(folder / "model.safetensors")
     random = torch.Generator().manual_seed(1)
     for name, tensor in weights.items():
@@ -59,6 +61,8 @@ def stir(folder: Path) -> Path:
             tensor.normal_(0, 0.5, generator=random)
         elif tensor.ndim == 1 and bool((tensor == 1).all()):
             tensor.uniform_(0.5, 2.0, generator=random)
+        elif tensor.ndim == 1 and "norm" in name and bool((tensor == 0).all()):
+            tensor.uniform_(-0.5, 1.0, generator=random)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -61,7 +61,7 @@ class WorkerPool:
         """Places of lost workers without a replacement. Ray moves them to another node when one has room."""
         self.groups: list[PlacementGroup] = []
         self.embedders: list[Any] = []
-        passing = task.footprint(task.model.blocks[0]).passing  # a batch is less
+        passing = max(task.footprint(block).passing for block in task.model.kinds)  # a batch is less
         self.heartbeats = Heartbeats(lambda: [*(worker.actor for worker in self.workers), *self.embedders], passing)
 
     def acquire(self) -> None:

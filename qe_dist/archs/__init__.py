@@ -35,6 +35,13 @@ def for_config(config: Mapping[str, Any]) -> Family:
     return arch
 
 
+def for_engine(model_type: str) -> Family:
+    """The architecture of a `model_type` as engines name it, which may be that of the model that drafts tokens.
+    ConfigError where there is none for it."""
+    drafted = next((name for name in names() if get(name).in_vllm.draft == model_type), None)
+    return get(drafted) if drafted else for_checkpoint({"model_type": model_type})
+
+
 def for_checkpoint(config: Mapping[str, Any]) -> Family:
     """The architecture of a Hugging Face `config.json`, quantized or not."""
     known = {t: name for name in names() for t in get(name).model_types}

@@ -7,8 +7,9 @@ parts are given what transformers makes of it: the configuration of the whole mo
 import copy
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from qe_dist.archs.shared.modules import empty, fill
 from qe_dist.core.batch import Batch
-from qe_dist.core.errors import CheckpointError
+from qe_dist.core.errors import CheckpointError, ConfigError
 from qe_dist.core.rotation import RotatedTensor, RotationSites, Space
 from qe_dist.core.sample import Example, PixelBounds, Sample
 from qe_dist.core.source import WeightSource
@@ -66,14 +67,18 @@ class Site:
 class Decoder(Protocol):
     """The blocks of a family. All names are relative to a block."""
 
-    norms: tuple[str, ...]
-    """Modules whose weights stay as they are. The norm behind the last block is of the kind of the first one here."""
+    norm: str
+    """The norm in front of every block; the one behind the last block is of its kind."""
+    gain_offset: float
+    """What the norms of the residual stream add to their weights: 1 where these are stored around 0."""
     reads_tables_alone: bool
     """Whether `context` has nothing but tables [.., B or 1, L, _], which can be taken apart by sample."""
     inner_width: str
     """What the configuration calls the width of the input of the groups that have producers."""
+    kept: tuple[str, ...]
+    """Linears of a block that stay in 16 bits."""
     sites: ClassVar[Mapping[str, Site]]
-    """What every linear writes and reads."""
+    """What every linear of any block writes and reads."""
     tiny: ClassVar[Mapping[str, Any]]
     """Settings of a decoder that takes milliseconds, for tests."""
 
@@ -89,12 +94,21 @@ class Decoder(Protocol):
         """Channels of an attention head."""
         ...
 
-    def groups(self, text: Any) -> tuple[InputGroup, ...]:
-        """The input groups of one block; whether linears have a bias is not known here."""
+    def groups(self, text: Any, index: int) -> tuple[InputGroup, ...]:
+        """The input groups of block `index`, the first of which reads what `norm` makes; whether linears have a bias is
+        not known here. Groups of one name are equal in all blocks."""
+        ...
+
+    def others(self, text: Any, index: int) -> tuple[str, ...]:
+        """The parameters of block `index` that stay as they are."""
+        ...
+
+    def scratch(self, text: Any, index: int) -> int:
+        """Numbers in float32 that block `index` holds for each token while it runs, beside the inputs of its groups."""
         ...
 
     def feeders(self, text: Any) -> Mapping[str, Feeder]:
-        """What makes the input of every linear channel by channel, where something does."""
+        """What makes the input of every linear of any block channel by channel, where something does."""
         ...
 
     def context(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -158,6 +172,10 @@ class EngineNames:
     """Input group -> the linear that computes all linears of the group at once, both relative to the block."""
     decoder: str
     """The class of its model that has the blocks, which says what it fuses."""
+    loaded_as: Mapping[str, str] = field(default_factory=dict)
+    """Input group -> one of its linears, where the engine would take the name of its own linear for that of a part."""
+    draft: str | None = None
+    """The `model_type` that it gives the model which drafts tokens, made of `Family.drafts`."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +190,9 @@ class Family:
     in_vllm: EngineNames
     tiny: Mapping[str, Any]
     """A `config.json` of a model that takes milliseconds, for tests."""
+    drafts: str | None = None
+    """Begins the names of what drafts tokens for engines, reading the residual stream behind the last block. Nothing of
+    it is quantized."""
 
     @property
     def name(self) -> str:
@@ -184,8 +205,10 @@ class Family:
 
     @property
     def unquantized(self) -> tuple[str, ...]:
-        """Linears outside of the blocks, as compressed-tensors ignores them: names, or patterns after `re:`."""
-        return (HEAD.removesuffix(".weight"), *self.frontend.unquantized)
+        """Linears that are not quantized, as compressed-tensors ignores them: names, or patterns after `re:`."""
+        kept = [rf"re:.*\blayers\.\d+\.{re.escape(name)}$" for name in self.decoder.kept]
+        drafts = [rf"re:.*\b{re.escape(self.drafts)}.*"] if self.drafts else []
+        return (HEAD.removesuffix(".weight"), *self.frontend.unquantized, *kept, *drafts)
 
     def warm_up(self) -> None:
         """Imports what blocks are made of: seconds, which a worker has while others are still being started."""
@@ -214,11 +237,14 @@ class Family:
         return next((n for n in names if n in source.names()), names[-1])
 
     def groups(self, config: Mapping[str, Any]) -> tuple[InputGroup, ...]:
-        """The input groups of one block, from a `config.json`; whether linears have a bias is not known there."""
-        return self.decoder.groups(self.text(config))
+        """The input groups that blocks have, each once, from a `config.json`; whether linears have a bias is not known
+        there."""
+        text = self.text(config)
+        every = (group for i in range(text.num_hidden_layers) for group in self.decoder.groups(text, i))
+        return tuple({group.name: group for group in every}.values())
 
     def feeders(self, config: Mapping[str, Any]) -> Mapping[str, Feeder]:
-        """What makes the input of every linear of a block channel by channel, where something does."""
+        """What makes the input of every linear of any block channel by channel, where something does."""
         return self.decoder.feeders(self.text(config))
 
     def vision_heads(self, config: Mapping[str, Any]) -> int:
@@ -239,16 +265,15 @@ class Family:
 
     def spec(self, source: WeightSource) -> ModelSpec:
         """Names and shapes. CheckpointError where those on disk are not what config.json asks for."""
-        text, first = self.text(source.config), f"{self.decoder.norms[0]}.weight"
-        groups, blocks = self.decoder.groups(text), []
+        text, first, blocks = self.text(source.config), f"{self.decoder.norm}.weight", []
         for i in range(text.num_hidden_layers):
             name = self.disk_name(f"{self.frontend.decoder}layers.{i}.{first}", source)
-            blocks.append(self._block_spec(i, name.removesuffix(first), groups, source))
+            blocks.append(self._block_spec(text, i, name.removesuffix(first), source))
         claimed = {n for b in blocks for n in source.names() if n.startswith(b.prefix)}
         passthrough = tuple(sorted(set(source.names()) - claimed))
         return ModelSpec(self.name, tuple(blocks), passthrough)
 
-    def _block_spec(self, index: int, prefix: str, groups: Sequence[InputGroup], source: WeightSource) -> BlockSpec:
+    def _block_spec(self, text: Any, index: int, prefix: str, source: WeightSource) -> BlockSpec:
         """A block, whose linears have biases where the source has them."""
 
         def checked(linear: LinearSpec) -> LinearSpec:
@@ -259,16 +284,20 @@ class Family:
                 )
             return replace(linear, bias=f"{name}.bias" in source.names())
 
+        groups = self.decoder.groups(text, index)
         own = tuple(replace(group, linears=tuple(map(checked, group.linears))) for group in groups)
-        return BlockSpec(index, prefix, own, tuple(f"{norm}.weight" for norm in self.decoder.norms))
+        others, scratch = self.decoder.others(text, index), self.decoder.scratch(text, index)
+        return BlockSpec(index, prefix, own, others, scratch)
 
     def encoder(self, folder: Path) -> Encoder:
         """CheckpointError where tokenizer, chat template or image processor is missing."""
         from qe_dist.archs.shared.chat import ChatEncoder
 
-        config = self.hf_config(json.loads((folder / "config.json").read_text()))
+        said = json.loads((folder / "config.json").read_text())
+        config = self.hf_config(said)
         text = config.get_text_config()
-        end = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+        ends = (text.eos_token_id, said.get("eos_token_id"))  # published configs have one, the other, or both
+        end = {token for some in ends for token in (some if isinstance(some, list) else [some])} - {None}
         images, placeholders = self.frontend.images(folder, config), self.frontend.image_ids(config)
         return ChatEncoder(folder, images, placeholders, end, text.max_position_embeddings)
 
@@ -305,7 +334,7 @@ class Family:
 
     def last_norm(self, source: WeightSource, device: str, dtype: torch.dtype) -> nn.Module:
         """What stands between the last block and the head."""
-        norm = self.empty_block(source.config, 0).get_submodule(self.decoder.norms[0])
+        norm = self.empty_block(source.config, 0).get_submodule(self.decoder.norm)
         return fill(norm, source, {"weight": self._last_norm(source)}, device, dtype)
 
     def head(self, source: WeightSource) -> str:
@@ -319,7 +348,15 @@ class Family:
         return self.disk_name(f"{self.frontend.decoder}embed_tokens.weight", source)
 
     def rotation_sites(self, source: WeightSource) -> RotationSites:
-        """Every tensor that writes or reads the residual stream, or an attention head's values."""
+        """Every tensor that writes or reads the residual stream, or an attention head's values. ConfigError where
+        something else reads the stream, which cannot be rotated."""
+        drafts = sorted(name for name in source.names() if self.drafts and name.startswith(self.drafts))
+        if drafts:
+            raise ConfigError(
+                f"{source.folder} has {drafts[0]} and {len(drafts) - 1} more tensors of a model that drafts tokens: it "
+                "reads the residual stream behind the last norm, whose gain a rotation moves into the head. Choose a "
+                f"recipe without rotation, or take {self.drafts}* out of the model's index"
+            )
         config = self.hf_config(source.config)
         text, norm, embeddings = config.get_text_config(), self._last_norm(source), self._embeddings(source)
         read = self.head(source) if config.tie_word_embeddings else HEAD
@@ -331,15 +368,17 @@ class Family:
             linear = self.disk_name(f"{writer}.weight", source).removesuffix("weight")
             tensors |= {linear + n: RotatedTensor(linear + n, rows="stream", stored=True) for n in ("weight", "bias")}
         for block in self.spec(source).blocks:
-            norms |= {f"{block.prefix}{site.norm}.weight" for site in self.decoder.sites.values() if site.norm}
-            for linear, site in self.decoder.sites.items():
+            quantized = {linear.name for group in block.groups for linear in group.linears}
+            own = quantized | {name.removesuffix(".weight") for name in block.others}
+            for linear, site in ((n, site) for n, site in self.decoder.sites.items() if n in own):
                 weight, bias = (f"{block.prefix}{linear}.{n}" for n in ("weight", "bias"))
                 gain = site.norm and f"{block.prefix}{site.norm}.weight"
-                tensors[weight] = RotatedTensor(weight, site.rows, site.columns, gain)
+                norms |= {gain} if gain else set()
+                tensors[weight] = RotatedTensor(weight, site.rows, site.columns, gain, stored=linear not in quantized)
                 if site.rows and bias in source.names():
                     tensors[bias] = RotatedTensor(bias, site.rows, stored=True)
         widths: dict[Space, int] = {"stream": text.hidden_size, "head": self.decoder.head_width(text)}
-        return RotationSites(_untied(source.config), widths, frozenset(norms), tensors)
+        return RotationSites(_untied(source.config), widths, frozenset(norms), tensors, self.decoder.gain_offset)
 
 
 def _untied(config: Mapping[str, Any]) -> Mapping[str, Any]:

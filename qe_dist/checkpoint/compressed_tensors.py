@@ -154,9 +154,9 @@ def exported_block(
     sizes = {m: len(x.words) for m, x in by_linear.items()}
     sizes |= {n.removeprefix(prefix).removesuffix(".weight"): len(t) for n, t in others.items()}
     factors, unfolded = _fold(prefix, parts, linears, feeders, sizes)
-    for name, tensor in others.items():
-        factor = factors.get(name.removeprefix(prefix).removesuffix(".weight"))
-        block.tensors[name] = tensor if factor is None else (tensor.double() / factor).to(tensor.dtype)
+    block.tensors |= {
+        n: _scaled(t, n.removeprefix(prefix).removesuffix(".weight"), factors, feeders) for n, t in others.items()
+    }
     for name, group in layout.groups.items():
         if not peft:
             _refuse_empty_columns(f"{prefix}{name}", parts[name], linears[name])
@@ -217,6 +217,17 @@ def lora_tensors(pair: tuple[Tensor, Tensor], rank: int) -> dict[str, Tensor]:
 
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _scaled(tensor: Tensor, module: str, factors: Mapping[str, Tensor], feeders: Mapping[str, Feeder]) -> Tensor:
+    """A tensor in 16 bits: what makes a scaled input divides it, and what reads one undoes that."""
+    feeder = feeders.get(module)
+    if module in factors:
+        offset = next(one.offset for one in feeders.values() if one.module == module)
+        return ((tensor.double() + offset) / factors[module] - offset).to(tensor.dtype)
+    if feeder is not None and feeder.module in factors:
+        return (tensor.double() * factors[feeder.module]).to(tensor.dtype)
+    return tensor
 
 
 def _linears(prefix: str, group: GroupLayout, tensors: Mapping[str, Tensor]) -> dict[str, StoredLinear]:

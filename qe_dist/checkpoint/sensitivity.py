@@ -55,9 +55,9 @@ def sensitivity(model: Any, arch: Family, examples: Sequence[Example]) -> Sensit
     useful = [e for e in examples if all(bool(chosen.any()) for chosen in _kinds(e).values())]
     if not useful:
         raise ConfigError("no sample has an image, text and an answer; MBQ's ratio compares their tokens")
-    writers = [x.name for g in arch.groups(model.config.to_dict()) for x in g.linears if x.split == "row"]
-    blocks = model.get_decoder().layers
-    gradients = _Gradients({f"{i} {name}": b.get_submodule(name) for i, b in enumerate(blocks) for name in writers})
+    writers = {x.name for g in arch.groups(model.config.to_dict()) for x in g.linears if x.split == "row"}
+    blocks = enumerate(model.get_decoder().layers)
+    gradients = _Gradients({f"{i} {n}": m for i, b in blocks for n, m in b.named_modules() if n in writers})
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda _m, _i, made: made.requires_grad_())
     for example in useful:

@@ -34,3 +34,5 @@ class RotationSites:
     norms: frozenset[str]
     """Weights of the norms that read the stream: what a rotation would mix of them moves into the linears behind."""
     tensors: Mapping[str, RotatedTensor]
+    gain_offset: float = 0.0
+    """What these norms add to their weights, which makes the gain."""

@@ -53,6 +53,8 @@ class Feeder:
     """Relative to the block."""
     head: int | None = None
     """Width of a head, where one head of the module feeds several of the input (grouped-query attention)."""
+    offset: float = 0.0
+    """What the module adds to its weight before it multiplies by it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class BlockSpec:
     groups: tuple[InputGroup, ...]
     others: tuple[str, ...]
     """Tensors of the block that stay as they are (norms), relative to the prefix."""
+    scratch: int = 0
+    """Numbers in float32 that it holds for each token while it runs, beside the inputs of its groups."""
 
     def group(self, name: str) -> InputGroup:
         """The group of this name. StopIteration where there is none."""
@@ -88,6 +92,14 @@ class ModelSpec:
     blocks: tuple[BlockSpec, ...]
     passthrough: tuple[str, ...]
     """Tensors outside the blocks, which the checkpoint takes over as they are."""
+
+    @property
+    def kinds(self) -> tuple[BlockSpec, ...]:
+        """The first block of every kind: those of a kind have equal groups."""
+        first: dict[tuple[InputGroup, ...], BlockSpec] = {}
+        for block in self.blocks:
+            first.setdefault(block.groups, block)
+        return tuple(first.values())
 
 
 def view_of(block: BlockSpec, granularity: Granularity, router_input: RouterInput = "sublayer") -> BlockSpec:

@@ -222,7 +222,7 @@ def _repair_bytes(blocks: tuple[BlockSpec, ...], run: RunConfig) -> Iterator[int
 
 def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
     size = run.recipe.scheme.group_size
-    for block in model.blocks[:1]:
+    for block in model.kinds:
         for group in block.groups:
             if size is not None and group.in_features % size:
                 raise ConfigError(
@@ -235,18 +235,18 @@ def _check_scheme(model: ModelSpec, run: RunConfig) -> None:
 
 def _check_budget(model: ModelSpec, run: RunConfig) -> None:
     """Raises ConfigError when the scales of the low-rank factors alone use up a byte budget."""
-    budget, block = run.recipe.budget, model.blocks[0]
+    budget = run.recipe.budget
     if budget.extra_bits is None or not isinstance(run.recipe.compensation, Shares):
         return
-    scale_bits = row_scale_bits(budget.factor_bits)
-    scales = scale_bits * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
-    lists = run.recipe.list_bits
-    if budget.extra_bits - lists < scales:
-        after = f" after lists of channels that take {lists:g}" if lists else ""
-        raise ConfigError(
-            f"a budget of {budget.extra_bits:g} bits per weight buys nothing{after}: the scales of an adapter's rows "
-            f"alone take {scales:.3f} in {block.prefix}; give more, or choose budget.factor_bits = 16"
-        )
+    scale_bits, lists = row_scale_bits(budget.factor_bits), run.recipe.list_bits
+    for block in model.kinds:
+        scales = scale_bits * sum(x.out_features for g in block.groups for x in g.linears) / block.num_weights
+        if budget.extra_bits - lists < scales:
+            after = f" after lists of channels that take {lists:g}" if lists else ""
+            raise ConfigError(
+                f"a budget of {budget.extra_bits:g} bits per weight buys nothing{after}: the scales of an adapter's "
+                f"rows alone take {scales:.3f} in {block.prefix}; give more, or choose budget.factor_bits = 16"
+            )
 
 
 def _check_disk(run: RunConfig, output_bytes: int) -> None:

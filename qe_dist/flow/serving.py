@@ -23,8 +23,8 @@ def check_serving(model: ModelSpec, run: RunConfig, config: Mapping[str, Any]) -
     problems = [*vision_problems(arch.vision_heads(config), size)]
     if recipe.by_modality:
         problems.append(f"the recipe {BY_MODALITY}")
-    view = recipe.view(model.blocks[0])
-    for group in view.groups:
+    groups = [(view, group) for view in map(recipe.view, model.kinds) for group in view.groups]
+    for view, group in groups:
         problems += together_problems(group.name, [x.name for x in group.linears], arch.groups(config))
         if isinstance(recipe.compensation, RoutesTokens):
             problems += routed_problems(group.name, view.group(group.router_input).linears, size)

@@ -1,13 +1,11 @@
 """The model that a run quantizes."""
 
-import torch
-
 from qe_dist import archs
 from qe_dist.core.determinism import pin
 from qe_dist.core.source import WeightSource
 from qe_dist.flow.config import RunConfig
 from qe_dist.io.padded import PaddedSource, paddable
-from qe_dist.io.rotated import RotatedSource
+from qe_dist.io.rotated import RotatedSource, gains
 from qe_dist.model import open_model
 from qe_dist.numerics.sharding import padding_step
 
@@ -34,6 +32,4 @@ def _rotated(run: RunConfig, source: WeightSource) -> WeightSource:
         return source
     pin(run.threads)  # its weights are sums
     sites = archs.for_config(source.config).rotation_sites(source)
-    source.prefetch(sites.norms)
-    gains = torch.stack([source.get(name).float() for name in sorted(sites.norms)])
-    return RotatedSource(source, sites, rotation.bases(sites.widths, gains))
+    return RotatedSource(source, sites, rotation.bases(sites.widths, gains(source, sites)))

@@ -10,6 +10,12 @@ from qe_dist.core.source import WeightSource
 from qe_dist.numerics.hadamard import Orthogonal, fused
 
 
+def gains(source: WeightSource, sites: RotationSites) -> Tensor:
+    """Of all norms that read the stream, [norms, channels], in float32."""
+    source.prefetch(sites.norms)
+    return torch.stack([source.get(name).float() + sites.gain_offset for name in sorted(sites.norms)])
+
+
 class RotatedSource:
     """The weights of the rotated model. Tensors to quantize come in float32, so that they are rounded only once, all
     others in the source's dtype. Raises CheckpointError for a tensor that is missing."""
@@ -29,7 +35,7 @@ class RotatedSource:
 
     def get(self, name: str) -> Tensor:
         if name in self.sites.norms:
-            return self._kept_gain(name)
+            return self._kept(name)
         if name not in self.sites.tensors:
             return self.source.get(name)
         site = self.sites.tensors[name]
@@ -38,7 +44,7 @@ class RotatedSource:
             tensor.reshape(len(tensor), -1),  # a bias is a column
             rows=None if site.rows is None else self.bases[site.rows],
             columns=None if site.columns is None else self.bases[site.columns],
-            gain=None if site.gain is None else self.source.get(site.gain).double() / self._kept_gain(site.gain),
+            gain=None if site.gain is None else self._moved_gain(site.gain),
             dtype=tensor.dtype if site.stored else torch.float32,
         )
         return rotated.reshape(tensor.shape)
@@ -48,6 +54,11 @@ class RotatedSource:
         sites = self.sites.tensors
         self.source.prefetch(dict.fromkeys(sites[n].source if n in sites else n for n in names))
 
-    def _kept_gain(self, norm: str) -> Tensor:
-        gain = self.source.get(norm)
-        return self.bases["stream"].common_gain(gain).to(gain.dtype)
+    def _kept(self, norm: str) -> Tensor:
+        """The weight of a norm of the rotated model: what gains have in common."""
+        weight, offset = self.source.get(norm), self.sites.gain_offset
+        return (self.bases["stream"].common_gain(weight.double() + offset) - offset).to(weight.dtype)
+
+    def _moved_gain(self, norm: str) -> Tensor:
+        offset = self.sites.gain_offset
+        return (self.source.get(norm).double() + offset) / (self._kept(norm).double() + offset)

@@ -116,9 +116,10 @@ def _tune(block: BlockSpec, recipe: Recipe, itemsize: int, calibration: Sequence
 
 
 def _forward(block: BlockSpec, needs: Needs, sample_tokens: int, tokens: int, itemsize: int) -> int:
-    """Bytes for one batch: the inputs of all groups, with and without padding, and the statistics of the widest one."""
+    """Bytes for one batch: the inputs of all groups, with and without padding, what the block holds beside them, and
+    the statistics of the widest one."""
     widest = max(g.in_features for g in block.groups)
-    inputs = 2 * itemsize * tokens * sum(g.in_features for g in block.groups)
+    inputs = tokens * (2 * itemsize * sum(g.in_features for g in block.groups) + FLOAT * block.scratch)
     by_modality = (2 * itemsize + 8) * tokens * widest  # a copy, its size, and that in float64 to be summed
     panel = FLOAT * min(PANEL, widest) * widest if needs.gram else 0
     sample = 2 * FLOAT * 2 * sample_tokens * widest

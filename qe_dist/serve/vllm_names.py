@@ -18,7 +18,8 @@ def name_faults(folder: Path) -> list[str]:
     """A line for every tensor of a finished checkpoint that vLLM would take for something else. ConfigError where vLLM
     has no such model."""
     config = read_json(folder / "config.json")
-    layout, names = Layout.from_json(config["quantization_config"]), archs.for_checkpoint(config).in_vllm
+    layout, arch = Layout.from_json(config["quantization_config"]), archs.for_checkpoint(config)
+    names = arch.in_vllm
     plugin = QEConfig(layout)
     plugin.names = names
     whole, decoder = (ModelRegistry.models[n].load_model_cls() for n in (config["architectures"][0], names.decoder))
@@ -28,6 +29,8 @@ def name_faults(folder: Path) -> list[str]:
         places |= _places(block.prefix, f"{names.blocks}.{block.index}.", own, names)
     faults = []
     for name in read_json(folder / INDEX)["weight_map"]:
+        if arch.drafts and name.startswith(arch.drafts):  # of a model of its own
+            continue
         found, wanted = model.module(name), places.get(name.rpartition(".")[0])
         if wanted is not None and found != wanted:
             faults.append(f"{name}: vLLM takes it for a tensor of {found}, expected {wanted}")
@@ -58,5 +61,4 @@ class _Names:
         mapped = self.mapper.map_name(name)
         if mapped is None:
             return None
-        path, _, last = mapped.rpartition(".")[0].rpartition(".")
-        return f"{path}.{self.fused.get(last, last)}"
+        return ".".join(self.fused.get(part, part) for part in mapped.split(".")[:-1])

@@ -17,9 +17,9 @@ from qe_dist.archs.base import Family
 from qe_dist.checkpoint.compressed_tensors import folded
 from qe_dist.core.batch import PADDING, Batch
 from qe_dist.core.sample import Example, Sample
-from qe_dist.core.spec import LinearSpec
+from qe_dist.core.spec import BlockSpec, LinearSpec
 from qe_dist.data.samples import load_images
-from qe_dist.io.rotated import RotatedSource
+from qe_dist.io.rotated import RotatedSource, gains
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.rotations.hadamard import Hadamard
 from qe_dist.serve.blocks import open_blocks
@@ -53,13 +53,24 @@ class Subject:
     def embedded(self, examples: Sequence[Example]) -> Batch:
         return self.arch.prelude(self.source, "cpu", torch.float32)(examples, 0)
 
+    @property
+    def kinds(self) -> Sequence[BlockSpec]:
+        """The first block of every kind."""
+        return self.arch.spec(self.source).kinds
+
+    def entering(self, index: int) -> Batch:
+        """What block `index` reads."""
+        batch = self.batch
+        for i in range(index):
+            batch = self.arch.passed_on(batch.with_hidden(self.arch.run_block(self.block(i), batch, i)), i)
+        return batch
+
     def block(self, index: int) -> torch.nn.Module:
         return self.arch.block(self.source, self.arch.spec(self.source).blocks[index], "cpu", torch.float32)
 
-    @property
-    def linears(self) -> Mapping[str, LinearSpec]:
-        """Of the first block."""
-        return {x.name: x for group in self.arch.spec(self.source).blocks[0].groups for x in group.linears}
+
+def linears_of(block: BlockSpec) -> Mapping[str, LinearSpec]:
+    return {x.name: x for group in block.groups for x in group.linears}
 
 
 def loaded(arch: Family, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -123,11 +134,12 @@ def every_tensor_is_claimed_once(subject: Subject) -> None:
 
 def the_config_alone_tells_groups_and_heads(subject: Subject) -> None:
     arch, source = subject.arch, subject.source
-    unbiased = [
-        replace(group, linears=tuple(replace(x, bias=False) for x in group.linears))
-        for group in arch.spec(source).blocks[0].groups
-    ]
-    assert list(arch.groups(source.config)) == unbiased
+    unbiased = {
+        group.name: replace(group, linears=tuple(replace(x, bias=False) for x in group.linears))
+        for block in arch.spec(source).blocks
+        for group in block.groups
+    }.values()
+    assert list(arch.groups(source.config)) == list(unbiased)
     cut = {x.heads: x.out_features if x.split == "column" else x.in_features for g in unbiased for x in g.linears}
     assert all(width % heads == 0 for heads, width in cut.items() if heads)
     assert arch.vision_heads(source.config) >= 0
@@ -136,7 +148,7 @@ def the_config_alone_tells_groups_and_heads(subject: Subject) -> None:
 def engines_have_a_linear_for_every_group(subject: Subject) -> None:
     """vLLM looks for `<module>` in a block, and takes it apart by the names of our linears."""
     modules = subject.arch.in_vllm.modules
-    assert list(modules) == [group.name for group in subject.arch.groups(subject.source.config)]
+    assert {*modules} == {group.name for group in subject.arch.groups(subject.source.config)}
     assert len({*modules.values()}) == len(modules)
 
 
@@ -154,54 +166,61 @@ def a_wider_config_changes_a_group_and_its_producers(subject: Subject) -> None:
 
 @torch.no_grad()
 def linears_of_a_group_read_the_same_tensor(subject: Subject) -> None:
-    block, seen = subject.block(0), {}
-    for name in subject.linears:
-        block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-    subject.arch.run_block(block, subject.batch, 0)
-    groups = subject.arch.spec(subject.source).blocks[0].groups
-    for group in groups:
-        first, *others = (seen[x.name] for x in group.linears)
-        assert all(other is first for other in others)
-        assert first.shape[-1] == group.in_features
-    assert len({id(seen[group.linears[0].name]) for group in groups}) == len(groups)
+    for spec in subject.kinds:
+        block, seen = subject.block(spec.index), {}
+        for name in linears_of(spec):
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name, seen=seen: seen.__setitem__(name, args[0])
+            )
+        subject.arch.run_block(block, subject.entering(spec.index), spec.index)
+        for group in spec.groups:
+            first, *others = (seen[x.name] for x in group.linears)
+            assert all(other is first for other in others)
+            assert first.shape[-1] == group.in_features
+        assert len({id(seen[group.linears[0].name]) for group in spec.groups}) == len(spec.groups)
 
 
 @torch.no_grad()
 def producers_absorb_an_order_of_the_channels_that_they_make(subject: Subject) -> None:
     """Rows of the producers and columns of the group in another order: the same block, in full precision."""
-    block, groups = subject.block(0), subject.arch.spec(subject.source).blocks[0].groups
-    before = subject.arch.run_block(block, subject.batch, 0)
-    for group in (g for g in groups if g.producers):
-        order = torch.randperm(group.in_features, generator=torch.Generator().manual_seed(0))
-        for name in group.producers:
-            for parameter in block.get_submodule(name).parameters():
-                parameter.copy_(parameter[order])
-        for linear in group.linears:
-            weight = block.get_submodule(linear.name).weight
-            weight.copy_(weight[:, order])
-    _close(subject.arch.run_block(block, subject.batch, 0), before)
+    for spec in subject.kinds:
+        block, batch = subject.block(spec.index), subject.entering(spec.index)
+        before = subject.arch.run_block(block, batch, spec.index)
+        for group in (g for g in spec.groups if g.producers):
+            order = torch.randperm(group.in_features, generator=torch.Generator().manual_seed(0))
+            for name in group.producers:
+                for parameter in block.get_submodule(name).parameters():
+                    parameter.copy_(parameter[order])
+            for linear in group.linears:
+                weight = block.get_submodule(linear.name).weight
+                weight.copy_(weight[:, order])
+        _close(subject.arch.run_block(block, batch, spec.index), before)
 
 
 @torch.no_grad()
 def feeders_absorb_a_scale_of_the_input(subject: Subject) -> None:
     """What a feeder makes divided by s, and the columns that read it times s: the same block, in full precision."""
-    block, linears = subject.block(0), subject.linears
-    before = subject.arch.run_block(block, subject.batch, 0)
-    feeders = subject.arch.feeders(subject.source.config)
-    assert feeders.keys() == linears.keys()
-    for feeder in dict.fromkeys(feeders.values()):
-        parameters = list(block.get_submodule(feeder.module).parameters())
-        outputs = len(parameters[0])
-        scale = torch.rand(outputs, generator=torch.Generator().manual_seed(outputs)) + 0.5
-        for parameter in parameters:
-            parameter.copy_(parameter / (scale if parameter.ndim == 1 else scale[:, None]))
-        for name in (name for name in linears if feeders[name] == feeder):
-            heads = scale.view(-1, feeder.head or outputs)
-            columns = heads.repeat_interleave(linears[name].in_features // outputs, dim=0).flatten()
-            weight = block.get_submodule(name).weight
-            weight.copy_(weight * columns)
-            assert torch.equal(folded(columns, feeder, outputs), scale)
-    _close(subject.arch.run_block(block, subject.batch, 0), before)
+    every = subject.arch.feeders(subject.source.config)
+    for spec in subject.kinds:
+        block, batch = subject.block(spec.index), subject.entering(spec.index)
+        before = subject.arch.run_block(block, batch, spec.index)
+        modules = {name for name, _ in block.named_modules()}
+        feeders = {name: feeder for name, feeder in every.items() if name in modules}
+        assert feeders.keys() == linears_of(spec).keys() | ({*subject.arch.decoder.kept} & modules)
+        for feeder in dict.fromkeys(feeders.values()):
+            parameters = list(block.get_submodule(feeder.module).parameters())
+            outputs = len(parameters[0])
+            scale = torch.rand(outputs, generator=torch.Generator().manual_seed(outputs)) + 0.5
+            for parameter in parameters:
+                rows = scale if parameter.ndim == 1 else scale[:, None]
+                parameter.copy_((parameter + feeder.offset) / rows - feeder.offset)
+            for name in (name for name in feeders if feeders[name] == feeder):
+                weight = block.get_submodule(name).weight
+                heads = scale.view(-1, feeder.head or outputs)
+                columns = heads.repeat_interleave(weight.shape[1] // outputs, dim=0).flatten()
+                weight.copy_(weight * columns)
+                assert torch.equal(folded(columns, feeder, outputs), scale)
+        _close(subject.arch.run_block(block, batch, spec.index), before)
 
 
 def _close(after: Tensor, before: Tensor) -> None:
@@ -212,7 +231,8 @@ def what_is_not_in_a_block_is_named_as_unquantized(subject: Subject) -> None:
     arch = subject.arch
     ignored = [re.compile(n.removeprefix("re:") if n.startswith("re:") else re.escape(n)) for n in arch.unquantized]
     linears = {name for name, module in subject.whole.named_modules() if isinstance(module, torch.nn.Linear)}
-    inside = {name for name in linears if name.startswith(arch.blocks + ".")}
+    inside = {name for name in linears if re.fullmatch(rf"{re.escape(arch.blocks)}\.\d+\.(.+)", name)}
+    inside = {name for name in inside if not name.endswith(tuple(f".{kept}" for kept in arch.decoder.kept))}
     assert inside
     assert all(any(p.fullmatch(name) for p in ignored) for name in linears - inside)
     assert not any(p.fullmatch(name) for p in ignored for name in inside)
@@ -256,8 +276,7 @@ def a_rotated_model_is_the_same_function(subject: Subject) -> None:
     """But for float32, in which weights are handed out and transformers computes norms."""
     arch, source = subject.arch, subject.source
     sites = arch.rotation_sites(source)
-    gains = torch.stack([source.get(name).float() for name in sorted(sites.norms)])
-    turned = RotatedSource(source, sites, Hadamard().bases(sites.widths, gains))
+    turned = RotatedSource(source, sites, Hadamard().bases(sites.widths, gains(source, sites)))
     found = streamed(replace(subject, source=turned), subject.examples)
     expected = whole(subject, subject.examples)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -12,6 +12,7 @@ from qe_dist.core.errors import CheckpointError, ConfigError
 from tests.tiny import MODELS, tiny_model
 
 SPLIT = dict(archs.get("qwen3_vl").tiny["text_config"]["rope_parameters"]) | {"mrope_interleaved": False}
+SPLIT_35 = dict(archs.get("qwen3_5").tiny["text_config"]["rope_parameters"]) | {"mrope_interleaved": False}
 ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
@@ -45,6 +46,15 @@ def test_code_of_the_model_itself_is_not_run() -> None:
         ("qwen3", {"attention_bias": True}, "attention_bias true: vLLM has no bias behind its attention"),
         ("qwen3_vl", {"attention_bias": True}, "attention_bias true"),
         ("qwen3_vl", {"rope_parameters": SPLIT}, "mrope_interleaved false: transformers interleaves all the same"),
+        ("qwen3_5", {"rope_parameters": SPLIT_35}, "mrope_interleaved false: transformers interleaves all the same"),
+        ("qwen3_5", {"output_gate_type": "sigmoid"}, "output_gate_type 'sigmoid': transformers computes silu"),
+        ("qwen3_5", {"attention_bias": True}, "attention_bias true"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate false: transformers has the gate all the same"),
+        (
+            "qwen3_5_text",
+            {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+            "layer_types with 'sliding_attention'",
+        ),
         ("llama", {"rope_parameters": ROPE}, "rope_type 'dynamic': its tables depend on the longest sample"),
         ("mistral", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "supported is LlamaForCausalLM"),

@@ -11,7 +11,7 @@ from qe_dist import archs
 from qe_dist.core.batch import PADDING
 from qe_dist.core.errors import CheckpointError
 from qe_dist.data.samples import load_images
-from qe_dist.io.rotated import RotatedSource
+from qe_dist.io.rotated import RotatedSource, gains
 from qe_dist.io.weights import SafetensorsSource
 from qe_dist.methods.rotations.hadamard import Hadamard
 from tests.tiny import MODELS, samples_for, stir, tiny_model
@@ -60,8 +60,7 @@ def model(folder, config, dtype=torch.float32, arch="qwen2_vl"):
 
 def rotated(source, rotation=QUAROT):
     sites = archs.for_config(source.config).rotation_sites(source)
-    gains = torch.stack([source.get(n).float() for n in sorted(sites.norms)])
-    return RotatedSource(source, sites, rotation.bases(sites.widths, gains))
+    return RotatedSource(source, sites, rotation.bases(sites.widths, gains(source, sites)))
 
 
 def hf_model(source, folder):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qe_dist.core.spec import ModelSpec
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.plan import Task, WorkerCapacity, make_plan
 from qe_dist.methods.recipes import load_recipe
+from tests.archs.drafts import draft_shapes
 
 CONFIGS = Path(__file__).parent / "configs"
 TABLE = re.findall(r"^\| (\S+) \| \S+ \| (\d+|-) \|$", (CONFIGS / "README.md").read_text(), re.MULTILINE)
@@ -22,6 +24,7 @@ PUBLISHED = {"qwen2_vl": ("model.", "visual."), "qwen2_5_vl": ("model.", "visual
 """Where published files have decoder and tower; the others have them where transformers' model has them."""
 WAVES = {
     "llama-3.1-70b": 3, "qwen2.5-72b": 3, "qwen2-vl-72b": 3, "qwen2.5-vl-72b": 3, "qwen3-32b": 2, "qwen3-vl-32b": 2,
+    "qwen3.5-27b": 2, "qwen3.5-27b-text": 2,
 }  # fmt: skip
 """The others go in one."""
 
@@ -36,6 +39,9 @@ class OnMeta:
         with torch.device("meta"):
             model = arch.auto_class().from_config(arch.hf_config(self.config))
         self.tensors = {self._published(n): t for n, t in model.named_parameters()}
+        if arch.drafts:
+            shapes = draft_shapes(arch, self.config)
+            self.tensors |= {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
 
     def _published(self, name: str) -> str:
         decoder, tower = PUBLISHED.get(self.config["model_type"], ("model.language_model.", "model.visual."))
@@ -79,9 +85,9 @@ def test_every_tensor_has_its_place(name: str) -> None:
                 claimed[f"{block.prefix}{linear.name}.bias"] = (linear.out_features,)
     assert claimed == {n: tuple(t.shape) for n, t in source.tensors.items()}
     assert len(spec.blocks) == arch.text(source.config).num_hidden_layers
-    outside = ("embed_tokens", "norm.weight", "lm_head", "visual.")
+    outside = ("embed_tokens", "norm.weight", "lm_head", "visual.", "mtp.")
     assert all(any(part in n for part in outside) for n in spec.passthrough)
-    sites = arch.rotation_sites(source)
+    sites = replace(arch, drafts=None).rotation_sites(source)
     assert {site.source for site in sites.tensors.values()} | sites.norms <= source.names()
 
 

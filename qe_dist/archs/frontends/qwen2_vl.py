@@ -89,9 +89,15 @@ class Qwen2VLFrontend(Frontend):
         return inputs
 
 
-class Qwen3VLFrontend(Qwen2VLFrontend):
+class Qwen35Frontend(Qwen2VLFrontend):
+    def stream_writers(self, config: Any) -> tuple[str, ...]:
+        return ("visual.merger.linear_fc2",)
+
+
+class Qwen3VLFrontend(Qwen35Frontend):
     """The tower hands on features of some of its layers, too, each through a merger of its own."""
 
     def stream_writers(self, config: Any) -> tuple[str, ...]:
         taken = range(len(config.vision_config.deepstack_visual_indexes))
-        return ("visual.merger.linear_fc2", *(f"visual.deepstack_merger_list.{i}.linear_fc2" for i in taken))
+        more = (f"visual.deepstack_merger_list.{i}.linear_fc2" for i in taken)
+        return (*super().stream_writers(config), *more)

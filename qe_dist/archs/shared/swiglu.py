@@ -30,8 +30,10 @@ class SwiGLUDecoder(Decoder):
     heads have the width `head_dim` of the configuration, which need not be hidden size over heads.
     """
 
+    norm, gain_offset = _NORMS[0], 0.0
     inner_width = "intermediate_size"
     reads_tables_alone = True
+    kept: tuple[str, ...] = ()
     # A rotation cannot turn the inner dimension of the MLP (SwiGLU multiplies channel by channel), nor what q and k
     # write (RoPE turns pairs of channels).
     sites: ClassVar[Mapping[str, Site]] = {
@@ -71,7 +73,7 @@ class SwiGLUDecoder(Decoder):
         width: int = text.head_dim if self.own_head_width else text.hidden_size // text.num_attention_heads
         return width
 
-    def groups(self, text: Any) -> tuple[InputGroup, ...]:
+    def groups(self, text: Any, index: int) -> tuple[InputGroup, ...]:
         heads, kv, hidden, wide = (
             text.num_attention_heads, text.num_key_value_heads, text.hidden_size, text.intermediate_size
         )  # fmt: skip
@@ -92,8 +94,15 @@ class SwiGLUDecoder(Decoder):
             InputGroup("mlp.down", (row("mlp.down_proj", wide),), "mlp.gate_up", producers=_GATE_UP),
         )
 
+    def others(self, text: Any, index: int) -> tuple[str, ...]:
+        return tuple(f"{norm}.weight" for norm in self.norms)
+
+    def scratch(self, text: Any, index: int) -> int:
+        return 0
+
     def feeders(self, text: Any) -> Mapping[str, Feeder]:
-        norms = {linear: Feeder(site.norm) for linear, site in self.sites.items() if site.norm}
+        offset = self.gain_offset
+        norms = {linear: Feeder(site.norm, offset=offset) for linear, site in self.sites.items() if site.norm}
         values = Feeder("self_attn.v_proj", head=self.head_width(text))
         return norms | {"self_attn.o_proj": values, "mlp.down_proj": Feeder("mlp.up_proj")}
 

@@ -66,7 +66,7 @@ class QEConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """What belongs to the input of a group goes into the fused linear that reads it. Applied by a model and by each
         model within it, so that new names must not look like old ones."""
-        modules = (self.names.modules | self.names.loaded_as).items()
+        modules = {**self.names.modules, **self.names.loaded_as}.items()
         return WeightsMapper(orig_to_new_substr={f".{group}_input.": f".{name}.{INPUT}." for group, name in modules})
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:

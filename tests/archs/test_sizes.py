@@ -24,7 +24,6 @@ PUBLISHED = {"qwen2_vl": ("model.", "visual."), "qwen2_5_vl": ("model.", "visual
 """Where published files have decoder and tower; the others have them where transformers' model has them."""
 WAVES = {
     "llama-3.1-70b": 3, "qwen2.5-72b": 3, "qwen2-vl-72b": 3, "qwen2.5-vl-72b": 3, "qwen3-32b": 2, "qwen3-vl-32b": 2,
-    "qwen3.5-27b": 2, "qwen3.5-27b-text": 2,
 }  # fmt: skip
 """The others go in one."""
 

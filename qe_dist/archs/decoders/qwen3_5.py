@@ -94,9 +94,11 @@ class Qwen35(SwiGLUDecoder):
         for each value head, and four of the tokens of a chunk with each other."""
         if text.layer_types[index] == FULL:
             return 0
-        keys, values = text.linear_key_head_dim, text.linear_value_head_dim
-        mixed = 2 * text.linear_num_key_heads * keys + text.linear_num_value_heads * values
-        return 4 * mixed + text.linear_num_value_heads * (10 * max(keys, values) + 4 * _CHUNK)
+        heads: int = text.linear_num_value_heads
+        keys: int = text.linear_key_head_dim
+        values: int = text.linear_value_head_dim
+        mixed = 2 * keys * int(text.linear_num_key_heads) + heads * values
+        return 4 * mixed + heads * (10 * max(keys, values) + 4 * _CHUNK)
 
     def feeders(self, text: Any) -> Mapping[str, Feeder]:
         """The norm of the delta net has a weight for each channel of a head, and serves all heads."""

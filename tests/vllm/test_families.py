@@ -35,7 +35,9 @@ WIDER = {
     "max_position_embeddings": 1024,
 }  # fmt: skip
 SECTIONS = {32: [4, 6, 6], 64: [12, 10, 10]}
-"""M-RoPE by width of a head."""
+"""M-RoPE by the channels of a head that are rotated."""
+SERVED = [name for name in NAMES if not name.startswith("qwen3_5")]
+"""vLLM's gated delta net on a CPU takes bf16 alone, and these tests compare in float32."""
 FEW, MEAN_LOGPROB = 4, 0.001
 
 
@@ -50,7 +52,8 @@ def config(name: str) -> dict[str, Any]:
     heads = 64 if "head_dim" in text else 32
     text |= WIDER | ({"head_dim": heads} if heads == 64 else {})
     if "text_config" in found:
-        text["rope_parameters"]["mrope_section"] = SECTIONS[heads]
+        rotated = int(heads * text["rope_parameters"].get("partial_rotary_factor", 1.0))
+        text["rope_parameters"]["mrope_section"] = SECTIONS[rotated]
         tower = found["vision_config"]
         tower |= {"embed_dim": 64, "hidden_size": 128} if "embed_dim" in tower else {"hidden_size": 64}
         tower |= {"out_hidden_size": 128} if "out_hidden_size" in tower else {}
@@ -81,7 +84,7 @@ def answers(made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     def answer(ranks: int) -> Answers:
         given: Answers = {}
         for vision in (False, True):
-            jobs = [Job(name, str(path)) for name, path in made.items() if seen(name) is vision]
+            jobs = [Job(name, str(made[name])) for name in SERVED if seen(name) is vision]
             given |= generate(jobs, asked(vision), ranks, tmp_path_factory.mktemp(f"{vision}-{ranks}"))
         return given
 
@@ -122,7 +125,7 @@ def test_a_name_that_vllm_would_not_find_is_told(made: dict[str, Path], monkeypa
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SERVED)
 def test_vllm_computes_what_transformers_does(
     name: str, ranks: int, made: dict[str, Path], answers: Callable[[int], Answers]
 ) -> None:

@@ -11,7 +11,7 @@ from qe_dist.numerics.hadamard import Orthogonal, fused
 
 
 def gains(source: WeightSource, sites: RotationSites) -> Tensor:
-    """Of all norms that read the stream, [norms, channels], in float32."""
+    """Returns the gain of every norm that reads the stream, [norms, channels], in float32."""
     source.prefetch(sites.norms)
     return torch.stack([source.get(name).float() + sites.gain_offset for name in sorted(sites.norms)])
 

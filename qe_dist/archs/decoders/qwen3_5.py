@@ -90,8 +90,8 @@ class Qwen35(SwiGLUDecoder):
         return (*super().others(text, index), *own, *(f"{name}.weight" for name in _B_A))
 
     def scratch(self, text: Any, index: int) -> int:
-        """Of the delta rule in plain torch: q, k and v before and behind the convolution, ten tensors of a key or value
-        for each value head, and four of the tokens of a chunk with each other."""
+        """The delta rule in plain torch holds q, k and v before and behind the convolution, ten tensors of a key or
+        value for each value head, and four of the tokens of a chunk with each other."""
         if text.layer_types[index] == FULL:
             return 0
         heads: int = text.linear_num_value_heads

@@ -2,10 +2,12 @@
 full-precision blocks make of it (docs/how/tuning.md).
 
 Both inputs of the block whose turn it is lie in the run directory, so any worker can take it from there. What enters
-the next block is spooled before a block is published: a finished block is never tuned again.
+the next block is spooled before a block is published: a finished block is never tuned again. The training of a block
+is saved now and then, and whoever takes the block goes on from there with the same bits.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +25,13 @@ from qe_dist.io.run_dir import RunDir
 from qe_dist.io.spool import Spool, Spooled
 from qe_dist.methods.base import GroupProblem
 from qe_dist.methods.block import BlockProblem, Forward, TunedBlock
+from qe_dist.numerics.sign_sgd import Training
 from qe_dist.numerics.tuned_linear import FrozenGroup, Group, GroupLinear, SharedInput
+
+SAVE_SECONDS = 10.0
+"""Time between two saves of a training, at least."""
+SAVE_SHARE = 0.05
+"""Of the time, that saves may take."""
 
 
 class QuantizedPath:
@@ -60,6 +68,8 @@ class QuantizedPath:
             held_out=inputs.held_out(held_out_below)[:, 0],
             seed=self.run.seed + 1000 * view.index,
             watch=watch,
+            training=None if (saved := self.store.training(view.index)) is None else Training.from_tensors(saved),
+            keep=_Saver(self.store, view.index),
         )
         tuned = self.run.recipe.tune(block)
         self._pass_on(module, view, tuned.groups)
@@ -76,8 +86,9 @@ class QuantizedPath:
             self._pass_on(module, view, finished_groups(self.store, view))
 
     def forget(self, index: int) -> None:
-        """Removes what entered a block that is published now."""
+        """Removes what entered a block that is published now, and its training."""
         self.store.drop_batches_before(index + 1, "quantized")
+        self.store.drop_training(index)
 
     def close(self) -> None:
         """Ends the threads of the spool."""
@@ -99,7 +110,7 @@ class QuantizedPath:
     def _pass_on(self, module: nn.Module, view: BlockSpec, groups: Mapping[str, QuantizedGroup]) -> None:
         """Spools what the quantized block makes of its quantized inputs."""
         frozen = {name: FrozenGroup(group) for name, group in groups.items()}
-        quantized = _with_groups(module, view, frozen)
+        quantized = with_groups(module, view, frozen)
         for index in range(self.num_batches):
             batch = self._entering(view, index).to(self.run.device)
             self._put(self.quantized, view, batch.with_hidden(self.arch.run_block(quantized, batch, view.index)))
@@ -110,12 +121,27 @@ class QuantizedPath:
             spool.put(view.index + 1, batch.to("cpu"))
 
     def _placed(self, module: nn.Module, view: BlockSpec, groups: Mapping[str, Group], inputs: Batch) -> Forward:
-        block = _with_groups(module, view, groups)
+        block = with_groups(module, view, groups)
 
         def forward(rows: Tensor) -> Tensor:
             return self.arch.decoder.run(block, inputs.take(rows.to(inputs.hidden.device)), view.index)
 
         return forward
+
+
+class _Saver:
+    """Saves a training every SAVE_SECONDS, or less often where a save takes long."""
+
+    def __init__(self, store: RunDir, block: int) -> None:
+        self.store, self.block = store, block
+        self.due = time.monotonic() + SAVE_SECONDS
+
+    def __call__(self, training: Training) -> None:
+        begin = time.monotonic()
+        if begin >= self.due:
+            self.store.put_training(self.block, training.tensors())
+            now = time.monotonic()
+            self.due = now + max(SAVE_SECONDS, (now - begin) / SAVE_SHARE)
 
 
 def check_tuning(run: RunConfig, model: ModelSpec, num_samples: int, most_tokens: int) -> list[str]:
@@ -160,7 +186,7 @@ def tunable_from(store: RunDir, exact: RunDir, unfinished: int, num_batches: int
     )
 
 
-def _with_groups(module: nn.Module, view: BlockSpec, groups: Mapping[str, Group]) -> nn.Module:
+def with_groups(module: nn.Module, view: BlockSpec, groups: Mapping[str, Group]) -> nn.Module:
     """A block that shares all tensors with `module`, and has these groups in the place of its linears."""
     tensors = (*module.parameters(), *module.buffers())
     block = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

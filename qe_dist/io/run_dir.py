@@ -1,12 +1,13 @@
 """The run directory, in which finished work is kept.
 
 OUTPUT/.run/ holds run.json (identity), lock/ (the process that works here), activations/ (the input of each wave),
-quantized/ (that of the block that is tuned) and blocks/ (finished files: blocks, and parts of the passthrough). A
-report with its SHA-256 is published after each finished file. `assemble` moves the files up to OUTPUT itself and writes
-config.json last, so a directory with a config is complete.
+quantized/ (that of the block that is tuned), tuning/ (its training, saved now and then) and blocks/ (finished files:
+blocks, and parts of the passthrough). A report with its SHA-256 is published after each finished file. `assemble` moves
+the files up to OUTPUT itself and writes config.json last, so a directory with a config is complete.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from qe_dist.io.publish import (
 
 SpoolKind = Literal["activations", "quantized"]
 """Hidden states as the full-precision blocks made them, or as the quantized ones of a run that tunes did."""
+log = logging.getLogger("qe_dist")
 KINDS: tuple[SpoolKind, ...] = get_args(SpoolKind)
 WRITER = "written_by"
 """Entry of run.json beside the identity: the version of qe_dist that began the run, or changed its recipe."""
@@ -45,6 +47,7 @@ class RunDir:
         self.root = self.output / ".run"
         self.locks = self.root / "lock"
         self.finished = self.root / "blocks"
+        self.trainings = self.root / "tuning"
 
     def lock(self) -> RunLock:
         """The lock that a process must hold to change anything here. Raises ConfigError, before anything is written,
@@ -165,6 +168,33 @@ class RunDir:
             if after < _index(folder) < block:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    # -- the training of a block that is being tuned
+
+    def _training_path(self, block: int) -> Path:
+        return self.trainings / f"{self.block_name(block)}.safetensors"
+
+    def put_training(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Publishes the training of a block in the place of an earlier one."""
+        publish_sealed(self._training_path(block), tensors)
+
+    def training(self, block: int) -> dict[str, Tensor] | None:
+        """The training of a block as it was last put; None where there is none. A damaged one is removed, with a
+        warning: the block is then tuned from its start, to the same bytes."""
+        path = self._training_path(block)
+        refresh(self.trainings)
+        if not path.exists():
+            return None
+        try:
+            return read_sealed(path)
+        except CheckpointError as error:
+            log.warning("%s; it is removed, and the block is tuned from its start", error)
+            path.unlink(missing_ok=True)
+            return None
+
+    def drop_training(self, block: int) -> None:
+        """Removes the training of a block, if there is one."""
+        self._training_path(block).unlink(missing_ok=True)
+
     # -- finished files: a safetensors file, and a report that is published after it
 
     def put_file(self, name: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
@@ -246,8 +276,8 @@ class RunDir:
 
     def clean(self) -> None:
         """Removes what only a continued run would need."""
-        for kind in KINDS:
-            shutil.rmtree(self.root / kind, ignore_errors=True)
+        for folder in (*(self.root / kind for kind in KINDS), self.trainings):
+            shutil.rmtree(folder, ignore_errors=True)
         self._sweep()
 
     def _sweep(self) -> None:

@@ -11,6 +11,7 @@ from qe_dist.core.manifest import TuningReport
 from qe_dist.core.quantized import QuantizedGroup
 from qe_dist.core.spec import BlockSpec
 from qe_dist.methods.base import GroupProblem
+from qe_dist.numerics.sign_sgd import Training
 from qe_dist.numerics.tuned_linear import Group
 
 Forward = Callable[[Int[Tensor, " R"]], Float[Tensor, "R L D"]]
@@ -37,6 +38,12 @@ class BlockProblem:
     seed: int
     watch: Callable[[int, float], None] = lambda step, loss: None
     """Is told now and then how many steps are made, and the held-out loss over that of the closed form."""
+    part: range | None = None
+    """The steps to make now; None: all. What enters the block may differ between parts, its targets do not."""
+    training: Training | None = None
+    """Where an earlier call ended: at the end of the part before, or within this one."""
+    keep: Callable[[Training], None] = lambda training: None
+    """Is given the training after each step, from which it could go on."""
 
     def weights(self, name: str) -> dict[str, Float[Tensor, "_ I"]]:
         """Weights of a group's linears in the coordinates of its codes."""
@@ -47,10 +54,13 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """Groups of a block, tuned or, where that did not pay, as the closed form left them."""
+    """Groups of a block, tuned or, where that did not pay, as the closed form left them. After a part that is
+    not the last one: as they are, whether that pays or not."""
 
     groups: Mapping[str, QuantizedGroup]
     report: TuningReport
+    training: Training
+    """At the end of the part."""
 
 
 @runtime_checkable
@@ -58,7 +68,7 @@ class Tuner(Protocol):
     """Learns what a block's groups store, by the output of the whole block."""
 
     def tune(self, block: BlockProblem) -> TunedBlock:
-        """Groups whose held-out loss is no greater than that of the closed form."""
+        """Groups whose held-out loss, after the last step, is no greater than that of the closed form."""
         ...
 
     def working_bytes(self, block: BlockSpec, longest: int) -> int:

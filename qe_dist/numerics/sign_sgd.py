@@ -5,7 +5,7 @@ rounding offset needs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,43 @@ class Descent:
         return self.after / self.before if math.isfinite(self.before) else 0.0
 
 
+@dataclass
+class Training:
+    """A training between two steps: all that it takes to go on with the same bits."""
+
+    values: list[Tensor]
+    """Of the tensors that are learned."""
+    best: list[Tensor]
+    """Their values after `best_step`."""
+    before: float
+    least: float
+    """Held-out loss of the best values; infinite where none was finite."""
+    step: int = 0
+    """Number of steps made."""
+    best_step: int = 0
+    damping: float = 1.0
+    """Share of the learning rate that is left after losses that were not finite."""
+    nonfinite: tuple[int, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named tensors for a safetensors file; `from_tensors` is the inverse."""
+        numbers = [self.before, self.least, self.step, self.best_step, self.damping]
+        named = {"values": self.values, "best": self.best}
+        return {f"{name}.{i}": t.detach() for name, each in named.items() for i, t in enumerate(each)} | {
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+            "nonfinite": torch.tensor(self.nonfinite, dtype=torch.int64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Training":
+        """The training whose `tensors` these are."""
+        count = sum(name.startswith("values.") for name in tensors)
+        values, best = ([tensors[f"{name}.{i}"] for i in range(count)] for name in ("values", "best"))
+        before, least, step, best_step, damping = tensors["numbers"].tolist()
+        nonfinite = tuple(tensors["nonfinite"].tolist())
+        return cls(values, best, before, least, int(step), int(best_step), damping, nonfinite)
+
+
 def descend(
     learned: Sequence[Learned],
     loss: Callable[[int], Tensor],
@@ -52,36 +89,69 @@ def descend(
     rate: float,
     checks: int,
     watch: Callable[[int, float], None] = lambda step, loss: None,
-) -> Descent:
+    part: range | None = None,
+    training: Training | None = None,
+    keep: Callable[[Training], None] = lambda training: None,
+) -> tuple[Descent, Training]:
     """Trains in place; does nothing where the held-out loss is zero.
 
     loss: of a step from 0 on, with gradients. held_out: loss of the tensors as they are, asked before the first step
     and `checks` times in even distances, lastly after the last step. watch: is told each of these steps, and the
-    loss over that before the first one.
+    loss over that before the first one. part: the steps to make now; None: all. The losses may be others in each part,
+    so the best state is looked for anew. It is restored after the last part alone. training: where an earlier call
+    ended, at the end of a part or within it. keep: is given the training after each step.
     """
-    tensors, held_out = [one.tensor for one in learned], torch.no_grad()(held_out)
-    best, best_step, before = _copied(tensors), 0, held_out()
-    if before == 0:
-        return Descent(0, before, before, ())
-    least, damping, nonfinite = before if math.isfinite(before) else math.inf, 1.0, []
+    part, tensors, held_out = part or range(steps), [one.tensor for one in learned], torch.no_grad()(held_out)
+    if training is None or training.step <= part.start:
+        training = _begun(tensors, held_out, part, training)
+    else:
+        _restore(tensors, training.values)
+        training.values = list(tensors)
     due = {math.ceil(steps * (i + 1) / checks) for i in range(checks)}
-    for step in range(steps):
-        with torch.enable_grad():
-            found = loss(step)
-            if torch.isfinite(found):
-                gradients = torch.autograd.grad(found, tensors)
-                _move(learned, gradients, damping * rate * (1 - step / steps))
-        if not torch.isfinite(found):
-            nonfinite.append(step)
-            damping /= 2
-            _restore(tensors, best)
+    for step in range(training.step, part.stop if training.before else 0):
+        _make_step(learned, loss, step, rate * (1 - step / steps), training)
         if step + 1 in due:
             now = held_out()
-            watch(step + 1, now / before)
-            if now < least:
-                best, best_step, least = _copied(tensors), step + 1, now
-    _restore(tensors, best)
-    return Descent(best_step, before, least if best_step else before, tuple(nonfinite))
+            watch(step + 1, now / training.before)
+            if now < training.least:
+                training.best, training.best_step, training.least = _copied(tensors), step + 1, now
+        keep(training)
+    if part.stop == steps or not training.before:
+        _restore(tensors, training.best)
+    best, before = training.best_step, training.before
+    return Descent(best, before, training.least if best else before, training.nonfinite), training
+
+
+def _begun(
+    tensors: Sequence[nn.Parameter], held_out: Callable[[], float], part: range, training: Training | None
+) -> Training:
+    """A training before the first step of a part. The tensors are as before the first of all steps, which is the best
+    state where what came of the parts before is not better."""
+    before = held_out()
+    begun = Training(list(tensors), _copied(tensors), before, before if math.isfinite(before) else math.inf, part.start)
+    if training is None:
+        return begun
+    _restore(tensors, training.values)
+    begun.damping, begun.nonfinite = training.damping, training.nonfinite
+    if (now := held_out()) < begun.least:
+        begun.best, begun.best_step, begun.least = _copied(tensors), part.start, now
+    return begun
+
+
+def _make_step(
+    learned: Sequence[Learned], loss: Callable[[int], Tensor], step: int, rate: float, training: Training
+) -> None:
+    """Moves the tensors, or restores the best ones where the loss is not finite."""
+    tensors = [one.tensor for one in learned]
+    with torch.enable_grad():
+        found = loss(step)
+        if torch.isfinite(found):
+            _move(learned, torch.autograd.grad(found, tensors), training.damping * rate)
+    if not torch.isfinite(found):
+        training.nonfinite = (*training.nonfinite, step)
+        training.damping /= 2
+        _restore(tensors, training.best)
+    training.step = step + 1
 
 
 @torch.no_grad()

@@ -1,5 +1,11 @@
 """Blocks tuned in order, each on what the quantized blocks before it make: in waves, beside others, and interrupted."""
 
+import contextlib
+import pickle
+import random
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +14,7 @@ import torch
 from qe_dist import archs
 from qe_dist.core.batch import joined
 from qe_dist.core.errors import ConfigError
+from qe_dist.flow import tuning as flow_tuning
 from qe_dist.flow.config import RunConfig
 from qe_dist.flow.local import prepare_run, quantize
 from qe_dist.io.checkpoint import read_manifest
@@ -36,6 +43,17 @@ def run(tmp_path_factory):
 def expected(run):
     quantize(run)
     return files(run)
+
+
+LONG = tuned("qera+tune-w2a16g16@1f4", steps=150)
+
+
+@pytest.fixture(scope="module")
+def long(run):
+    """Of a run that takes long enough to be killed in the middle of a block."""
+    one = replace(run, recipe=LONG, output=run.output.with_name("long"))
+    quantize(one)
+    return files(one)
 
 
 @pytest.fixture
@@ -161,6 +179,94 @@ def test_a_damaged_block_alone_is_made_anew_from_those_before_it(run, expected, 
     quantize(one)
     assert len(seen) == 2
     assert files(one) == expected
+
+
+KILLED = """
+import pickle, sys
+import qe_dist.flow.tuning as tuning
+from qe_dist.flow.local import quantize
+tuning.SAVE_SECONDS, tuning.SAVE_SHARE = 0.0, 1.0
+quantize(pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+def saves(run, block):
+    """When the training of a block, or of every block, was saved."""
+    found = {}
+    for path in RunDir(run.output).trainings.glob(f"block-{block}.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # its block was published in this moment
+            found[path.name] = path.stat().st_mtime_ns
+    return set(found.items())
+
+
+def kill_while_tuning(run, delay, block="*"):
+    """A process that tunes, killed so long after it has saved a training anew."""
+    before, process = saves(run, block), subprocess.Popen([sys.executable, "-c", KILLED, pickle.dumps(run).hex()])
+    deadline = time.monotonic() + 120
+    while saves(run, block) <= before:
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+def begun_at(monkeypatch):
+    """The step at which the tuning of each block begins."""
+    steps, tune = [], Tune.tune
+
+    def looking(self, block):
+        steps.append(0 if block.training is None else block.training.step)
+        return tune(self, block)
+
+    monkeypatch.setattr(Tune, "tune", looking)
+    return steps
+
+
+def test_a_run_that_is_killed_within_a_block_goes_on_within_it(run, long, tmp_path, monkeypatch):
+    one = replace(run, recipe=LONG, output=tmp_path / "killed")
+    kill_while_tuning(one, 0.05, "00001")
+    assert [RunDir(one.output).has_block(i) for i in range(BLOCKS)] == [True, False, False]
+    steps = begun_at(monkeypatch)
+    quantize(one)
+    assert steps[0] > 0
+    assert steps[1:] == [0]
+    assert files(one) == long
+
+
+@pytest.mark.nightly
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(run, long, tmp_path):
+    one, moments, done = replace(run, recipe=LONG, output=tmp_path / "killed"), random.Random(18), set()
+    for _ in range(10):
+        kill_while_tuning(one, moments.uniform(0, 0.3))
+        done.add(sum(RunDir(one.output).has_block(i) for i in range(BLOCKS)))
+    assert len(done) > 1, "no block was finished between the kills"
+    quantize(one)
+    assert files(one) == long
+
+
+def test_a_damaged_training_is_removed_and_the_block_tuned_from_its_start(run, expected, tmp_path, monkeypatch, caplog):
+    one, put_training = replace(run, output=tmp_path / "damaged"), RunDir.put_training
+    monkeypatch.setattr(flow_tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(flow_tuning, "SAVE_SHARE", float("inf"))
+
+    def once(store, block, tensors):
+        put_training(store, block, tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDir, "put_training", once)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(one)
+    monkeypatch.setattr(RunDir, "put_training", put_training)
+    path = RunDir(one.output).trainings / "block-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    steps = begun_at(monkeypatch)
+    quantize(one)
+    assert steps == [0, 0, 0]
+    assert "it is removed, and the block is tuned from its start" in caplog.text
+    assert files(one) == expected
+    assert not RunDir(one.output).trainings.exists()
 
 
 @pytest.mark.nightly

@@ -100,7 +100,7 @@ def test_the_twin_is_the_runtime_linear_bit_for_bit_before_and_after_training(no
     def loss(step: int = 0) -> Tensor:
         return sum((y - t).square().mean() for y, t in zip(outputs(twin, x), target, strict=True))
 
-    descent = descend(list(twin.learned(1.0, 4.0)), loss, lambda: float(loss().detach()), 24, 1 / 24, checks=12)
+    descent, _ = descend(list(twin.learned(1.0, 4.0)), loss, lambda: float(loss().detach()), 24, 1 / 24, checks=12)
     assert descent.step > 0
     end = twin.quantized()
     assert not same(end.linears, start.linears)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,10 +68,12 @@ class Tune:
         twins = {
             name: TunedGroup(group, block.weights(name), block.factor_bits) for name, group in block.groups.items()
         }
-        objective, draws = _Loss(block, block.place(twins)), _draws(block, self.batch)
+        part = block.part or range(self.steps)
+        made = part.start if block.training is None else max(part.start, block.training.step)
+        objective, draws = _Loss(block, block.place(twins)), islice(_draws(block, self.batch), made, None)
         held_out = block.held_out.nonzero().squeeze(1)
         learned = [one for twin in twins.values() for one in twin.learned(self.clip_rate, self.factor_rate)]
-        descent = descend(
+        descent, training = descend(
             learned,
             lambda _: objective(next(draws)),
             lambda: objective.over(held_out, self.batch),
@@ -78,12 +81,16 @@ class Tune:
             self.rate / self.steps,
             min(self.checks, self.steps),
             block.watch,
+            part,
+            block.training,
+            block.keep,
         )
         error = descent.after**0.5 if math.isfinite(descent.after) else None
         done = partial(TuningReport, self.steps, descent.step, descent.left, error, descent.nonfinite)
-        if not descent.step:
-            return TunedBlock(block.groups, done(kept="closed form"))
-        return TunedBlock({name: twin.quantized() for name, twin in twins.items()}, done(kept="tuned"))
+        if part.stop == self.steps and not descent.step:
+            return TunedBlock(block.groups, done(kept="closed form"), training)
+        tuned = {name: twin.quantized() for name, twin in twins.items()}
+        return TunedBlock(tuned, done(kept="tuned"), training)
 
     def working_bytes(self, block: BlockSpec, longest: int) -> int:
         """Counts the bytes at most that `tune` holds beside its problem. longest: tokens of the longest sequence."""

@@ -319,6 +319,47 @@ def lists_by_class(result: dict[str, Any]) -> str:
     return "\n" + markdown(header, rows) + source(result, "experts_lists")
 
 
+def schedules(result: dict[str, Any]) -> str:
+    """KL of all seeds together against that of the sequential schedule; times of 30 blocks are projected from the
+    processor's seconds of each schedule, without the wait for the first inputs."""
+    tokens, seeds = torch.tensor(result["tokens"], dtype=torch.float64), {row["seed"] for row in result["rows"]}
+    kl: dict[str, list[float]] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    for row in result["rows"]:
+        kl[row["schedule"]] = [
+            a + b for a, b in zip(row["kl"], kl.get(row["schedule"], [0.0] * len(tokens)), strict=True)
+        ]
+        seconds[row["schedule"]] += sum(row["seconds"].values()) / result["blocks"] / len(seeds)
+    rows = []
+    for name in sorted(kl, key=lambda name: sum(kl[name])):
+        own = [sum(r["kl"]) / float(tokens.sum()) for r in result["rows"] if r["schedule"] == name]
+        against = "" if name == "sequential" else _against(kl[name], kl["sequential"], len(seeds) * tokens)
+        times = [
+            f"{_seconds_of(name, seconds[name], 30, workers):.0f}" if seconds[name] else "" for workers in (1, 2, 8)
+        ]
+        rows.append((name, *(f"{one:.4f}" for one in own), against, *times))
+    header = ("schedule", *(f"KL, seed {seed}" for seed in sorted(seeds)), "against sequential", *(
+        f"projected s, {workers}" for workers in ("1 worker", "2 workers", "8 workers")
+    ))  # fmt: skip
+    return "\n" + markdown(header, rows) + source(result, "schedules")
+
+
+def _seconds_of(schedule: str, each: float, blocks: int, workers: int) -> float:
+    """Time of tuning so many blocks, of which each takes `each` seconds. A worker tunes each `workers`th block."""
+    kind, _, count = schedule.rpartition(" ")
+    if schedule == "sequential":
+        return blocks * each
+    if kind == "waves":
+        return -(-blocks // int(count)) * -(-int(count) // workers) * each
+    if kind != "pipelined":
+        return -(-blocks // workers) * each
+    ends = [[0.0] * int(count)]  # of each part of each block
+    for i in range(blocks):
+        now = ends[-workers][-1] if i >= workers else 0.0
+        ends.append([now := max(now, before) + each / int(count) for before in ends[-1]])
+    return ends[-1][-1]
+
+
 def comparing(result: dict[str, Any]) -> str:
     header = ("recipes", "workers", "minutes", "largest process, MiB", "all processes, MiB")
     sizes = (f"{result[name]:.0f}" for name in ("largest_process_mib", "peak_mib"))
@@ -739,6 +780,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str], tuple[str, ...]]] = {
     "experts channels": ("experts_channels", channel_overlap, ()),
     "comparing": ("comparing", comparing, ()),
     "lists by class": ("experts_lists", lists_by_class, ()),
+    "schedules": ("schedules", schedules, ()),
     "permutation": ("permutation", permutation, ()),
 }
 

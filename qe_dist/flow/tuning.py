@@ -31,7 +31,7 @@ from qe_dist.numerics.tuned_linear import FrozenGroup, Group, GroupLinear, Share
 SAVE_SECONDS = 10.0
 """Time between two saves of a training, at least."""
 SAVE_SHARE = 0.05
-"""Of the time, that saves may take."""
+"""Share of the time that saves may take."""
 
 
 class QuantizedPath:

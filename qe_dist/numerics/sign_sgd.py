@@ -49,7 +49,7 @@ class Training:
     """A training between two steps: all that it takes to go on with the same bits."""
 
     values: list[Tensor]
-    """Of the tensors that are learned."""
+    """Values of the tensors that are learned."""
     best: list[Tensor]
     """Their values after `best_step`."""
     before: float

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import reference
@@ -455,23 +455,30 @@ def schedule_at_scale(result: dict[str, Any]) -> str:
 
 
 def chaos(result: dict[str, Any]) -> str:
-    """By what was killed."""
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in result["runs"]:
-        runs[run["trial"]["victim"]].append(run)
-    rows = [
-        (
-            victim,
-            str(len(mine)),
-            str(sum(run["kills"] for run in mine)),
-            str(sum(run["equal"] for run in mine)),
-            str(sum(run["finished_before"] for run in mine)),
-            str(sum(len(run["written_again"]) for run in mine)),
-            f"{mean(len(run['calls']) for run in mine):.1f}",
+    """By what else ran, and by what was killed."""
+    runs: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in sorted(result["runs"], key=lambda run: run["load"]):
+        runs[run["load"], run["trial"]["victim"]].append(run)
+    rows = []
+    for (load, victim), mine in runs.items():
+        recoveries = [kill["recovery"] for run in mine for kill in run["struck"] if kill["recovery"] is not None]
+        rows.append(
+            (
+                f"{load} busy processes" if load else "none",
+                victim,
+                str(len(mine)),
+                str(sum(run["kills"] for run in mine)),
+                str(sum(run["equal"] for run in mine)),
+                str(sum(run["finished_before"] for run in mine)),
+                str(sum(len(run["written_again"]) for run in mine)),
+                f"{median(recoveries):.0f} ({max(recoveries):.0f})" if recoveries else "",
+                f"{mean(len(run['calls']) for run in mine):.1f}",
+            )
         )
-        for victim, mine in runs.items()
-    ]
-    header = ("killed", "runs", "kills", "same bytes", "blocks finished before", "of those made again", "calls per run")
+    header = (
+        "beside", "killed", "runs", "kills", "same bytes", "blocks finished before", "of those made again",
+        "seconds until work went on: median (longest)", "calls per run",
+    )  # fmt: skip
     return "\n" + markdown(header, rows) + source(result, "chaos")
 
 
